@@ -1,0 +1,36 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lab export readme clean
+
+demo: .venv/.installed  ## the main job on the embedded data; ends with the path of the report
+	$(BIN)/protloc run demo
+
+test: .venv/.installed-dev  ## every check
+	$(BIN)/python tests/check_notebooks.py
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES)
+	$(BIN)/pytest
+
+lab: .venv/.installed-dev  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+export: .venv/.installed-dev  ## notebooks -> protloc/ and README.md, outputs' noise removed
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
+
+.venv/.installed: setup.py settings.ini pyproject.toml
+	$(PYTHON) -m venv .venv
+	@echo 'Installing protloc and PyTorch; the download is large, a few minutes.'
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo 'Installing the development extras.'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:  ## remove what was built; runs/ is kept
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,38 @@
+"""Milliseconds to simulate a cell on one core, beside decoding and shrinking one real-sized field with Pillow.
+
+    python benchmarks/simulate.py [--images 200]
+
+Prints JSON. The named alternative: read four 512 x 512 PNGs and shrink them by area average, which is what an image costs
+when it is made from a field on disk each time."""
+import argparse, json, os, tempfile, time
+os.environ['OMP_NUM_THREADS'] = '1'
+from PIL import Image
+
+from protloc.data.hpa import read_field, resize_area
+from protloc.data.simulate import draw_label_sets, simulate_cell
+from protloc.labels import STAINS
+
+
+def per_call(work, n):
+    work(0)
+    start = time.perf_counter()
+    for i in range(n): work(i)
+    return (time.perf_counter()-start)/n*1000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--images', type=int, default=200)
+    n = parser.parse_args().images
+    sets = draw_label_sets(n, temper=.5)
+    with tempfile.TemporaryDirectory() as folder:
+        big = simulate_cell((0,), size=512)
+        for image, stain in zip(big, STAINS): Image.fromarray(image).save(f'{folder}/a_{stain}.png')
+        for size in (32, 64, 128):
+            ours = per_call(lambda i: simulate_cell(sets[i], cell_line=i % 18, antibody=i, index=i, size=size), n)
+            decode = per_call(lambda i: resize_area(read_field(folder, 'a'), size), 20)
+            print(json.dumps(dict(benchmark='simulate', size=size, images=n, ms_per_image=round(ours, 2), pillow_ms_per_field=round(decode, 2), ratio=round(ours/decode, 3))))
+
+
+if __name__ == '__main__':
+    main()
