@@ -467,5 +467,6 @@ d = { 'settings': { 'branch': 'main',
                                   'protloc.training.save_checkpoint': ('training.html#save_checkpoint', 'protloc/training.py'),
                                   'protloc.training.save_weights': ('training.html#save_weights', 'protloc/training.py'),
                                   'protloc.training.seeded': ('training.html#seeded', 'protloc/training.py'),
+                                  'protloc.training.this_process': ('training.html#this_process', 'protloc/training.py'),
                                   'protloc.training.to_device': ('training.html#to_device', 'protloc/training.py'),
                                   'protloc.training.train_step': ('training.html#train_step', 'protloc/training.py')}}}

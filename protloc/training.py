@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 import pydantic, safetensors.torch, torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .data.loading import loader
 
 # %% auto #0
 __all__ = ['LoopConfig', 'lr_at', 'fork_rng', 'seeded', 'save_weights', 'load_weights', 'Run', 'save_checkpoint',
-           'load_checkpoint', 'accelerator_for', 'to_device', 'train_step', 'averaged', 'fit']
+           'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'train_step', 'averaged', 'fit']
 
 # %% ../nbs/04_training.ipynb #ab6a87c2
 class LoopConfig(Config):
@@ -132,12 +132,16 @@ class _Objective(nn.Module):
         self.model,self.loss = model,loss
     def forward(self, batch): return self.loss(self.model, batch)
 
+def this_process()->PartialState: # its rank among how many, and its device
+    "This process among those that `torchrun` started; joins them on the first call"
+    return PartialState(cpu=not torch.accelerator.is_available())
+
 def accelerator_for(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
 )->Accelerator:
     "An Accelerator on whatever there is; a process may train with different precisions one after the other"
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(mixed_precision=mixed_precision, cpu=this_process().device.type == 'cpu')
 
 # %% ../nbs/04_training.ipynb #d911aed6
 def to_device(

@@ -149,18 +149,21 @@ def test_label_sets_are_hpas(hpa):
 
 
 TWO_PROCESSES = '''
-import sys
+import sys, torch
+from accelerate.utils import gather
 from protloc.classify.train import ClassifierConfig, train_classifier
 from protloc.data.store import ImageStore
 from protloc.training import LoopConfig
 store = ImageStore(sys.argv[1])
 loop = LoopConfig(steps=8, batch_size=16, lr=1e-3, ema_decay=.9, evaluate_every=4)
-train_classifier(store, sys.argv[2], ClassifierConfig(backbone='resnet10', loop=loop), 'mix_loss', store)
+model = train_classifier(store, sys.argv[2], ClassifierConfig(backbone='resnet10', loop=loop), 'mix_loss', store)
+sums = gather(torch.stack([p.detach().abs().sum() for p in model.parameters()])[None])
+assert len(sums) == 2 and (sums[0] == sums[1]).all(), sums
 '''
 
 
 def test_two_processes_train_one_classifier(finished, tmp_path):
-    "BatchNorm sees half a batch in each process, so the weights differ from one process's; the log and files must be whole"
+    "Both processes must train one model, each on its half of every batch, and one of them must write the files"
     script = tmp_path/'train.py'
     script.write_text(TWO_PROCESSES)
     command = [Path(sys.executable).parent/'torchrun', '--nproc_per_node', '2', script, finished/'real', tmp_path/'model']

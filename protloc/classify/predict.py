@@ -7,7 +7,6 @@ from __future__ import annotations
 import json, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from .backbone import Classifier
 from ..core import InputError, write_json
@@ -15,7 +14,7 @@ from ..data.hpa import prepare
 from ..data.loading import in_order
 from ..data.store import ImageStore, brief
 from ..labels import Vocabulary
-from ..training import load_weights, save_weights
+from ..training import load_weights, save_weights, this_process
 
 # %% auto #0
 __all__ = ['probabilities', 'save_classifier', 'load_classifier', 'check_input', 'predict_folder', 'submission']
@@ -61,7 +60,7 @@ def load_classifier(
     card = json.loads((folder/'classifier.json').read_text())
     classifier = Classifier(card['backbone'], len(card['channels']), len(card['classes']))
     load_weights(classifier, folder/'classifier.safetensors')
-    return classifier.to(PartialState().device, memory_format=torch.channels_last).eval(),card
+    return classifier.to(this_process().device, memory_format=torch.channels_last).eval(),card
 
 # %% ../../nbs/classify/03_predict.ipynb #692a11fa
 def check_input(

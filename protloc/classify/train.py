@@ -6,7 +6,6 @@
 from __future__ import annotations
 from pathlib import Path
 import pydantic
-from accelerate import PartialState
 from .backbone import BACKBONES, Classifier, standardise
 from .losses import CRITERIA
 from .mixing import Strategy, strategy
@@ -15,7 +14,7 @@ from ..core import Config, InputError, derive_seed, hold_settings, lookup
 from ..data.loading import Batches, Pairs, in_order
 from ..data.store import ImageStore
 from ..metrics import scores
-from ..training import LoopConfig, fit, load_weights, seeded
+from ..training import LoopConfig, fit, load_weights, seeded, this_process
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'sources', 'train_classifier']
@@ -59,7 +58,7 @@ def train_classifier(
     "Train, continue or open a classifier"
     folder,s,criterion = Path(folder),strategy(strategy_name, **options),lookup('criterion', c.criterion, CRITERIA)
     batches,val = sources(s, real, synthetic, c.loop.batch_size, seed),real.rows('val')
-    if PartialState().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
+    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
     if (folder/'classifier.json').exists(): return load_classifier(folder)[0]
     with seeded(seed, 'classifier'): model = Classifier(c.backbone, len(real.channels), len(real.vocab))
     train = real.rows('train')
@@ -68,5 +67,5 @@ def train_classifier(
     def evaluate(m): return {f'val_{k}': v for k,v in scores(probabilities(m, real, val), real.labels[val]).items()}
     fit(model, loss, batches, c.loop, folder, seed, evaluate, 'val_macro_f1', name=strategy_name)
     load_weights(model, folder/'best.safetensors')
-    if PartialState().is_main_process: save_classifier(model, folder, c.backbone, real)
+    if this_process().is_main_process: save_classifier(model, folder, c.backbone, real)
     return model.eval()

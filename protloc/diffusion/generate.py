@@ -6,11 +6,11 @@
 from __future__ import annotations
 from pathlib import Path
 import numpy as np, pydantic, torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from ..core import Config, lookup, rng_for, sha256
 from ..data.store import ImageStore, StoreWriter
 from .pipeline import LabelConditionedPipeline, generators_for, known_schedulers, with_scheduler
+from ..training import this_process
 
 # %% auto #0
 __all__ = ['match_plan', 'GenerateConfig', 'generator_hash', 'generate']
@@ -54,7 +54,7 @@ def generate(
 )->ImageStore:
     "Draw an image for each row of labels into a store"
     pipe.scheduler = with_scheduler(pipe.scheduler, c.scheduler)
-    pipe.to(PartialState().device)
+    pipe.to(this_process().device)
     for module in (pipe.unet, pipe.label_encoder): module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     made = dict(kind='synthetic', generator=generator_hash(pipe), seed=seed, **c.model_dump())

@@ -6,14 +6,13 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from accelerate import PartialState
 from ..core import Config, InputError, atomic_path, hold_settings, write_json
 from ..data.loading import Batches
 from ..data.store import ImageStore
 from .denoiser import UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, diffusion_loss, make_scheduler, to_signal
 from .pipeline import LabelConditionedPipeline, with_scheduler
-from ..training import LoopConfig, fit, seeded
+from ..training import LoopConfig, fit, seeded, this_process
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'generator_loss', 'train_generator', 'open_pipeline']
@@ -50,13 +49,13 @@ def train_generator(
     "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
     folder = Path(folder)
     with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), len(store.vocab), store.size, c.unet)
-    if PartialState().is_main_process: hold_settings(folder, dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256']))
+    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256']))
     if (folder/'pipeline').exists(): return open_pipeline(folder)
     batches = Batches(store, store.rows('train'), c.loop.batch_size, seed)
     fit(denoiser, generator_loss(c), batches, c.loop, folder, seed, name='generator')
     pipe = LabelConditionedPipeline(denoiser.unet, denoiser.label_encoder, with_scheduler(make_scheduler(c.objective), 'dpm++'),
         list(store.vocab), list(store.channels), c.unet.patch_size)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         with atomic_path(folder/'pipeline') as p:
             pipe.save_pretrained(p)
             write_json(p/'training.json', dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256'], images=len(batches.rows)))
