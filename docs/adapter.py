@@ -1,0 +1,148 @@
+"""From a notebook that nbdev has processed to one that MyST-NB reads: titles, callouts, API entries, links, cell options."""
+import re, yaml
+from api import Item, Symbol
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
+
+SHOW_DOC = re.compile(r'^show_doc\(([\w.]+)', re.MULTILINE)
+OPTION = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
+TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input'}
+SPOKEN = ('text/html', 'image/svg+xml', 'image/png', 'image/jpeg', 'text/markdown', 'text/latex', 'text/plain') # outputs that a page can show
+
+
+class DocsError(ValueError):
+    "Something in a notebook that the site cannot show"
+
+
+def stop(why: str): raise DocsError(why)
+
+
+class Symbols:
+    "Looks up our own names"
+    def __init__(self, modules: dict[str, dict[str, Symbol]]): self.modules = modules
+
+    def find(self, name: str, module: str = '') -> Symbol | None:
+        "By full, short or module-relative name; a symbol of the same module comes first"
+        if name in self.modules.get(module, {}): return self.modules[module][name]
+        found = [s for m, symbols in self.modules.items() for n, s in symbols.items() if name in (n, f'{m}.{n}')]
+        return min(found, key=lambda s: s.module == 'protloc.cli') if found else None
+
+    def linked(self, text: str, module: str) -> str:
+        "Backticked names of ours become checked references"
+        def role(m):
+            s = self.find(m[1].removesuffix('()'), module)
+            return f'{{py:obj}}`{m[1]} <{s.module}.{s.name}>`' if s else m[0]
+        return re.sub(r'(?<![`}])`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)', role, text)
+
+
+def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebook_url: str) -> NotebookNode:
+    "The same notebook for MyST-NB; `base_url` is where the site is published, as nbdev's links have it; `module` is empty where nothing is exported"
+    cells, level, waiting, shown = [], 1, [], set()
+    for cell in [*nb.cells, None]:
+        if name := cell and cell.cell_type == 'code' and SHOW_DOC.search(cell.source):
+            waiting.append(symbols.find(name[1], module) or stop(f'{module}: show_doc({name[1]}) names nothing that is exported'))
+            continue
+        for symbol in sorted(waiting, key=lambda s: s.line): # nbdev turns the order within a cell around
+            if symbol.name not in shown: cells.append(new_markdown_cell(entry(symbol, symbols, min(level+1, 3), shown)))
+        waiting = []
+        if cell is None or not cell.source.strip(): continue
+        if cell.cell_type == 'raw':
+            front = front_matter(cell.source)
+            where = f'Module `{module}`, made from [this notebook]({notebook_url})' if module else f'[Notebook]({notebook_url})'
+            cells.append(new_markdown_cell(f"# {front['title']}\n\n{{.lead}}\n{symbols.linked(front['description'], module)}\n\n{{.where}}\n{where}"))
+        elif cell.cell_type == 'code': cells.append(code(cell))
+        elif not cell.source.startswith('<!-- WARNING'):
+            cells.append(new_markdown_cell(links(callouts(cell.source), module, symbols, base_url)))
+            headings = re.findall(r'^(#+) ', without_fences(cell.source), re.MULTILINE)
+            level = len(headings[-1]) if headings else level
+    nb.cells = cells
+    nb.metadata = NotebookNode(description=front['description'], kernelspec=dict(name='python3', display_name='python3', language='python'), language_info=dict(name='python', pygments_lexer='ipython3'))
+    return nb
+
+
+def front_matter(text: str) -> dict[str, str]:
+    "Title and description, which nbdev took from the title cell"
+    found = yaml.safe_load(text.strip().strip('-'))
+    if not (found.get('title') and found.get('description')): stop(f'a notebook needs a title cell, `# Title` and `> one sentence`; found {found}')
+    return found
+
+
+def without_fences(text: str) -> str:
+    "Markdown without its code blocks"
+    return re.sub(r'^(`{3,}|~{3,}).*?^\1', '', text, flags=re.MULTILINE|re.DOTALL)
+
+
+def callouts(text: str) -> str:
+    "Quarto's `:::{.callout-note}` -> admonitions; other fenced divs vanish, their content stays"
+    lines, open_ = [], []
+    for line in text.split('\n'):
+        if begin := re.match(r'^(:{3,})\s*\{(.+)\}\s*$', line):
+            kind = re.search(r'\.callout-(\w+)', begin[2])
+            name, folded = re.search(r'title="([^"]*)"', begin[2]), 'collapse="true"' in begin[2]
+            open_.append(bool(kind))
+            if not kind: continue
+            style = {'caution': 'caution', 'warning': 'warning', 'important': 'important', 'tip': 'tip'}.get(kind[1], 'note')
+            lines.append(f'{begin[1]}{{admonition}} {name[1] if name else style.capitalize()}\n:class: {style}{" dropdown" if folded else ""}\n')
+        elif re.match(r'^:{3,}\s*$', line) and open_:
+            if open_.pop(): lines.append(line)
+        else: lines.append(line)
+    if open_: stop(f'a ::: block is never closed: {text[:80]!r}')
+    return '\n'.join(lines)
+
+
+def links(text: str, module: str, symbols: Symbols, base_url: str) -> str:
+    "nbdev's links to the published site -> references that are checked"
+    def role(m):
+        symbol = symbols.find(m[1].removesuffix('()'), module) or stop(f'{module}: {m[0]} links to nothing that is exported')
+        return f'{{py:obj}}`{m[1]} <{symbol.module}.{symbol.name}>`'
+    return re.sub(rf'\[`([^`\]]+)`\]\({re.escape(base_url)}[^)]*\)', role, text)
+
+
+def code(cell: NotebookNode) -> NotebookNode:
+    "Cell options -> tags; outputs that need more than a page are left out"
+    lines, tags = [], list(cell.metadata.get('tags', []))
+    for line in cell.source.split('\n'):
+        option = OPTION.match(line)
+        if option is None: lines.append(line); continue
+        tag = TAGS.get((option[1], option[2].strip().lower()))
+        if tag: tags.append(tag)
+    cell.source, cell.metadata = '\n'.join(lines).strip('\n'), NotebookNode(tags=tags)
+    outputs = []
+    for out in cell.get('outputs', []):
+        if out.output_type == 'error': stop(f'a cell ends in an error: {cell.source[:80]!r}')
+        if out.get('name') == 'stderr': continue
+        if 'data' in out:
+            out.data = NotebookNode({k: v for k, v in out.data.items() if k in SPOKEN})
+            if not out.data: continue
+        outputs.append(out)
+    cell.outputs = outputs
+    return cell
+
+
+def entry(symbol: Symbol, symbols: Symbols, level: int, shown: set) -> str:
+    "Heading, signature with its target and source link, docstring, parameters"
+    heading = f"{'#'*level} `{symbol.name}`\n\n"
+    members = [symbols.modules[symbol.module][n] for n in symbol.members]
+    shown |= {symbol.name, *symbol.members}
+    return heading+directive(symbol, symbols, [directive(m, symbols, []) for m in members])
+
+
+def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
+    "A Python-domain directive for one symbol"
+    say = lambda text: symbols.linked(text, symbol.module)
+    body = [say(symbol.about), table(symbol.fields, say)]
+    body.append('\n'.join(f":param {p.name.replace('*', chr(92)+'*')}: {say(p.about)}" for p in symbol.params if p.about)
+        + (f'\n:returns: {say(symbol.returns.about)}' if symbol.returns and symbol.returns.about else ''))
+    if symbol.kind == 'property': head, options = symbol.name, f":type: {symbol.returns.type}\n" if symbol.returns else ''
+    else: head, options = symbol.name+symbol.signature, ''
+    text = '\n\n'.join(part for part in [*body, *members] if part.strip())
+    fence = '`'*(4 if members else 3)
+    return f'{fence}{{py:{symbol.kind}}} {head}\n:module: {symbol.module}\n{options}\n{text}\n{fence}\n'
+
+
+def table(fields: list[Item], say) -> str:
+    "Fields of settings or of a dataclass"
+    if not fields: return ''
+    cell = lambda text: text.replace('|', '\\|')
+    rows = [f"| `{f.name}` | `{cell(f.type.replace('protloc.', '').rsplit('.', 1)[-1] if f.type.startswith('protloc.') else f.type)}` | {f'`{cell(f.default)}`' if f.default else ''} | {cell(say(f.about))} |" for f in fields]
+    return '\n'.join(['| field | type | default | meaning |', '|---|---|---|---|', *rows])

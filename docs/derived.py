@@ -1,0 +1,23 @@
+"""`python docs/derived.py`: what is made from the notebooks and settings.ini and kept in git: README.md, and Quarto's files for `nbdev_preview`."""
+from pathlib import Path
+import nbformat
+from nbconvert import MarkdownExporter
+from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme():
+    notebook = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
+    text = text.replace('](images/', '](nbs/images/').strip()
+    (ROOT/'README.md').write_text('<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8')
+
+
+def main():
+    readme()
+    refresh_quarto_yml()
+    nbdev_sidebar()
+
+
+if __name__ == '__main__': main()
