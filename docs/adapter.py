@@ -7,7 +7,7 @@ from nbformat.v4 import new_markdown_cell
 SHOW_DOC = re.compile(r'^show_doc\(([\w.]+)', re.MULTILINE)
 OPTION = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
 TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input'}
-SPOKEN = ('text/html', 'image/svg+xml', 'image/png', 'image/jpeg', 'text/markdown', 'text/latex', 'text/plain') # outputs that a page can show
+WIDGET = 'application/vnd.jupyter.widget-view+json' # needs a kernel and scripts from elsewhere
 
 
 class DocsError(ValueError):
@@ -107,15 +107,9 @@ def code(cell: NotebookNode) -> NotebookNode:
         tag = TAGS.get((option[1], option[2].strip().lower()))
         if tag: tags.append(tag)
     cell.source, cell.metadata = '\n'.join(lines).strip('\n'), NotebookNode(tags=tags)
-    outputs = []
-    for out in cell.get('outputs', []):
+    for out in cell.outputs:
         if out.output_type == 'error': stop(f'a cell ends in an error: {cell.source[:80]!r}')
-        if out.get('name') == 'stderr': continue
-        if 'data' in out:
-            out.data = NotebookNode({k: v for k, v in out.data.items() if k in SPOKEN})
-            if not out.data: continue
-        outputs.append(out)
-    cell.outputs = outputs
+    cell.outputs = [out for out in cell.outputs if out.get('name') != 'stderr' and WIDGET not in out.get('data', {})]
     return cell
 
 
