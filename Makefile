@@ -22,6 +22,7 @@ lab: .venv/.installed-dev  ## JupyterLab on the notebooks
 
 export: .venv/.installed-dev  ## notebooks -> protloc/, README.md and the sidebar, outputs' noise removed
 	$(BIN)/nbdev_export
+	$(BIN)/python docs/outputs.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python docs/derived.py
 

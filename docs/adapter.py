@@ -3,11 +3,11 @@ import re, yaml
 from api import Item, Symbol
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
+from outputs import readable
 
 SHOW_DOC = re.compile(r'^show_doc\(([\w.]+)', re.MULTILINE)
 OPTION = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
 TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input'}
-WIDGET = 'application/vnd.jupyter.widget-view+json' # needs a kernel and scripts from elsewhere
 
 
 class DocsError(ValueError):
@@ -91,10 +91,11 @@ def callouts(text: str) -> str:
 
 
 def links(text: str, module: str, symbols: Symbols, base_url: str) -> str:
-    "nbdev's links to the published site -> references that are checked"
+    "nbdev's links to the published site -> references that are checked; links to notebooks -> links to their pages"
     def role(m):
         symbol = symbols.find(m[1].removesuffix('()'), module) or stop(f'{module}: {m[0]} links to nothing that is exported')
         return f'{{py:obj}}`{m[1]} <{symbol.module}.{symbol.name}>`'
+    text = re.sub(r'(\]\((?![a-z]+:)[^)#]*?)\d+[a-z]?_(\w+\.ipynb[^)]*\))', r'\1\2', text)
     return re.sub(rf'\[`([^`\]]+)`\]\({re.escape(base_url)}[^)]*\)', role, text)
 
 
@@ -109,7 +110,7 @@ def code(cell: NotebookNode) -> NotebookNode:
     cell.source, cell.metadata = '\n'.join(lines).strip('\n'), NotebookNode(tags=tags)
     for out in cell.outputs:
         if out.output_type == 'error': stop(f'a cell ends in an error: {cell.source[:80]!r}')
-    cell.outputs = [out for out in cell.outputs if out.get('name') != 'stderr' and WIDGET not in out.get('data', {})]
+    cell.outputs = readable(cell.outputs)
     return cell
 
 

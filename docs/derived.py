@@ -1,4 +1,5 @@
 """`python docs/derived.py`: what is made from the notebooks and settings.ini and kept in git: README.md, and Quarto's files for `nbdev_preview`."""
+import re
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -10,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def readme():
     notebook = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = text.replace('](images/', '](nbs/images/').strip()
+    text = re.sub(r'\]\((?!https?:|#)', '](nbs/', text).strip()
     (ROOT/'README.md').write_text('<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8')
 
 

@@ -90,6 +90,8 @@ def test_title_and_links(symbols):
     head, text = adapted(symbols, new_markdown_cell(f'See [`Optics`]({BASE}/optics.html#optics) and `shrink`.'))
     assert head.source.startswith('# Light\n\n{.lead}\nAbout {py:obj}`Optics <lab.optics.Optics>`.') and '---' not in head.source
     assert text.source == 'See {py:obj}`Optics <lab.optics.Optics>` and `shrink`.'
+    pages = adapted(symbols, new_markdown_cell('[a](00_core.ipynb), [b](../data/01_store.ipynb#rows), [c](https://x.org/00_core.ipynb), [d](how.ipynb)'))[1]
+    assert pages.source == '[a](core.ipynb), [b](../data/store.ipynb#rows), [c](https://x.org/00_core.ipynb), [d](how.ipynb)'
     with pytest.raises(DocsError, match='links to nothing'): adapted(symbols, new_markdown_cell(f'[`Lens`]({BASE}/optics.html#lens)'))
     with pytest.raises(DocsError, match='title cell'): adapt(new_notebook(cells=[new_raw_cell('---\ntitle: Light\n---')]), '', symbols, BASE, BASE)
 
