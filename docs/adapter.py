@@ -124,7 +124,7 @@ def entry(symbol: Symbol, symbols: Symbols, level: int, shown: set) -> str:
 
 def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
     "A Python-domain directive for one symbol"
-    say = lambda text: symbols.linked(text, symbol.module)
+    def say(text): return symbols.linked(re.sub(r'(`[^`]*`)|(--[a-z][\w-]*)', lambda m: m[1] or f'`{m[2]}`', text), symbol.module)
     body = [say(symbol.about), table(symbol.fields, say)]
     body.append('\n'.join(f":param {p.name.replace('*', chr(92)+'*')}: {say(p.about)}" for p in symbol.params if p.about)
         + (f'\n:returns: {say(symbol.returns.about)}' if symbol.returns and symbol.returns.about else ''))

@@ -39,7 +39,7 @@ class Camera:
 def close(self:Camera): # nothing is returned
     "Put it away"
 
-Path = Annotated[str, typer.Option(help='Where to.')]
+Path = Annotated[str, typer.Option(help='Where to, `a --b` or --out.')]
 def command(out:Path='x'): "Do it"
 '''
 
@@ -63,7 +63,7 @@ def test_signatures_and_docments(symbols):
     assert s.signature == '(images: Tensor, *, size: int = 16, **options) -> Tensor' and s.about == 'Smaller images, see `Optics`'
     assert {p.name: p.about for p in s.params} == {'images': '(N, C, S, S) in [0, 1]', '*': '', 'size': 'in pixels; raises `Optics`', '**options': 'of the resampler'}
     assert s.returns.about == '(N, C, size, size)'
-    assert symbols.modules['lab.optics']['command'].params[0].about == 'Where to.'
+    assert symbols.modules['lab.optics']['command'].params[0].about == 'Where to, `a --b` or --out.'
 
 
 def test_classes_have_fields_methods_and_patches(symbols):
@@ -83,6 +83,7 @@ def test_show_doc_becomes_an_entry(symbols):
     assert '| `psf` | `float, > 0` | `1.5` | width of the blur in pixels |' in optics and 'see {py:obj}`shrink <lab.optics.shrink>`' in optics
     assert '```{py:function} shrink(images: Tensor' in shrink and ':param \\*\\*options: of the resampler' in shrink and ':returns: (N, C, size, size)' in shrink
     assert camera.startswith('### `Camera`\n\n````{py:class} Camera(gain: float = 1.0)') and '```{py:method} Camera.shoot(' in camera
+    assert ':param out: Where to, `a --b` or `--out`.' in adapted(symbols, new_code_cell('show_doc(command)'))[1].source
     with pytest.raises(DocsError, match='names nothing'): adapted(symbols, new_code_cell('show_doc(Nothing)'))
 
 

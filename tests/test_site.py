@@ -1,8 +1,9 @@
 """The site in _docs/: every link inside it leads somewhere, no page shows raw markup, and it works in a browser without the net."""
-import functools, http.server, os, re, shutil, threading
+import functools, http.server, os, posixpath, re, shutil, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
+from api import read_package
 from bs4 import BeautifulSoup
 
 SITE = Path(__file__).resolve().parent.parent/'_docs'
@@ -59,6 +60,14 @@ def test_every_notebook_has_a_page_with_title_and_description(pages):
         rel = notebook.relative_to(SITE.parent/'nbs')
         page = pages[rel.with_name(re.sub(r'^\d+_', '', rel.stem)+'.html').as_posix()]
         assert page.h1 and page.find('meta', attrs={'name': 'description'})['content'], rel
+
+
+def test_every_public_name_has_an_entry(pages):
+    from sphinx.util.inventory import InventoryFile
+    with open(SITE/'objects.inv', 'rb') as f: inventory = InventoryFile.load(f, '', posixpath.join)
+    entries = {name for kind in ('py:function', 'py:class', 'py:method', 'py:property') for name in inventory[kind]}
+    names = {f'{module}.{name}' for module, symbols in read_package(SITE.parent/'protloc').items() for name in symbols}
+    assert len(names) > 150 and names == entries, names ^ entries
 
 
 @pytest.fixture(scope='session')
