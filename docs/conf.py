@@ -17,6 +17,7 @@ source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
 nitpicky = True # a link to nothing fails the build ...
 nitpick_ignore_regex = [('py:.*', r'(?!protloc\b).*')] # ... unless it is to another library
 
+smartquotes_action = 'D' # dashes, but quotes as they are: '' is a value
 nb_execution_mode = 'off' # the outputs are in the notebooks
 nb_merge_streams = True
 myst_enable_extensions = ['attrs_block', 'colon_fence', 'dollarmath', 'fieldlist', 'html_image']

@@ -26,7 +26,9 @@ class Vocabulary:
     def __len__(self): return len(self.names)
     def __iter__(self): return iter(self.names)
     @cached_property
-    def numbers(self)->dict[str,int]: return {n: i for i,n in enumerate(self.names)}
+    def numbers(self)->dict[str,int]:
+        "Class name -> class number"
+        return {n: i for i,n in enumerate(self.names)}
 
 # %% ../nbs/01_labels.ipynb #ce07cfa3
 HPA = Vocabulary((
@@ -104,7 +106,7 @@ def decode(
 def names_of(
     self:Vocabulary,
     target:str|Sequence[float], # a `Target` string or a multi-hot row
-)->list[str]:
+)->list[str]: # in the vocabulary's order
     "The class names of one image"
     row = self.encode(target) if isinstance(target, str) else target
     return [n for n,v in zip(self.names, row) if v > .5]

@@ -32,7 +32,7 @@ def scores(
 def per_class(
     probabilities:np.ndarray, # (N, K) in [0, 1]
     labels:np.ndarray, # (N, K) multi-hot
-    vocab:Vocabulary,
+    vocab:Vocabulary, # K classes
     threshold:float|np.ndarray=.5, # one for all classes, or (K,)
 )->pd.DataFrame: # a row a class: precision, recall, f1, images
     "Precision, recall and F1 of each class; empty where the class does not occur"

@@ -4,12 +4,16 @@
 
 # %% ../nbs/03_plots.ipynb #f5ff94ed
 from __future__ import annotations
+import base64, html, io
 from collections.abc import Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 # %% auto #0
-__all__ = ['COLOURS', 'composite', 'show_cells', 'show_stains', 'show_intervals']
+__all__ = ['COLOURS', 'composite', 'show_cells', 'show_stains', 'show_intervals', 'png_url', 'thumbnails', 'details',
+           'preformatted']
 
 # %% ../nbs/03_plots.ipynb #0ec7ecf7
 COLOURS = {'red': (1, 0, 0), 'green': (0, 1, 0), 'blue': (0, 0, 1), 'yellow': (.6, .6, 0), 'gray': (1, 1, 1), 'magenta': (1, 0, 1), 'cyan': (0, 1, 1)}
@@ -64,10 +68,10 @@ def show_stains(
 # %% ../nbs/03_plots.ipynb #98ce02dd
 def show_intervals(
     table:pd.DataFrame, # index: names; columns difference, low, high
-    xlabel:str,
+    xlabel:str, # what differs, and in which unit
     colours:Sequence[str]|None=None, # one a row
-    ax=None,
-):
+    ax:Axes|None=None, # where to draw; a new figure unless given
+)->Axes:
     "Horizontal points with intervals around a line at 0"
     ax = ax or plt.subplots(figsize=(5.5, .45*len(table)+.8))[1]
     y = np.arange(len(table))[::-1]
@@ -79,3 +83,43 @@ def show_intervals(
     ax.set_yticks(y, table.index); ax.set_xlabel(xlabel); ax.set_ylim(-.6, len(table)-.4)
     ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(left=False)
     return ax
+
+# %% ../nbs/03_plots.ipynb #182e4dea
+def png_url(
+    picture:np.ndarray, # (H, W, 3) floats in [0, 1]
+    edge:int=64, # longest edge in pixels; larger pictures are shrunk, smaller ones stay as they are
+)->str: # 'data:image/png;base64,...'
+    "A picture as a PNG inside an address"
+    image,buffer = Image.fromarray((picture*255).round().astype(np.uint8)),io.BytesIO()
+    image.thumbnail((edge, edge), Image.Resampling.BOX)
+    image.save(buffer, 'PNG', optimize=True)
+    return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+# %% ../nbs/03_plots.ipynb #cffa06eb
+def thumbnails(
+    images:np.ndarray, # (N, C, H, W) uint8
+    channels:Sequence[str], # C channel names
+    captions:Sequence[str], # N plain texts, shown below the images
+    edge:int=64, # of an image on the page, in CSS pixels
+)->str: # HTML
+    "Composite images side by side, each with its caption"
+    size = f'width:{edge}px;image-rendering:pixelated;display:block;margin:0 auto'
+    def one(image, text):
+        text = html.escape(text)
+        return (f'<figure style="margin:0;width:{edge+20}px;text-align:center;font-size:.75em;line-height:1.2">'
+            f'<img src="{png_url(composite(image, channels), edge)}" alt="{text}" style="{size}"><figcaption>{text}</figcaption></figure>')
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.3em;margin:.5em 0">{"".join(map(one, images, captions))}</div>'
+
+# %% ../nbs/03_plots.ipynb #f66ffca1
+def details(
+    title:str, # plain text, always shown
+    inside:str, # HTML, shown after a click
+)->str: # HTML
+    "Something that opens on a click"
+    return f'<details><summary style="cursor:pointer">{html.escape(title)}</summary>{inside}</details>'
+
+def preformatted(
+    text:str, # plain text
+)->str: # HTML
+    "A text with its line breaks, in a fixed-width font"
+    return f'<pre style="overflow-x:auto">{html.escape(text)}</pre>'

@@ -42,7 +42,7 @@ class LoopConfig(Config):
 def lr_at(
     step:int, # from 0
     c:LoopConfig,
-)->float:
+)->float: # learning rate of the step
     "Linear warm-up, then constant or cosine"
     if step < c.warmup: return c.lr*(step+1)/c.warmup
     if c.schedule == 'constant': return c.lr
@@ -55,7 +55,7 @@ def fork_rng():
 
 @contextlib.contextmanager
 def seeded(
-    seed:int,
+    seed:int, # the user's seed
     *purpose:str|int, # what the random numbers are for
 ):
     "Seed torch inside the block; the state outside is untouched"
@@ -65,7 +65,7 @@ def seeded(
 
 # %% ../nbs/04_training.ipynb #2c0911db
 def save_weights(
-    model:nn.Module,
+    model:nn.Module, # on any device
     path:str|Path, # a .safetensors file
 ):
     "Write a model's weights atomically"
@@ -73,7 +73,7 @@ def save_weights(
     with atomic_path(path) as p: p.write_bytes(safetensors.torch.save(weights))
 
 def load_weights(
-    model:nn.Module,
+    model:nn.Module, # changed in place
     path:str|Path, # a .safetensors file
 ):
     "Read weights into a model; raises `InputError` where they do not fit"
@@ -97,7 +97,7 @@ def _checkpoints(folder): return sorted((Path(folder)/'checkpoints').glob('step-
 
 # %% ../nbs/04_training.ipynb #c9fe8ea9
 def save_checkpoint(
-    run:Run,
+    run:Run, # any time between two steps
 ):
     "Write checkpoints/step-N and drop older ones"
     old = _checkpoints(run.folder)
@@ -112,7 +112,7 @@ def save_checkpoint(
 
 # %% ../nbs/04_training.ipynb #ceeab356
 def load_checkpoint(
-    run:Run,
+    run:Run, # a fresh one, of the same model; changed in place
 )->bool: # whether there was one
     "Go on from the newest checkpoint in the run's folder"
     found = _checkpoints(run.folder)
@@ -132,6 +132,7 @@ class _Objective(nn.Module):
         self.model,self.loss = model,loss
     def forward(self, batch): return self.loss(self.model, batch)
 
+# %% ../nbs/04_training.ipynb #445c118e
 def this_process()->PartialState: # its rank among how many, and its device
     "This process among those that `torchrun` started; joins them on the first call"
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -146,8 +147,8 @@ def accelerator_for(
 # %% ../nbs/04_training.ipynb #d911aed6
 def to_device(
     batch, # nested dicts and tuples of tensors
-    device,
-):
+    device, # a torch device or its name
+): # the same dicts and tuples
     "Move a batch; images become channels_last, which convolutions like best"
     if isinstance(batch, dict): return {k: to_device(v, device) for k,v in batch.items()}
     if isinstance(batch, (tuple, list)): return tuple(to_device(v, device) for v in batch)
@@ -156,12 +157,12 @@ def to_device(
 
 # %% ../nbs/04_training.ipynb #8ed94b45
 def train_step(
-    objective:nn.Module, # the prepared objective
-    batch,
-    run:Run,
+    objective:nn.Module, # the prepared objective: objective(batch) -> scalar
+    batch, # what the loss takes
+    run:Run, # its step and its weights are moved on
     accelerator:Accelerator,
     c:LoopConfig,
-    seed:int,
+    seed:int, # of the whole training
 )->Tensor: # the loss, a detached scalar on the device
     "One optimizer step; a function of the run's state, the batch, the seed and the step"
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, c)
@@ -177,7 +178,7 @@ def train_step(
 # %% ../nbs/04_training.ipynb #248d801f
 @contextlib.contextmanager
 def averaged(
-    run:Run,
+    run:Run, # with a moving average, or without
 ):
     "Inside the block the model has its averaged weights, if it has any, and is in eval mode"
     if run.ema: run.ema.store(run.model.parameters()); run.ema.copy_to(run.model.parameters())
@@ -215,12 +216,12 @@ def fit(
     batches, # `batches[step]` and `batches.shard(rank, world)`
     c:LoopConfig,
     folder:str|Path, # log.jsonl, checkpoints/, last.safetensors, best.safetensors
-    seed:int=0,
+    seed:int=0, # of all that is random in the loss
     evaluate:Callable|None=None, # evaluate(model) -> dict of numbers
     score:str='', # the number to maximise
     name:str='train', # shown beside the progress bar
-)->Run:
-    "Train, or continue, or find that all is done"
+)->Run: # finished; the model has its averaged weights
+    "Train, or continue, or find that all is done; raises `InputError` where the loss stops being a number"
     accelerator,folder = accelerator_for(c.mixed_precision),Path(folder)
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)

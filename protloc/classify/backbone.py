@@ -28,7 +28,7 @@ BACKBONES = {'resnet10': resnet10, **{n: getattr(torchvision.models, n) for n in
 
 # %% ../../nbs/classify/00_backbone.ipynb #b027c52c
 def with_stem(
-    net:ResNet,
+    net:ResNet, # changed in place
     channels:int, # C
 )->ResNet:
     "Replace the first convolution by one that takes `channels` channels"
@@ -54,16 +54,18 @@ class Classifier(nn.Module):
     def features(self,
         images:Tensor, # (N, C, H, W) uint8
     )->Tensor: # (N, F) pooled features
+        "What the head sees"
         x = (images.float()-self.mean.view(-1, 1, 1))/self.std.view(-1, 1, 1)
         return self.backbone(x)
     def forward(self,
         images:Tensor, # (N, C, H, W) uint8
     )->Tensor: # (N, K) logits
+        "`head(features(images))`"
         return self.head(self.features(images))
 
 # %% ../../nbs/classify/00_backbone.ipynb #04f45e5d
 def standardise(
-    classifier:Classifier,
+    classifier:Classifier, # changed in place
     batches, # yields (images, labels), e.g. `in_order(store, store.rows('train'))`
 )->Classifier:
     "Set mean and deviation of each channel from images"

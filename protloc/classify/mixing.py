@@ -21,6 +21,7 @@ class Strategy:
         real:tuple[Tensor,Tensor]|None, # images (N, C, H, W) uint8, labels (N, K)
         synthetic:tuple[Tensor,Tensor]|None, # likewise
     )->Tensor: # scalar
+        "The loss of one step"
         raise NotImplementedError
 
 # %% ../../nbs/classify/02_mixing.ipynb #0b0c57b6
@@ -44,7 +45,7 @@ class Concat(Strategy):
 def mix_shares(
     n:int, # images in the batch
     alpha:float=.3, # both parameters of the Beta distribution
-    device=None,
+    device=None, # where the images are
 )->Tensor: # (n,) share of the real image in each pair, in [0, 1]
     "Draw how much of each real image to keep, lambda ~ Beta(alpha, alpha) (Lin and Cao 2025)"
     return torch.distributions.Beta(alpha, alpha).sample((n,)).to(device)
@@ -52,7 +53,10 @@ def mix_shares(
 # %% ../../nbs/classify/02_mixing.ipynb #cd8a3f20
 class MixLoss(Strategy):
     "lambda * loss(real) + (1 - lambda) * loss(synthetic), lambda an image"
-    def __init__(self, alpha:float=.3): self.alpha = alpha
+    def __init__(self,
+        alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
+    ):
+        self.alpha = alpha
     def loss(self, classifier, criterion, real, synthetic):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)
         return (share*criterion(classifier(real[0]), real[1])+(1-share)*criterion(classifier(synthetic[0]), synthetic[1])).mean()
@@ -60,7 +64,10 @@ class MixLoss(Strategy):
 # %% ../../nbs/classify/02_mixing.ipynb #5e06bb0c
 class MixRepresentation(Strategy):
     "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda an image"
-    def __init__(self, alpha:float=.3): self.alpha = alpha
+    def __init__(self,
+        alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
+    ):
+        self.alpha = alpha
     def loss(self, classifier, criterion, real, synthetic):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)[:, None]
         features = share*classifier.features(real[0])+(1-share)*classifier.features(synthetic[0])

@@ -22,10 +22,10 @@ __all__ = ['probabilities', 'save_classifier', 'load_classifier', 'check_input',
 # %% ../../nbs/classify/03_predict.ipynb #a6bac0c1
 @torch.no_grad()
 def probabilities(
-    classifier:Classifier,
-    store:ImageStore,
-    rows:np.ndarray, # positions in the store
-    batch_size:int=256,
+    classifier:Classifier, # on any device
+    store:ImageStore, # images of the kind that it was trained on, see `check_input`
+    rows:np.ndarray, # (n,) positions in the store
+    batch_size:int=256, # images at a time
     progress:str='', # text beside a progress bar; none where empty
 )->np.ndarray: # (n, K) in [0, 1]
     "Predict in eval mode; the classifier's mode is restored"
@@ -40,7 +40,7 @@ def probabilities(
 
 # %% ../../nbs/classify/03_predict.ipynb #f9a4c0f9
 def save_classifier(
-    classifier:Classifier,
+    classifier:Classifier, # trained
     folder:str|Path, # gets classifier.safetensors and classifier.json
     backbone:str, # its name
     store:ImageStore, # the images that it was trained on
@@ -52,7 +52,7 @@ def save_classifier(
 
 # %% ../../nbs/classify/03_predict.ipynb #8734254e
 def load_classifier(
-    folder:str|Path,
+    folder:str|Path, # written by `save_classifier`
 )->tuple[Classifier,dict]: # in eval mode; what its inputs must be
     "Open a saved classifier; raises `InputError` where there is none"
     folder = Path(folder)
@@ -65,7 +65,7 @@ def load_classifier(
 # %% ../../nbs/classify/03_predict.ipynb #692a11fa
 def check_input(
     card:dict, # of a classifier
-    store:ImageStore,
+    store:ImageStore, # the images in question
     labelled:bool=False, # whether its labels are to be compared, so that the classes must be the same
 ):
     "Raise `InputError` unless the images are of the kind that the classifier was trained on"
@@ -75,7 +75,7 @@ def check_input(
 
 # %% ../../nbs/classify/03_predict.ipynb #e6c4a69f
 def predict_folder(
-    classifier:Classifier,
+    classifier:Classifier, # opened with `load_classifier`
     card:dict, # what `load_classifier` gave
     folder:str|Path, # images named <Id>_<stain>.png
     workers:int=-1, # processes
@@ -89,7 +89,7 @@ def predict_folder(
 # %% ../../nbs/classify/03_predict.ipynb #c77300ca
 def submission(
     found:pd.DataFrame, # index Id, a column a class: probabilities
-    threshold:float=.5,
+    threshold:float=.5, # classes above it are named
 )->pd.DataFrame: # columns Id and Predicted
     "The challenge's file; no image is left without a class"
     vocab,p = Vocabulary(found.columns),found.to_numpy()

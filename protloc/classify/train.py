@@ -24,7 +24,7 @@ class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
     backbone: str = 'resnet18' # a name in `BACKBONES`
     criterion: str = 'bce' # a name in `CRITERIA`
-    loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50)
+    loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50) # length and rate
     @pydantic.model_validator(mode='after')
     def _known(self):
         lookup('backbone', self.backbone, BACKBONES); lookup('criterion', self.criterion, CRITERIA)
@@ -32,11 +32,11 @@ class ClassifierConfig(Config):
 
 # %% ../../nbs/classify/04_train.ipynb #4015bb03
 def sources(
-    s:Strategy,
-    real:ImageStore,
+    s:Strategy, # says which batches it wants
+    real:ImageStore, # with a part 'train'
     synthetic:ImageStore|None, # needed by all strategies but 'real'
     batch_size:int, # real images a step, and synthetic images a step
-    seed:int,
+    seed:int, # of order and turns
 )->Pairs:
     "The batches a strategy uses; raises `InputError` where synthetic images are missing or of another kind"
     if 'synthetic' in s.uses:
@@ -52,10 +52,10 @@ def train_classifier(
     c:ClassifierConfig=ClassifierConfig(),
     strategy_name:str='real', # a name in `STRATEGIES`
     synthetic:ImageStore|None=None, # synthetic images of the same kind
-    seed:int=0,
+    seed:int=0, # of weights, batches and mixing
     **options, # of the strategy, e.g. alpha
 )->Classifier: # with the best weights, in eval mode
-    "Train, continue or open a classifier"
+    "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
     folder,s,criterion = Path(folder),strategy(strategy_name, **options),lookup('criterion', c.criterion, CRITERIA)
     batches,val = sources(s, real, synthetic, c.loop.batch_size, seed),real.rows('val')
     if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))

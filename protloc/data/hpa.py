@@ -96,7 +96,7 @@ def resize_area(
 # %% ../../nbs/data/03_hpa.ipynb #9ab6a693
 def labelled_fields(
     folder:str|Path, # the challenge's folder: train.csv and train/
-    vocab:Vocabulary=HPA,
+    vocab:Vocabulary=HPA, # the classes that the numbers mean
 )->tuple[Path,pd.DataFrame]: # where the images are; a table with Id and Target
     "The labelled fields of a folder; raises `InputError` where something is missing"
     folder = Path(folder)
@@ -107,7 +107,7 @@ def labelled_fields(
 
 def unlabelled_fields(
     folder:str|Path, # a folder of images, or the challenge's folder
-    channels=STAINS,
+    channels=STAINS, # the first one's images are looked for
 )->tuple[Path,pd.DataFrame]: # where the images are; a table with Id and an empty Target
     "The fields of a folder by the names of their images; raises `InputError` where there are none"
     folder,end = Path(folder),f'_{channels[0]}.png'
@@ -130,8 +130,8 @@ def prepare(
     tile:int|None=None, # cut fields into tiles of this many pixels first
     fractions:Fractions=Fractions(), # shares of train, val and test
     seed:int=0, # of the split
-    vocab:Vocabulary=HPA,
-    channels=STAINS,
+    vocab:Vocabulary=HPA, # the classes that the numbers mean
+    channels=STAINS, # stains in the order of the array
     labelled:bool=True, # read train.csv and split; without labels the images belong to no part
     workers:int=-1, # processes; -1 for one a core
 )->ImageStore:

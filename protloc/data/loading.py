@@ -4,22 +4,24 @@
 
 # %% ../../nbs/data/04_loading.ipynb #a2c0c02f
 from __future__ import annotations
-import copy
+import copy, html
+from collections.abc import Sequence
 from functools import lru_cache
 import numpy as np, torch
 from torch import Tensor
 from ..core import InputError, rng_for
 from .store import ImageStore
+from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['order_of', 'turn', 'Batches', 'Pairs', 'loader', 'in_order']
+__all__ = ['order_of', 'turn', 'Batch', 'Batches', 'Pairs', 'loader', 'in_order']
 
 # %% ../../nbs/data/04_loading.ipynb #52ddb6fe
 def order_of(
     n:int, # images in an epoch
     first:int, # position of the first image, counted from the start of training
     count:int, # how many
-    seed:int,
+    seed:int, # of the shuffles
 )->np.ndarray: # (count,) in [0, n)
     "Which images stand at these positions of an endless, freshly shuffled sequence"
     positions = np.arange(first, first+count)
@@ -42,14 +44,34 @@ def turn(
             out[some] = x.flip(3) if k >= 4 else x
     return out
 
+# %% ../../nbs/data/04_loading.ipynb #5219307d
+class Batch(tuple):
+    "`images, labels = batch`; shows itself in a notebook"
+    def __new__(cls,
+        images:Tensor, # (N, C, H, W) uint8
+        labels:Tensor, # (N, K) multi-hot
+        channels:Sequence[str], # C channel names
+        vocab:Vocabulary, # K classes
+    ):
+        self = super().__new__(cls, (images, labels))
+        self.channels,self.vocab = channels,vocab
+        return self
+    def __getnewargs__(self): return *self,self.channels,self.vocab
+    def __repr__(self): return f'Batch({len(self[0])} images {tuple(self[0].shape[1:])} {self[0].dtype}, labels {tuple(self[1].shape)})'
+    def _repr_html_(self):
+        from protloc.plots import thumbnails
+        captions = [', '.join(self.vocab.names_of(y)) or 'no label' for y in self[1][:16].tolist()]
+        line = html.escape(repr(self))+(', the first 16 shown' if len(self[0]) > 16 else '')
+        return f'<div>{line}{thumbnails(self[0][:16].numpy(), self.channels, captions)}</div>'
+
 # %% ../../nbs/data/04_loading.ipynb #d0e39f03
 class Batches(torch.utils.data.Dataset):
     "`batches[step]` -> (images, labels): part of a store, shuffled and turned"
     def __init__(self,
-        store:ImageStore,
+        store:ImageStore, # whose images and labels are read
         rows:np.ndarray, # positions in the store, e.g. `store.rows('train')`
         batch_size:int, # images a step, over all processes
-        seed:int=0,
+        seed:int=0, # of order and turns
         augment:bool=True, # turn and mirror
     ):
         if batch_size < 1: raise InputError(f'the batch size must be at least 1, not {batch_size}')
@@ -57,23 +79,31 @@ class Batches(torch.utils.data.Dataset):
         self.images,self.labels = store.images,torch.from_numpy(store.labels)
         self.rank,self.world = 0,1
     def shard(self, rank:int, world:int):
-        "A copy that yields only this process's slice of each batch"
+        "A copy that yields only the slice of process `rank` among `world`"
         new = copy.copy(self); new.rank,new.world = rank,world
         return new
-    def __getitem__(self, step:int)->tuple[Tensor,Tensor]:
+    def __getitem__(self, step:int)->Batch: # images (n, C, H, W) uint8, labels (n, K) float32
+        "The batch of a step, always the same one"
         picked = self.rows[order_of(len(self.rows), step*self.batch_size, self.batch_size, self.seed)]
         which = torch.from_numpy(rng_for(self.seed, 'turn', step).integers(8, size=len(picked)))
         mine = slice(self.rank*len(picked)//self.world, (self.rank+1)*len(picked)//self.world)
         images = torch.from_numpy(self.images[picked[mine]])
-        return turn(images, which[mine]) if self.augment else images, self.labels[picked[mine]]
+        if self.augment: images = turn(images, which[mine])
+        return Batch(images, self.labels[picked[mine]], self.store.channels, self.store.vocab)
 
 # %% ../../nbs/data/04_loading.ipynb #3dacfeaf
 class Pairs(torch.utils.data.Dataset):
     "`pairs[step]` -> dict of (images, labels) by source: real, and synthetic where there are any"
-    def __init__(self, **sources:Batches|None):
+    def __init__(self,
+        **sources:Batches|None, # name -> its batches; None where it is not used
+    ):
         self.sources = {k: b for k,b in sources.items() if b is not None}
-    def shard(self, rank, world): return Pairs(**{k: b.shard(rank, world) for k,b in self.sources.items()})
-    def __getitem__(self, step): return {k: b[step] for k,b in self.sources.items()}
+    def shard(self, rank:int, world:int):
+        "A copy that yields only the slices of process `rank` among `world`"
+        return Pairs(**{k: b.shard(rank, world) for k,b in self.sources.items()})
+    def __getitem__(self, step:int)->dict[str,Batch]:
+        "The step's batch of each source"
+        return {k: b[step] for k,b in self.sources.items()}
 
 # %% ../../nbs/data/04_loading.ipynb #93f525b1
 def loader(
@@ -88,9 +118,9 @@ def loader(
 
 # %% ../../nbs/data/04_loading.ipynb #75d6c086
 def in_order(
-    store:ImageStore,
-    rows:np.ndarray, # positions in the store
-    batch_size:int=256,
+    store:ImageStore, # whose images and labels are read
+    rows:np.ndarray, # (n,) positions in the store
+    batch_size:int=256, # images at a time
 ):
     "Yield (images, labels) of the rows in order; images (n, C, H, W) uint8, labels (n, K) float32"
     images,labels = store.images,store.labels

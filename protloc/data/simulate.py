@@ -43,8 +43,12 @@ def blur_matrix(
     w = np.diff(ndtr((edge[:,None]-at)/width), axis=0)
     return (w/w.sum(1, keepdims=True)).astype(np.float32)
 
-def blur(canvas, width, n=None):
-    "Blur the last two axes of `canvas` by `width` (image widths) and read out `n` pixels a side"
+def blur(
+    canvas, # (..., m, m)
+    width:float, # standard deviation of the blur, image widths
+    n:int|None=None, # pixels read out a side; as many as there are unless given
+)->np.ndarray: # (..., n, n)
+    "Blur the last two axes of a canvas and read it out"
     a = blur_matrix(n or canvas.shape[-1], canvas.shape[-1], width)
     return a @ canvas @ a.T
 
@@ -63,7 +67,12 @@ def spots(
     y,x = np.exp(-d**2/(2*s2[:,None]))
     return (y*(weight*radius**2/s2)[:,None].astype(np.float32)).T @ x
 
-def rings(yx, radius, g, weight=1.):
+def rings(
+    yx, # (n, 2) positions, image widths
+    radius, # standard deviation of each ring's outside, image widths
+    g:int, # canvas size, pixels
+    weight=1., # height of each ring
+)->np.ndarray: # (g, g) canvas
     "Hollow spots"
     return np.clip(2.6*spots(yx, radius, g, weight) - 2.4*spots(yx, np.asarray(radius)*.72, g, weight), 0, None)
 
@@ -113,8 +122,12 @@ def texture(
     a = _spline(g, n)
     return a @ rng.standard_normal((n+3, n+3), np.float32) @ a.T / np.float32(.48)
 
-def network(rng, n, g):
-    "Ridges of a texture: bright threads that branch, in [0, 1]"
+def network(
+    rng, # random numbers
+    n:int, # lattice cells across the image
+    g:int, # canvas size, pixels
+)->np.ndarray: # (g, g) in [0, 1]
+    "Ridges of a texture: bright threads that branch"
     return np.clip(1-np.abs(texture(rng, n, g))*1.6, 0, 1)
 
 # %% ../../nbs/data/01_simulate.ipynb #1ec72cf4
@@ -160,16 +173,26 @@ def draw(
 # %% ../../nbs/data/01_simulate.ipynb #3f6893b6
 ANGLES = np.linspace(0, 2*np.pi, 1024, endpoint=False)
 
-def ellipse(radius, aspect, angle, offset=(0.,0.)):
-    "Distance from a point `offset` (y, x) off an ellipse's middle to its outline, for each of `ANGLES`"
+def ellipse(
+    radius:float, # of the circle of the same area, image widths
+    aspect:float, # long axis over short axis
+    angle:float, # of the long axis, radians
+    offset=(0.,0.), # (y, x) of the point off the ellipse's middle, image widths
+)->np.ndarray: # (1024,) image widths
+    "Distance from a point to an ellipse's outline, for each of `ANGLES`"
     a,b = radius*aspect**.5, radius/aspect**.5
     def unit(y, x): return np.array([(x*np.cos(angle)+y*np.sin(angle))/a, (y*np.cos(angle)-x*np.sin(angle))/b])
     u,p = unit(np.sin(ANGLES), np.cos(ANGLES)), unit(*offset)
     qa,qb,qc = (u*u).sum(0), p@u, p@p-1
     return (np.sqrt(qb**2-qa*qc)-qb)/qa
 
-def wobble(rng, amplitude, first=2, last=6):
-    "Factors around 1 by which an outline bulges in and out over `ANGLES`"
+def wobble(
+    rng, # random numbers
+    amplitude:float, # how far it bulges, share of the radius
+    first:int=2, # least number of bulges around
+    last:int=6, # largest number of bulges around
+)->np.ndarray: # (1024,) around 1
+    "Factors by which an outline bulges in and out over `ANGLES`"
     k = np.arange(first, last+1)[:,None]
     phase = rng.uniform(0, 2*np.pi, k.shape)
     size = rng.standard_normal(k.shape)*amplitude*(first/k)**.7
@@ -192,24 +215,35 @@ class Shape:
     tracks:tuple=None # angles and `t` of its microtubules, each (n, k)
 
     def at(self, angle, t):
-        "Points (..., 2) at `angle` and `t`: -1 nucleus' centre, 0 its rim, 1 plasma membrane"
+        "Points (..., 2), image widths, at `angle` (radians) and `t`: -1 nucleus' centre, 0 its rim, 1 plasma membrane"
         angle,t = np.broadcast_arrays(angle, t)
         i = (angle*(1024/(2*np.pi))).astype(np.intp) % 1024
         n,o = self.nucleus[i],self.outline[i]
         r = np.where(t<0, n*(1+t), n+t*(o-n))
         return self.centre + np.stack([r*np.sin(angle), r*np.cos(angle)], -1)
 
-    def scatter(self, rng, n, near=1.):
-        "(n, 2) points evenly over the cytoplasm; `near` below 1 gathers them at the nucleus"
-        n2,o2 = self.nucleus**2,self.outline**2
-        area = np.cumsum(o2-n2)
-        i = np.searchsorted(area, rng.random(n)*area[-1])
-        r = np.sqrt(n2[i] + rng.random(n)**(1/near)*.97*(o2-n2)[i])
-        return self.centre + np.stack([r*np.sin(ANGLES[i]), r*np.cos(ANGLES[i])], -1)
+# %% ../../nbs/data/01_simulate.ipynb #19aa38ca
+@patch
+def scatter(self:Shape,
+    rng, # random numbers
+    n:int, # points
+    near=1., # below 1 gathers them at the nucleus
+)->np.ndarray: # (n, 2) y, x, image widths
+    "Points evenly over the cytoplasm"
+    n2,o2 = self.nucleus**2,self.outline**2
+    area = np.cumsum(o2-n2)
+    i = np.searchsorted(area, rng.random(n)*area[-1])
+    r = np.sqrt(n2[i] + rng.random(n)**(1/near)*.97*(o2-n2)[i])
+    return self.centre + np.stack([r*np.sin(ANGLES[i]), r*np.cos(ANGLES[i])], -1)
 
-    def inner(self, rng, n, reach=.85):
-        "(n, 2) points evenly over the nucleus, up to `reach` of its radius"
-        return self.at(rng.uniform(0, 2*np.pi, n), reach*np.sqrt(rng.random(n))-1)
+@patch
+def inner(self:Shape,
+    rng, # random numbers
+    n:int, # points
+    reach=.85, # share of the nucleus' radius that is used
+)->np.ndarray: # (n, 2) y, x, image widths
+    "Points evenly over the nucleus"
+    return self.at(rng.uniform(0, 2*np.pi, n), reach*np.sqrt(rng.random(n))-1)
 
 # %% ../../nbs/data/01_simulate.ipynb #673ffc6f
 class Cell(Shape):
@@ -224,13 +258,6 @@ class Cell(Shape):
         i = (np.arctan2(y[:,None], x)*np.float32(1024/(2*np.pi))).astype(np.intp) % 1024
         return np.sqrt(y[:,None]**2+x**2), i
 
-    def depth(self, radii):
-        "Distance of every pixel from an outline, image widths, positive inside"
-        r,i = self.polar
-        slope = (np.roll(radii,-1)-np.roll(radii,1))*(1024/(4*np.pi))/radii
-        tilt = 1/np.sqrt(1+slope**2)
-        return (radii*tilt).astype(np.float32)[i] - r*tilt.astype(np.float32)[i]
-
     @cached_property
     def t(self):
         "The map: -1 in the nucleus' centre, 0 on its rim, 1 on the plasma membrane"
@@ -238,13 +265,30 @@ class Cell(Shape):
         n,o = self.nucleus.astype(np.float32)[i],self.outline.astype(np.float32)[i]
         return np.where(r<n, r/n-1, (r-n)/(o-n))
 
-    def mask(self, depth): return np.clip(depth/np.float32(max(.012, 1/self.g))+.5, 0, 1)
     nuclear_depth = cached_property(lambda self: self.depth(self.nucleus))
     cell_depth    = cached_property(lambda self: self.depth(self.outline))
     in_nucleus    = cached_property(lambda self: self.mask(self.nuclear_depth))
     in_cell       = cached_property(lambda self: self.mask(self.cell_depth))
     in_cytoplasm  = cached_property(lambda self: self.in_cell*(1-self.in_nucleus))
     in_nucleoli   = cached_property(lambda self: self.in_nucleus*np.minimum(1, 1.7*spots(self.nucleoli[:,:2], self.nucleoli[:,2], self.g)))
+
+# %% ../../nbs/data/01_simulate.ipynb #37c956b4
+@patch
+def depth(self:Cell,
+    radii, # (1024,) an outline over `ANGLES`, image widths
+)->np.ndarray: # (g, g) image widths
+    "Distance of every pixel from an outline, positive inside"
+    r,i = self.polar
+    slope = (np.roll(radii,-1)-np.roll(radii,1))*(1024/(4*np.pi))/radii
+    tilt = 1/np.sqrt(1+slope**2)
+    return (radii*tilt).astype(np.float32)[i] - r*tilt.astype(np.float32)[i]
+
+@patch
+def mask(self:Cell,
+    depth, # (g, g) of `Cell.depth`
+)->np.ndarray: # (g, g) in [0, 1]
+    "1 inside, 0 outside, with a soft edge"
+    return np.clip(depth/np.float32(max(.012, 1/self.g))+.5, 0, 1)
 
 # %% ../../nbs/data/01_simulate.ipynb #22b2c1a7
 def _outlines(line, labels, rng, axis, side):
@@ -311,7 +355,7 @@ def _nucleoli(s, rng):
 def draw_shape(
     line:CellLine, # what kind of cell
     labels, # class numbers; some of them shape the cell
-    rng:np.random.Generator,
+    rng:np.random.Generator, # of the shape
 )->Shape:
     "Draw one cell and the places of its neighbours"
     labels,(axis,side) = frozenset(labels),rng.uniform(0, 2*np.pi, 2)
@@ -325,8 +369,11 @@ def draw_shape(
     return s
 
 # %% ../../nbs/data/01_simulate.ipynb #d7080e1e
-def half_turns(light, pivots):
-    "Add to `light` (..., g, g) itself, turned by half a turn about each pivot (y, x, brightness)"
+def half_turns(
+    light, # (..., g, g)
+    pivots, # (y, x, brightness) of each, image widths
+)->np.ndarray: # (..., g, g)
+    "Add to the light itself, turned by half a turn about each pivot"
     out,g = light.copy(),light.shape[-1]
     for y,x,b in pivots:
         sy,sx = round(2*y*g)-1,round(2*x*g)-1
@@ -526,8 +573,11 @@ def chromatin(c, rng):
     if 17 in c.labels: return c.in_nucleus*(1+.15*texture(rng, 30, c.g))
     return c.in_nucleus*(.8+.4*c.line.grain*texture(rng, 24, c.g)).clip(.2)*(1-.45*c.in_nucleoli)
 
-def exposed(canvas, n=32):
-    "Bring the brightest spot, as a camera of `n` pixels sees it, to 1"
+def exposed(
+    canvas, # (g, g)
+    n:int=32, # pixels of the camera
+)->np.ndarray: # (g, g)
+    "Bring the brightest spot, as a small camera sees it, to 1"
     return canvas/max(float(blur(canvas, .006, n).max()), 1e-6)
 
 def protein(
@@ -552,7 +602,7 @@ def photograph(
     light, # (4, g, g) light of the four stains, 1 = full scale
     line:CellLine, # its background, photons and blur
     size:int, # pixels of the picture
-    rng:np.random.Generator,
+    rng:np.random.Generator, # of the photons
 )->np.ndarray: # (4, size, size) uint8
     "What the camera makes of the light"
     x = blur(light, line.psf, size)
@@ -570,7 +620,7 @@ def _check(labels, size):
     return labels
 
 def simulate_cell(
-    labels, # HPA class numbers, at least one
+    labels, # HPA class numbers, at least one; `InputError` for an unknown one
     cell_line=0, # number of a cell line, or a `CellLine`
     antibody:int=0, # fixes how bright the protein is, and the shares of its organelles
     seed:int=0, # the user's seed
@@ -618,7 +668,7 @@ def draw_label_sets(
     n:int, # sets to draw
     classes=None, # HPA class names or numbers; None for all 28
     temper:float=.5, # exponent of HPA's counts
-    seed:int=0,
+    seed:int=0, # the user's seed
 )->list[tuple]: # n tuples of HPA class numbers
     "Label sets in which every class occurs, at least four times when n is large enough"
     sets,p = label_sets(classes, temper)
@@ -641,7 +691,7 @@ def plan_images(
     counts:dict, # part -> number of images
     classes=None, # HPA class names or numbers; None for all 28
     temper:float=.5, # exponent of HPA's counts
-    seed:int=0,
+    seed:int=0, # the user's seed
 )->list[dict]: # one an image: labels, cell_line, antibody, index, split
     "Which image shows what; raises `InputError` where a part is too small to hold every class"
     plan,antibody,k = [],0,len(class_numbers(classes))
@@ -667,7 +717,7 @@ def simulate_store(
     size:int=32, # height and width, 32 to 512 pixels
     classes=None, # HPA class names or numbers, the store's vocabulary in this order; None for all 28
     temper:float=.5, # exponent of HPA's label set counts
-    seed:int=0,
+    seed:int=0, # the user's seed
     workers:int=1, # processes
 )->ImageStore:
     "Simulate a data set with parts, antibodies and cell lines, and write it"

@@ -15,9 +15,9 @@ __all__ = ['Fractions', 'assign_splits']
 # %% ../../nbs/data/02_split.ipynb #c033e793
 class Fractions(Config):
     "Shares of the groups in each part; they add up to 1"
-    train: float = pydantic.Field(.7, gt=0, lt=1)
-    val: float = pydantic.Field(.1, gt=0, lt=1)
-    test: float = pydantic.Field(.2, gt=0, lt=1)
+    train: float = pydantic.Field(.7, gt=0, lt=1) # to learn from
+    val: float = pydantic.Field(.1, gt=0, lt=1) # to choose by: thresholds, the best weights
+    test: float = pydantic.Field(.2, gt=0, lt=1) # to judge with, once
     @pydantic.model_validator(mode='after')
     def _whole(self):
         if abs(self.train+self.val+self.test-1) > 1e-6: raise ValueError('the shares of train, val and test must add up to 1')
@@ -28,7 +28,7 @@ def assign_splits(
     labels:np.ndarray, # (N, K) multi-hot
     groups:Sequence[str], # (N,) what must stay together
     fractions:Fractions=Fractions(), # shares of train, val, test
-    seed:int=0,
+    seed:int=0, # the same seed, the same split
 )->np.ndarray: # (N,) 'train', 'val' or 'test'
     "Multi-label stratified split over whole groups; raises `InputError` for fewer than three groups"
     names,member = np.unique(np.asarray(groups, str), return_inverse=True)

@@ -4,10 +4,10 @@
 
 # %% ../../nbs/data/00_store.ipynb #e6705d63
 from __future__ import annotations
-import hashlib, json, sys
+import hashlib, html, json, sys
 from functools import cached_property
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, yaml
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .. import __version__
@@ -15,7 +15,7 @@ from ..core import InputError, atomic_path, command_line, sha256, write_json
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'ImageStore', 'class_counts', 'brief', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'ImageStore', 'class_counts', 'few_rows', 'brief', 'write_store']
 
 # %% ../../nbs/data/00_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -25,8 +25,8 @@ COLUMNS = ('id', 'target', 'group', 'split', 'source')
 class StoreWriter:
     "Writes a store image by image; use as a context manager"
     def __init__(self,
-        path:str|Path, # the store's folder; must not exist yet
-        channels, # channel names, in the order of the array
+        path:str|Path, # the store's folder; `InputError` where it exists already
+        channels, # C channel names, in the order of the array
         vocab:Vocabulary, # the classes
         size:int, # height and width in pixels
         made:dict|None=None, # how the images came to be: free-form, JSON
@@ -37,7 +37,8 @@ class StoreWriter:
 
 # %% ../../nbs/data/00_store.ipynb #42e1a251
 @patch
-def __enter__(self:StoreWriter):
+def __enter__(self:StoreWriter)->StoreWriter:
+    "Begin the store under a temporary name"
     self._whole = atomic_path(self.path)
     self.folder = self._whole.__enter__()
     self.folder.mkdir()
@@ -57,7 +58,7 @@ def add(self:StoreWriter,
     image:np.ndarray, # (C, H, W) uint8
     **row, # id and target at least, and whatever else the table shall hold
 ):
-    "Append one image"
+    "Append one image; raises `InputError` for another shape or type"
     shape = (len(self.channels), self.size, self.size)
     if image.shape != shape or image.dtype != np.uint8:
         raise InputError(f"image '{row.get('id')}' is {image.dtype} {image.shape}, the store holds uint8 {shape}")
@@ -81,6 +82,7 @@ def _finish(self:StoreWriter):
 
 @patch
 def __exit__(self:StoreWriter, kind, error, trace):
+    "Finish the store and give it its name, or leave nothing where there was an error"
     try:
         if kind is None: self._finish()
     except BaseException:
@@ -98,7 +100,7 @@ def _leave(self:StoreWriter, *error):
 class ImageStore:
     "Images, their labels and where they came from"
     def __init__(self,
-        path:str|Path, # the store's folder
+        path:str|Path, # the store's folder; `InputError` where it is missing, damaged or not a store
     ):
         self.path = Path(path)
         if not self.path.is_dir(): raise InputError(f'there is no folder {self.path}')
@@ -111,7 +113,9 @@ class ImageStore:
         self.table = pd.read_csv(self.path/'table.csv', dtype={c: str for c in COLUMNS}, keep_default_na=False)
         self._check()
     @cached_property
-    def labels(self)->np.ndarray: return self._decode() # (N, K) float32 multi-hot
+    def labels(self)->np.ndarray: # (N, K) float32 multi-hot
+        "What each image shows, decoded from the table when first asked for"
+        return self._decode()
     def __len__(self): return self.manifest['n']
     def __repr__(self): return f"ImageStore({str(self.path)!r}: {len(self)} images, {'+'.join(self.channels)}, {self.size} px, {len(self.vocab)} classes)"
 
@@ -135,7 +139,7 @@ def _check(self:ImageStore):
 # %% ../../nbs/data/00_store.ipynb #41496d87
 @patch
 def verify(self:ImageStore)->bool: # True, or `InputError`
-    "Hash all images and compare with the manifest"
+    "Hash all images and compare with the manifest; raises `InputError` where they differ"
     found,hash = self.images,hashlib.sha256()
     for i in tqdm(range(0, len(found), 256), desc='verify', unit='block', leave=False): hash.update(np.ascontiguousarray(found[i:i+256]))
     if hash.hexdigest() != self.manifest['sha256']['images']:
@@ -171,17 +175,41 @@ def class_counts(
     counts.loc['(images)'] = [len(store.rows(p)) for p in parts]
     return counts
 
+# %% ../../nbs/data/00_store.ipynb #226c7f2b
+def few_rows(
+    store:ImageStore,
+    n:int=8, # how many
+)->np.ndarray: # (<=n,) positions, ascending
+    "A few images with label sets as different as there are"
+    repeats = store.table.groupby('target').cumcount().to_numpy()
+    return np.sort(repeats.argsort(kind='stable')[:n])
+
+@patch
+def _repr_html_(self:ImageStore)->str: # HTML
+    "What it is, a few images, counts by class and part, where it came from"
+    from protloc.plots import details, preformatted, thumbnails
+    rows = few_rows(self)
+    captions = [', '.join(self.vocab.names_of(t)) or 'no label' for t in self.table.target.iloc[rows]]
+    source = ' and '.join(sorted(set(self.table.source)-{''})) or 'unnamed'
+    line = f"{len(self)} {source} images of {self.size} px, {len(self.channels)} channels ({', '.join(self.channels)}), {len(self.vocab)} classes"
+    made = dict(self.manifest['made'], sha256=self.manifest['sha256']['images'][:16])
+    return (f'<div><b>ImageStore {html.escape(self.path.name)}</b>: {html.escape(line)}{thumbnails(self.images[rows], self.channels, captions)}'
+        f'{details("Images of each class and part", class_counts(self).rename_axis(None).to_html()) if len(self) else ""}'
+        f'{details("Where they came from", preformatted(yaml.safe_dump(made, sort_keys=False)))}</div>')
+
 # %% ../../nbs/data/00_store.ipynb #45f65acb
 @patch
 def check_like(self:ImageStore,
-    other:ImageStore, # usually the real images
+    other:ImageStore, # usually of real images
 ):
     "Raise `InputError` unless both stores have the same channels, classes and size"
     for what in ('channels', 'classes', 'size'):
         mine,its = self.manifest[what],other.manifest[what]
         if mine != its: raise InputError(f'{self.path} and {other.path} have different {what}: {brief(mine)} and {brief(its)}')
 
-def brief(value)->str:
+def brief(
+    value, # a list of names, or anything else
+)->str:
     "A list for a message: all of a short one, the count and the start of a long one"
     if not isinstance(value, (list, tuple)): return str(value)
     return ', '.join(value) if len(value) <= 4 else f'{len(value)} ({", ".join(value[:3])} ...)'
@@ -191,11 +219,11 @@ def write_store(
     path:str|Path, # the store's folder; must not exist yet
     images:np.ndarray, # (N, C, H, W) uint8
     table:pd.DataFrame, # N rows, with id and target at least
-    channels, # channel names
+    channels, # C channel names
     vocab:Vocabulary, # the classes
     made:dict|None=None, # how the images came to be
 )->ImageStore:
-    "Write arrays that are in memory as a store, and open it"
+    "Write arrays that are in memory as a store, and open it; raises `InputError` as `StoreWriter` does"
     if len(images) != len(table): raise InputError(f'{len(images)} images but {len(table)} rows for {path}')
     with StoreWriter(path, channels, vocab, images.shape[-1], made) as w:
         for image,row in zip(images, table.to_dict('records')): w.add(image, **row)

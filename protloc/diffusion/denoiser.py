@@ -29,6 +29,7 @@ class LabelEncoder(ModelMixin, ConfigMixin):
         labels:Tensor, # (N, K) multi-hot
         drop:Tensor|None=None, # (N,) bool, True where the labels are to be ignored
     )->Tensor: # (N, width)
+        "A vector an image; 'no label' where dropped"
         vectors = self.layers(labels.to(self.no_label.dtype))
         return vectors if drop is None else torch.where(drop[:, None], self.no_label.to(vectors.dtype), vectors)
 
@@ -75,7 +76,10 @@ def build_unet(
 # %% ../../nbs/diffusion/00_denoiser.ipynb #7b022af2
 class Denoiser(nn.Module):
     "U-Net and label encoder as one module"
-    def __init__(self, unet:UNet2DModel, label_encoder:LabelEncoder):
+    def __init__(self,
+        unet:UNet2DModel, # with `class_embed_type='identity'`
+        label_encoder:LabelEncoder, # as wide as the U-Net's time embedding
+    ):
         super().__init__()
         self.unet,self.label_encoder = unet,label_encoder
     def forward(self,
@@ -84,9 +88,15 @@ class Denoiser(nn.Module):
         labels:Tensor, # (N, K) multi-hot
         drop:Tensor|None=None, # (N,) bool, True where the labels are to be ignored
     )->Tensor: # (N, C', s, s) what the objective asks for: noise, velocity or image
+        "The U-Net's answer"
         return self.unet(noisy, steps, class_labels=self.label_encoder(labels, drop)).sample
 
-def build_denoiser(channels:int, num_classes:int, size:int, c:UNetConfig=UNetConfig())->Denoiser:
+def build_denoiser(
+    channels:int, # C, of the images
+    num_classes:int, # K
+    size:int, # height and width of the images in pixels
+    c:UNetConfig=UNetConfig(),
+)->Denoiser:
     "A fresh denoiser; raises `InputError` for sizes that do not fit"
     unet = build_unet(channels, size, c)
     return Denoiser(unet, LabelEncoder(num_classes, unet.time_embedding.linear_2.out_features))

@@ -19,7 +19,7 @@ __all__ = ['match_plan', 'GenerateConfig', 'generator_hash', 'generate']
 def match_plan(
     labels:np.ndarray, # (N, K) multi-hot, of the training images
     n:int, # synthetic images wanted
-    seed:int=0,
+    seed:int=0, # of the order
 )->np.ndarray: # (n, K) multi-hot
     "The training images' own label sets, in a shuffled order"
     rounds = [rng_for(seed, 'plan', i).permutation(len(labels)) for i in range(-(-n//len(labels)))]
@@ -46,18 +46,18 @@ def generator_hash(pipe:LabelConditionedPipeline)->str: # 16 hexadecimal digits
 
 # %% ../../nbs/diffusion/04_generate.ipynb #463d2f5a
 def generate(
-    pipe:LabelConditionedPipeline,
+    pipe:LabelConditionedPipeline, # moved to the GPU if there is one
     path:str|Path, # the new store
     labels:np.ndarray, # (n, K) multi-hot, a row an image
     c:GenerateConfig=GenerateConfig(),
-    seed:int=0,
+    seed:int=0, # with an image's number, decides its noise
 )->ImageStore:
     "Draw an image for each row of labels into a store"
     pipe.scheduler = with_scheduler(pipe.scheduler, c.scheduler)
     pipe.to(this_process().device)
     for module in (pipe.unet, pipe.label_encoder): module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
-    made = dict(kind='synthetic', generator=generator_hash(pipe), seed=seed, **c.model_dump())
+    made = dict(kind='synthetic', generator=generator_hash(pipe), seed=seed, **c.model_dump(exclude={'images'}))
     with StoreWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made) as w, tqdm(total=len(labels), desc='generate', unit='image') as bar:
         for start in range(0, len(labels), c.batch_size):
             some = labels[start:start+c.batch_size]

@@ -76,7 +76,7 @@ def diffusion_loss(
     steps:Tensor, # (N,) diffusion steps
     scheduler, # a diffusers scheduler
     weighting:str='snr_plus_one', # see `step_weights`
-    gamma:float=20.,
+    gamma:float=20., # cap of the weights of the clean image's error
 )->Tensor: # scalar
     "Weighted mean squared error of the prediction"
     noisy,target = noisify(clean, noise, steps, scheduler)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #d875e062
 from __future__ import annotations
-import inspect
+import html, inspect
 from collections.abc import Sequence
 import diffusers, torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -16,6 +16,7 @@ from ..core import InputError, derive_seed, lookup
 from .denoiser import Denoiser, LabelEncoder, unfold
 from .objective import to_images
 from ..labels import Vocabulary
+from ..plots import details
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'known_schedulers', 'with_scheduler', 'generators_for', 'guided', 'LabelConditionedPipeline']
@@ -37,7 +38,7 @@ def with_scheduler(
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #73e1a736
 def generators_for(
-    seed:int,
+    seed:int, # of the whole set
     indices:Sequence[int], # the images' numbers in the whole set
 )->list[torch.Generator]: # one an image, on the CPU, so that any device draws the same
     "A random generator an image"
@@ -45,7 +46,7 @@ def generators_for(
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #e85fe1f1
 def guided(
-    denoiser:Denoiser,
+    denoiser:Denoiser, # denoiser(noisy, steps, labels, drop)
     noisy:Tensor, # (N, C', s, s)
     step:Tensor, # scalar, the diffusion step
     labels:Tensor, # (N, K)
@@ -63,7 +64,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
     "Generate N-channel images for sets of labels"
     def __init__(self,
         unet:UNet2DModel, # on folded images, `class_embed_type='identity'`
-        label_encoder:LabelEncoder,
+        label_encoder:LabelEncoder, # from multi-hot rows to the U-Net's time embedding
         scheduler, # any diffusers scheduler
         classes:list[str]=(), # class names
         channels:list[str]=(), # channel names
@@ -73,9 +74,13 @@ class LabelConditionedPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)
         self.register_to_config(classes=list(classes), channels=list(channels), patch_size=patch_size)
     @property
-    def vocab(self): return Vocabulary(self.config.classes)
+    def vocab(self)->Vocabulary:
+        "The classes it can draw"
+        return Vocabulary(self.config.classes)
     @property
-    def size(self): return self.unet.config.sample_size*self.config.patch_size
+    def size(self)->int:
+        "Height and width of its images in pixels"
+        return self.unet.config.sample_size*self.config.patch_size
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #a313eee7
 def _checked(pipe, labels, guidance_scale, num_inference_steps, output_type, generator):
@@ -110,3 +115,16 @@ def __call__(self:LabelConditionedPipeline,
         x = self.scheduler.step(prediction, t, x, **own_noise).prev_sample
     signal = unfold(x, self.config.patch_size)
     return to_images(signal) if output_type == 'uint8' else signal.clamp(-1, 1)
+
+# %% ../../nbs/diffusion/02_pipeline.ipynb #6bb79dfb
+@patch
+def _repr_html_(self:LabelConditionedPipeline)->str: # HTML
+    "What it draws, with what, and how to call it"
+    c,n = self.config,len(self.vocab)
+    unet,encoder = (f'{sum(p.numel() for p in m.parameters()):,}' for m in (self.unet, self.label_encoder))
+    lines = [f'draws {n} classes as images of {self.size} px with {len(c.channels)} channels: {", ".join(c.channels)}',
+        f'U-Net {unet} parameters, label encoder {encoder}',
+        f'{type(self.scheduler).__name__}, {self.scheduler.config.num_train_timesteps} diffusion steps, prediction type {self.scheduler.config.prediction_type}']
+    call = f'pipe([{c.classes[0]!r}, ...], guidance_scale=1.5, num_inference_steps=15)'
+    return (f'<div><b>{type(self).__name__}</b> {"<br>".join(map(html.escape, lines))}<br><code>{html.escape(call)}</code> gives (N, {len(c.channels)}, {self.size}, {self.size}) uint8'
+        f'{details(f"The {n} classes", html.escape(", ".join(c.classes)))}</div>')

@@ -20,9 +20,9 @@ __all__ = ['GeneratorConfig', 'generator_loss', 'train_generator', 'open_pipelin
 # %% ../../nbs/diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
     "Everything that decides what a generator becomes"
-    unet: UNetConfig = UNetConfig(widths=(32, 64, 64))
-    objective: ObjectiveConfig = ObjectiveConfig()
-    loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995)
+    unet: UNetConfig = UNetConfig(widths=(32, 64, 64)) # size of the denoiser
+    objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
+    loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995) # length, rate, moving average
 
 # %% ../../nbs/diffusion/03_train.ipynb #3a529d5b
 def generator_loss(
@@ -44,7 +44,7 @@ def train_generator(
     store:ImageStore, # labelled images with a part 'train'
     folder:str|Path, # log.jsonl, checkpoints/, pipeline/
     c:GeneratorConfig=GeneratorConfig(),
-    seed:int=0,
+    seed:int=0, # of weights, batches and noise
 )->LabelConditionedPipeline:
     "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
     folder = Path(folder)

@@ -15,8 +15,8 @@ __all__ = ['bootstrap_weights', 'weighted_f1', 'macro', 'difference_intervals']
 # %% ../../nbs/evaluate/00_intervals.ipynb #a920b544
 def bootstrap_weights(
     groups:Sequence[str], # (N,) what is drawn together
-    draws:int=1000,
-    seed:int=0,
+    draws:int=1000, # test sets
+    seed:int=0, # the user's seed
 )->np.ndarray: # (draws, N) float32, how often each image was drawn
     "Resample whole groups with replacement"
     names,member = np.unique(np.asarray(groups, str), return_inverse=True)
@@ -45,7 +45,7 @@ def difference_intervals(
     differences:np.ndarray, # (arms, seeds) paired differences, arm minus baseline
     test_variance:np.ndarray, # (arms,) variance of each arm's mean difference over bootstrapped test sets
     num_groups:int, # independent groups in the test set
-    confidence:float=.95,
+    confidence:float=.95, # share of such intervals that hold the truth
 )->pd.DataFrame: # a row an arm: difference, low, high, se, df
     "Intervals of mean differences from seed spread (pooled over arms) and test-set variance"
     arms,seeds = differences.shape

@@ -35,8 +35,8 @@ class PrepareConfig(Config):
 class DataConfig(Config):
     "One of the two; `folder` wins"
     folder: str|None = None # a store, or the challenge's folder
-    simulate: SimulateConfig|None = None
-    prepare: PrepareConfig = PrepareConfig()
+    simulate: SimulateConfig|None = None # cells to simulate; None for none
+    prepare: PrepareConfig = PrepareConfig() # how to read a folder of fields
 
 # %% ../../nbs/study/00_arms.ipynb #7a3fa5c2
 class ArmConfig(Config):
@@ -54,9 +54,13 @@ class ArmConfig(Config):
         except TypeError: raise InputError(f"the strategy '{self.kind}' does not take {', '.join(self.options)}") from None
         return self
     @property
-    def kind(self): return self.strategy or self.name
+    def kind(self)->str:
+        "The strategy's name"
+        return self.strategy or self.name
     @property
-    def uses(self): return STRATEGIES[self.kind].uses
+    def uses(self)->tuple[str,...]:
+        "Which images it wants: 'real', 'synthetic'"
+        return STRATEGIES[self.kind].uses
 
 # %% ../../nbs/study/00_arms.ipynb #43ac586d
 class StudyConfig(Config):
@@ -64,11 +68,11 @@ class StudyConfig(Config):
     about: str = '' # one line for people
     seed: int = 0 # of data, generator and, with the arm's seed, of each classifier
     seeds: int = pydantic.Field(3, ge=1) # classifiers an arm
-    data: DataConfig = DataConfig()
-    generator: GeneratorConfig = GeneratorConfig()
-    generate: GenerateConfig = GenerateConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
-    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=n) for n in STRATEGIES)
+    data: DataConfig = DataConfig() # where the real images come from
+    generator: GeneratorConfig = GeneratorConfig() # how it is trained
+    generate: GenerateConfig = GenerateConfig() # how many synthetic images, and how they are drawn
+    classifier: ClassifierConfig = ClassifierConfig() # of all arms
+    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=n) for n in STRATEGIES) # what is compared; 'real' is among them
     @pydantic.field_validator('arms')
     def _baseline(cls, arms):
         names = [a.name for a in arms]
@@ -85,7 +89,7 @@ def presets()->dict[str,dict]: # name -> settings
 def read_preset(
     name:str, # of a preset, or the path of a YAML file
 )->dict:
-    "Settings by name or path; raises `InputError` for an unknown one"
+    "Settings by name or path, not yet validated; raises `InputError` for an unknown one"
     return read_yaml(name) if name.endswith(('.yaml', '.yml')) else lookup('preset', name, presets())
 
 # %% ../../nbs/study/00_arms.ipynb #7a36ca20
@@ -106,7 +110,7 @@ def study_config(
     data:str|None=None, # a store or a folder of fields, instead of the preset's own
     overrides:list[str]=(), # 'a.b=value'
 )->StudyConfig:
-    "The validated settings of a study"
+    "The validated settings of a study; raises `InputError` for the first mistake"
     values = with_overrides(read_preset(preset), overrides)
     if data: values = {**values, 'data': {**values.get('data', {}), 'folder': str(Path(data).resolve())}}
     return read_config(StudyConfig, values, f"preset '{preset}'")

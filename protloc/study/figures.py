@@ -10,31 +10,30 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from ..core import atomic_path
-from ..plots import show_cells, show_intervals
-from .verdict import Study, in_words, write_results
+from ..plots import details, preformatted, show_cells, show_intervals
+from .verdict import VERDICT_COLOURS, Study, write_results
 
 # %% auto #0
-__all__ = ['COLOURS', 'Results', 'show', 'headline', 'fig_verdict', 'fig_scores', 'table_scores', 'examples', 'fig_cells',
-           'fig_fidelity', 'fidelity', 'fig_classes', 'fig_training', 'table_data', 'leak_check', 'details',
-           'provenance']
+__all__ = ['Results', 'show', 'fig_verdict', 'fig_scores', 'table_scores', 'examples', 'fig_cells', 'fig_fidelity', 'fidelity',
+           'fig_classes', 'fig_training', 'table_data', 'leak_check', 'provenance']
 
 # %% ../../nbs/study/03_figures.ipynb #9410c318
-COLOURS = dict(helps='#1a7f37', hurts='#c62828', undecided='#8a6d00')
-
 class Results:
     "A study and its tables, for the report's cells"
     def __init__(self,
-        folder:str|Path, # of a finished run
+        folder:str|Path, # of a finished run; `InputError` for an unfinished one
     ):
         self.study = Study(folder)
         self.folder = Path(folder)
         if not (self.folder/'results').exists(): write_results(self.study)
         for path in sorted((self.folder/'results').glob('*.csv')): setattr(self, path.stem, pd.read_csv(path))
         self.verdict = self.verdict.set_index('arm')
+    def __repr__(self): return f'Results({str(self.folder)!r})'
+    def _repr_html_(self): return self.study._repr_html_()
 
 # %% ../../nbs/study/03_figures.ipynb #d3a9194f
 def show(
-    fig:Figure,
+    fig:Figure, # closed afterwards
     path:Path, # where the PNG is kept
     caption:str, # under the figure
 )->HTML:
@@ -45,25 +44,12 @@ def show(
     data,text = base64.b64encode(buffer.getvalue()).decode(),html.escape(caption)
     return HTML(f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>')
 
-# %% ../../nbs/study/03_figures.ipynb #25eb22bf
-def headline(r:Results)->HTML:
-    "What was compared, in two lines, and a card an arm"
-    s,n = r.study,{p: len(r.study.real.rows(p)) for p in ('train', 'val', 'test')}
-    what = f'{n["train"]} training, {n["val"]} validation and {n["test"]} test images of {s.real.size} px, {len(s.real.vocab)} classes, {len(s.real.channels)} channels'
-    more = f'{len(s.synthetic)} synthetic images from one generator; ' if s.synthetic else ''
-    cards = ''.join(_card(a, row, len(s.seeds)) for a,row in r.verdict.iterrows())
-    return HTML(f'<p class="lead">{html.escape(s.config.about)}</p><p>{what}; {more}{len(s.seeds)} seeds an arm.</p><div class="cards">{cards}</div>')
-
-def _card(arm, row, seeds):
-    said = in_words(arm, row, seeds).split(', ', 1)[1]
-    return f'<div class="card {row.verdict}"><h3>{html.escape(arm)}</h3><b>{row.verdict}</b><p>{html.escape(said[0].upper()+said[1:])}</p></div>'
-
 # %% ../../nbs/study/03_figures.ipynb #59f714a2
 def fig_verdict(r:Results)->Figure:
     "Change of test macro-F1 by arm"
-    ax = show_intervals(r.verdict, 'change of test macro-F1 against real images alone\n(left: worse, right: better)', [COLOURS[v] for v in r.verdict.verdict])
+    ax = show_intervals(r.verdict, 'change of test macro-F1 against real images alone\n(left: worse, right: better)', [VERDICT_COLOURS[v] for v in r.verdict.verdict])
     for y,(_,row) in zip(np.arange(len(r.verdict))[::-1], r.verdict.iterrows()):
-        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (row.difference, y), (0, 7), textcoords='offset points', ha='center', size=9, color=COLOURS[row.verdict],
+        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (row.difference, y), (0, 7), textcoords='offset points', ha='center', size=9, color=VERDICT_COLOURS[row.verdict],
             bbox=dict(fc='white', ec='none', pad=1))
     return ax.figure
 
@@ -104,7 +90,10 @@ def examples(
     rows = rows[store.labels[rows, k] > .5]
     return store.images[rows[np.argsort(store.labels[rows].sum(1), kind='stable')][:n]]
 
-def fig_cells(r:Results, n:int=6)->Figure:
+def fig_cells(
+    r:Results,
+    n:int=6, # images a class and side
+)->Figure:
     "Real cells left, synthetic cells right, a row a class that occurs"
     real,synthetic = r.study.real,r.study.synthetic
     rows = {}
@@ -186,14 +175,10 @@ def leak_check(r:Results)->HTML:
     if shared: return HTML(f'<p><b>Leak: {shared} groups stand in two parts, so the test scores are too high.</b> Split the images by group and run the study again.</p>')
     return HTML('<p>No group (antibody, field) stands in two parts. The generator was trained on the part <i>train</i> alone, and synthetic images are used for training only.</p>')
 
-def details(title:str, text:str)->HTML:
-    "A text that opens on a click"
-    return HTML(f'<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>')
-
 def provenance(r:Results)->HTML:
     "Settings, versions, stages and manifests"
     stages = pd.read_json(r.folder/'log.jsonl', lines=True)[['stage', 'seconds']].to_string(index=False)
     stores = {k: {**s.manifest['made'], 'sha256': s.manifest['sha256']} for k,s in (('real', r.study.real), ('synthetic', r.study.synthetic)) if s}
     parts = {'Settings (config.yaml)': (r.folder/'config.yaml').read_text(), 'Versions': (r.folder/'versions.json').read_text(),
         'Stages': stages, 'How the images were made': yaml.safe_dump(stores, sort_keys=False)}
-    return HTML(''.join(details(k, v).data for k,v in parts.items()))
+    return HTML(''.join(details(k, preformatted(v)) for k,v in parts.items()))

@@ -17,7 +17,7 @@ __all__ = ['page', 'write_report']
 # %% ../../nbs/study/04_report.ipynb #6f4a2707
 def page(
     notebook, # an executed notebook
-    title:str,
+    title:str, # plain text, for the browser's tab
 )->str: # a whole HTML page
     "Outputs and prose of a notebook as one self-contained page; what libraries print to stderr is left out"
     for cell in notebook.cells:
@@ -30,7 +30,7 @@ def page(
 
 # %% ../../nbs/study/04_report.ipynb #6f8c590d
 def write_report(
-    folder:str|Path, # of a finished run
+    folder:str|Path, # of a finished run; `InputError` for an unfinished one
 )->Path: # of report.html
     "Make results/, figures/, report.ipynb and report.html anew"
     folder = Path(folder).resolve()

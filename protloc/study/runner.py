@@ -53,10 +53,10 @@ def claim_folder(
 
 # %% ../../nbs/study/01_runner.ipynb #e16b133b
 def stage(
-    folder:Path,
+    folder:Path, # of the run
     name:str, # shown, and logged
-    work, # does it
-):
+    work, # called without arguments
+): # what `work()` gives
     "Do a stage and log its duration"
     print(f'== {name}', flush=True)
     start = time.time()
@@ -73,7 +73,11 @@ def check_images(c:StudyConfig):
     elif given:
         for part in ('train', 'val', 'test'): ImageStore(given).rows(part)
 
-def is_store(folder:str|Path)->bool: return (Path(folder)/'manifest.json').exists()
+def is_store(
+    folder:str|Path, # may be absent
+)->bool:
+    "Whether a folder says that it is a store"
+    return (Path(folder)/'manifest.json').exists()
 
 # %% ../../nbs/study/01_runner.ipynb #14b64986
 def real_images(
@@ -102,7 +106,7 @@ def _own_store(path, folder):
 # %% ../../nbs/study/01_runner.ipynb #d4b3e21f
 def synthetic_images(
     c:StudyConfig,
-    real:ImageStore,
+    real:ImageStore, # whose part 'train' the generator sees
     folder:Path, # of the run
 )->ImageStore|None: # None where no arm uses any
     "Train the generator and draw the synthetic store"
@@ -114,16 +118,20 @@ def synthetic_images(
     return stage(folder, 'draw synthetic images', lambda: generate(pipe, path, plan, c.generate, derive_seed(c.seed, 'generate')))
 
 # %% ../../nbs/study/01_runner.ipynb #5dd81f03
-def run_folder(folder:Path, arm:str, seed:int)->Path:
+def run_folder(
+    folder:Path, # of the run
+    arm:str, # its name
+    seed:int, # 0 to c.seeds-1
+)->Path:
     "Where a classifier lives"
     return Path(folder)/'classifiers'/arm/f'seed-{seed}'
 
 def train_arm(
     c:StudyConfig,
-    arm:ArmConfig,
+    arm:ArmConfig, # of c.arms
     seed:int, # 0 to c.seeds-1
-    real:ImageStore,
-    synthetic:ImageStore|None,
+    real:ImageStore, # the study's images
+    synthetic:ImageStore|None, # the generator's, where the arm uses any
     folder:Path, # of the run
 ):
     "One classifier: train, predict validation and test"
@@ -144,8 +152,8 @@ def _train_arm_with(threads, quiet, *args):
 
 def train_arms(
     c:StudyConfig,
-    real:ImageStore,
-    synthetic:ImageStore|None,
+    real:ImageStore, # the study's images
+    synthetic:ImageStore|None, # the generator's, where an arm uses any
     folder:Path, # of the run
     jobs:int=1, # processes; the cores are shared out
 ):
@@ -163,7 +171,7 @@ def run_study(
     folder:str|Path, # of the run; created, or continued
     jobs:int=1, # classifiers trained at a time
 ):
-    "Do all stages of a study, or what is left of them"
+    "Do all stages of a study, or what is left of them; raises `InputError` for images or a folder that do not fit"
     if not (Path(folder)/'config.yaml').exists(): check_images(c)
     folder = claim_folder(folder, c)
     torch.set_num_threads(cores())

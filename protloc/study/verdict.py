@@ -4,8 +4,11 @@
 
 # %% ../../nbs/study/02_verdict.ipynb #9d067242
 from __future__ import annotations
+import html
+from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
+from fastcore.basics import patch
 from ..classify.predict import load_classifier, probabilities
 from ..core import InputError, atomic_path, read_config
 from ..data.store import ImageStore
@@ -15,12 +18,12 @@ from .arms import StudyConfig
 from .runner import real_images, run_folder
 
 # %% auto #0
-__all__ = ['Study', 'all_scores', 'class_scores', 'resampled_f1', 'verdict', 'score_intervals', 'class_changes', 'in_words',
-           'label_fidelity', 'write_results']
+__all__ = ['VERDICT_COLOURS', 'Study', 'all_scores', 'class_scores', 'resampled_f1', 'verdict', 'score_intervals',
+           'class_changes', 'in_words', 'label_fidelity', 'write_results']
 
 # %% ../../nbs/study/02_verdict.ipynb #a70bc13d
 class Study:
-    "A finished study's folder, opened"
+    "A study's folder, opened; what is not finished yet raises `InputError` when asked for"
     def __init__(self,
         folder:str|Path, # of the run
     ):
@@ -29,15 +32,24 @@ class Study:
         self.config = read_config(StudyConfig, yaml.safe_load((self.folder/'config.yaml').read_text()), f'{folder}/config.yaml')
         self.arms = [a.name for a in self.config.arms]
         self.seeds = range(self.config.seeds)
-        missing = [f'{a} seed {s}' for a in self.arms for s in self.seeds if not (run_folder(self.folder, a, s)/'test.npy').exists()]
-        if missing: raise InputError(f'{folder} is not finished, {missing[0]} is missing: continue it with the command that began it')
-        self.real = real_images(self.config, self.folder)
         self.synthetic = ImageStore(self.folder/'synthetic') if (self.folder/'synthetic').exists() else None
+    @cached_property
+    def real(self)->ImageStore:
+        "The real images"
+        if not any((self.folder/p).exists() for p in ('real', 'store.json')): self._lack('the images')
+        return real_images(self.config, self.folder)
     def probabilities(self, arm:str, seed:int, part:str)->np.ndarray:
-        "(n, K) of one classifier for the part 'val' or 'test'"
-        return np.load(run_folder(self.folder, arm, seed)/f'{part}.npy')
-    def labels(self, part:str)->np.ndarray: return self.real.labels[self.real.rows(part)]
-    def training_log(self, arm:str, seed:int)->pd.DataFrame: return pd.read_json(run_folder(self.folder, arm, seed)/'log.jsonl', lines=True)
+        "(n, K) in [0, 1]: what one classifier said about the part 'val' or 'test'"
+        path = run_folder(self.folder, arm, seed)/f'{part}.npy'
+        if not path.exists(): self._lack(f'{arm} seed {seed}')
+        return np.load(path)
+    def labels(self, part:str)->np.ndarray:
+        "(n, K) multi-hot: what the real images of a part show"
+        return self.real.labels[self.real.rows(part)]
+    def training_log(self, arm:str, seed:int)->pd.DataFrame:
+        "Loss, rate and validation scores of one classifier, a row a line of its log.jsonl"
+        return pd.read_json(run_folder(self.folder, arm, seed)/'log.jsonl', lines=True)
+    def _lack(self, what): raise InputError(f'{self.folder} is not finished, {what} is missing: continue it with the command that began it')
     def __repr__(self): return f"Study({str(self.folder)!r}: {', '.join(self.arms)}; {len(self.seeds)} seeds)"
 
 # %% ../../nbs/study/02_verdict.ipynb #26d22f6b
@@ -53,9 +65,9 @@ def class_scores(study:Study)->pd.DataFrame: # columns arm, seed, class, precisi
 
 # %% ../../nbs/study/02_verdict.ipynb #f2d4294b
 def resampled_f1(
-    study:Study,
-    part:str='test',
-    draws:int=1000,
+    study:Study, # finished
+    part:str='test', # or 'val'
+    draws:int=1000, # bootstrapped test sets
 )->dict: # (arm, seed) -> (1+draws, K): row 0 is the part as it is
     "F1 of each class on the test part and on bootstrapped copies of it"
     rows = study.real.rows(part)
@@ -74,7 +86,7 @@ def _intervals(study, value, arms, baseline=None):
 
 # %% ../../nbs/study/02_verdict.ipynb #ec20bdfa
 def verdict(
-    study:Study,
+    study:Study, # finished
     f1:dict, # of `resampled_f1`
 )->pd.DataFrame: # a row an arm but 'real': difference, low, high, se, df, verdict
     "Change of test macro-F1 against the arm 'real', with a 95 % interval"
@@ -82,11 +94,17 @@ def verdict(
     found = _intervals(study, lambda a,s: macro(f1[a, s]), others, 'real')
     return found.assign(verdict=np.select([found.low > 0, found.high < 0], ['helps', 'hurts'], 'undecided'))
 
-def score_intervals(study:Study, f1:dict)->pd.DataFrame:
+def score_intervals(
+    study:Study, # finished
+    f1:dict, # of `resampled_f1`
+)->pd.DataFrame: # a row an arm: difference (from 0), low, high, se, df
     "Macro-F1 of every arm with a 95 % interval"
     return _intervals(study, lambda a,s: macro(f1[a, s]), study.arms)
 
-def class_changes(study:Study, f1:dict)->pd.DataFrame: # index (class, arm)
+def class_changes(
+    study:Study, # finished
+    f1:dict, # of `resampled_f1`
+)->pd.DataFrame: # index (class, arm): difference, low, high, se, df
     "Change of each class's test F1 against 'real', with a 95 % interval"
     others = [a for a in study.arms if a != 'real']
     found = {name: _intervals(study, lambda a,s: f1[a, s][:, k], others, 'real') for k,name in enumerate(study.real.vocab) if study.labels('test')[:, k].any()}
@@ -94,9 +112,9 @@ def class_changes(study:Study, f1:dict)->pd.DataFrame: # index (class, arm)
 
 # %% ../../nbs/study/02_verdict.ipynb #5692269c
 def in_words(
-    arm:str,
+    arm:str, # its name
     row:pd.Series, # of `verdict`
-    seeds:int,
+    seeds:int, # classifiers an arm
 )->str:
     "One sentence a person can repeat"
     change = f"test macro-F1 {row.difference:+.3f} against real images alone"
@@ -107,7 +125,7 @@ def in_words(
 
 # %% ../../nbs/study/02_verdict.ipynb #3b7f8a9e
 def label_fidelity(
-    study:Study,
+    study:Study, # with synthetic images
     seed:int=0, # of the arm 'real' that judges
 )->pd.DataFrame: # a row a class: f1 on validation and on synthetic images
     "F1 of a real-trained classifier on unseen real and on synthetic images"
@@ -118,7 +136,7 @@ def label_fidelity(
 
 # %% ../../nbs/study/02_verdict.ipynb #d5731aec
 def write_results(
-    study:Study,
+    study:Study, # `InputError` where it is not finished
 )->pd.DataFrame: # of `verdict`
     "Write scores.csv, classes.csv, class_changes.csv, verdict.csv, label_fidelity.csv and verdict.txt into results/"
     f1 = resampled_f1(study)
@@ -131,3 +149,37 @@ def write_results(
         for name,table in tables.items(): table.to_csv(p/f'{name}.csv', index=False, float_format='%.6g')
         (p/'verdict.txt').write_text('\n'.join(in_words(a, r, len(study.seeds)) for a,r in found.iterrows())+'\n')
     return found
+
+# %% ../../nbs/study/02_verdict.ipynb #36dbc2d1
+VERDICT_COLOURS = dict(helps='#1a7f37', hurts='#c62828', undecided='#8a6d00')
+
+def _card(arm, row, seeds):
+    "An arm's verdict in a frame; `report.css` colours its words as well"
+    said = in_words(arm, row, seeds).split(', ', 1)[1]
+    frame = f'flex:1 1 13rem;max-width:24rem;padding:.7rem .9rem;border:1px solid #8886;border-top:4px solid {VERDICT_COLOURS[row.verdict]};border-radius:.4rem'
+    return (f'<div class="card {row.verdict}" style="{frame}"><strong>{html.escape(arm)}</strong><br><b style="text-transform:uppercase;letter-spacing:.04em">{row.verdict}</b>'
+        f'<br><span style="font-size:.92em">{html.escape(said[0].upper()+said[1:])}</span></div>')
+
+# %% ../../nbs/study/02_verdict.ipynb #93652dc1
+def _sizes(study):
+    "How much was compared, in one line"
+    r,(train,val,test) = study.real,(len(study.labels(p)) for p in ('train', 'val', 'test'))
+    more = f'{len(study.synthetic)} synthetic images from one generator; ' if study.synthetic else ''
+    return f'{train} training, {val} validation and {test} test images of {r.size} px, {len(r.vocab)} classes, {len(r.channels)} channels; {more}{len(study.seeds)} seeds an arm.'
+
+def _progress(study):
+    "What is done of a study without results, in one line"
+    runs = [run_folder(study.folder, a, s)/'test.npy' for a in study.arms for s in study.seeds]
+    done = sum(p.exists() for p in runs)
+    if done == len(runs): return 'All classifiers are trained; write_results(study) makes the verdict.'
+    return f'Not finished: {done} of {len(runs)} classifiers are trained. The command that began it continues it.'
+
+# %% ../../nbs/study/02_verdict.ipynb #1869efe4
+@patch
+def _repr_html_(self:Study)->str: # HTML
+    "What was compared, and the verdict of each arm, or what is done so far"
+    path = self.folder/'results'/'verdict.csv'
+    try: sizes = _sizes(self)
+    except InputError: sizes = 'No images yet.'
+    cards = ''.join(_card(a, r, len(self.seeds)) for a,r in pd.read_csv(path, index_col='arm').iterrows()) if path.exists() else html.escape(_progress(self))
+    return f'<div><p class="lead">{html.escape(self.config.about)}</p><p>{sizes}</p><div style="display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0">{cards}</div></div>'
