@@ -22,10 +22,10 @@ class Symbols:
     def __init__(self, modules: dict[str, dict[str, Symbol]]): self.modules = modules
 
     def find(self, name: str, module: str = '') -> Symbol | None:
-        "By full, short or module-relative name; a symbol of the same module comes first"
+        "By full name or the name in its module; first in this module, last among the commands, which have the names of what they call"
         if name in self.modules.get(module, {}): return self.modules[module][name]
         found = [s for m, symbols in self.modules.items() for n, s in symbols.items() if name in (n, f'{m}.{n}')]
-        return min(found, key=lambda s: s.module == 'protloc.cli') if found else None
+        return min(found, key=lambda s: s.module.endswith('.cli')) if found else None
 
     def linked(self, text: str, module: str) -> str:
         "Backticked names of ours become checked references"
@@ -37,7 +37,9 @@ class Symbols:
 
 def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebook_url: str) -> NotebookNode:
     "The same notebook for MyST-NB; `base_url` is where the site is published, as nbdev's links have it; `module` is empty where nothing is exported"
-    cells, level, waiting, shown = [], 1, [], set()
+    front, level, waiting, shown = front_matter(nb), 1, [], set()
+    where = f'Module `{module}`, made from [this notebook]({notebook_url})' if module else f'[Notebook]({notebook_url})'
+    cells = [new_markdown_cell(f"# {front['title']}\n\n{{.lead}}\n{symbols.linked(front['description'], module)}\n\n{{.where}}\n{where}")]
     for cell in [*nb.cells, None]:
         if name := cell and cell.cell_type == 'code' and SHOW_DOC.search(cell.source):
             waiting.append(symbols.find(name[1], module) or stop(f'{module}: show_doc({name[1]}) names nothing that is exported'))
@@ -45,13 +47,9 @@ def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebo
         for symbol in sorted(waiting, key=lambda s: s.line): # nbdev turns the order within a cell around
             if symbol.name not in shown: cells.append(new_markdown_cell(entry(symbol, symbols, min(level+1, 3), shown)))
         waiting = []
-        if cell is None or not cell.source.strip(): continue
-        if cell.cell_type == 'raw':
-            front = front_matter(cell.source)
-            where = f'Module `{module}`, made from [this notebook]({notebook_url})' if module else f'[Notebook]({notebook_url})'
-            cells.append(new_markdown_cell(f"# {front['title']}\n\n{{.lead}}\n{symbols.linked(front['description'], module)}\n\n{{.where}}\n{where}"))
-        elif cell.cell_type == 'code': cells.append(code(cell))
-        elif not cell.source.startswith('<!-- WARNING'):
+        if cell is None or not cell.source.strip() or cell.source.startswith('<!-- WARNING'): continue
+        if cell.cell_type == 'code': cells.append(code(cell))
+        elif cell.cell_type == 'markdown':
             cells.append(new_markdown_cell(links(callouts(cell.source), module, symbols, base_url)))
             headings = re.findall(r'^(#+) ', without_fences(cell.source), re.MULTILINE)
             level = len(headings[-1]) if headings else level
@@ -60,9 +58,10 @@ def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebo
     return nb
 
 
-def front_matter(text: str) -> dict[str, str]:
+def front_matter(nb: NotebookNode) -> dict[str, str]:
     "Title and description, which nbdev took from the title cell"
-    found = yaml.safe_load(text.strip().strip('-'))
+    raw = next((c.source for c in nb.cells if c.cell_type == 'raw'), '')
+    found = yaml.safe_load(raw.strip().strip('-')) or {}
     if not (found.get('title') and found.get('description')): stop(f'a notebook needs a title cell, `# Title` and `> one sentence`; found {found}')
     return found
 
@@ -81,7 +80,7 @@ def callouts(text: str) -> str:
             name, folded = re.search(r'title="([^"]*)"', begin[2]), 'collapse="true"' in begin[2]
             open_.append(bool(kind))
             if not kind: continue
-            style = {'caution': 'caution', 'warning': 'warning', 'important': 'important', 'tip': 'tip'}.get(kind[1], 'note')
+            style = kind[1] if kind[1] in ('caution', 'important', 'tip', 'warning') else 'note'
             lines.append(f'{begin[1]}{{admonition}} {name[1] if name else style.capitalize()}\n:class: {style}{" dropdown" if folded else ""}\n')
         elif re.match(r'^:{3,}\s*$', line) and open_:
             if open_.pop(): lines.append(line)
@@ -125,7 +124,7 @@ def entry(symbol: Symbol, symbols: Symbols, level: int, shown: set) -> str:
 def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
     "A Python-domain directive for one symbol"
     def say(text): return symbols.linked(re.sub(r'(`[^`]*`)|(--[a-z][\w-]*)', lambda m: m[1] or f'`{m[2]}`', text), symbol.module)
-    body = [say(symbol.about), table(symbol.fields, say)]
+    body = [say(symbol.about), table(symbol.fields, symbols, say)]
     body.append('\n'.join(f":param {p.name.replace('*', chr(92)+'*')}: {say(p.about)}" for p in symbol.params if p.about)
         + (f'\n:returns: {say(symbol.returns.about)}' if symbol.returns and symbol.returns.about else ''))
     if symbol.kind == 'property': head, options = symbol.name, f":type: {symbol.returns.type}\n" if symbol.returns else ''
@@ -135,9 +134,12 @@ def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
     return f'{fence}{{py:{symbol.kind}}} {head}\n:module: {symbol.module}\n{options}\n{text}\n{fence}\n'
 
 
-def table(fields: list[Item], say) -> str:
+def table(fields: list[Item], symbols: Symbols, say) -> str:
     "Fields of settings or of a dataclass"
-    if not fields: return ''
-    cell = lambda text: text.replace('|', '\\|')
-    rows = [f"| `{f.name}` | `{cell(f.type.replace('protloc.', '').rsplit('.', 1)[-1] if f.type.startswith('protloc.') else f.type)}` | {f'`{cell(f.default)}`' if f.default else ''} | {cell(say(f.about))} |" for f in fields]
-    return '\n'.join(['| field | type | default | meaning |', '|---|---|---|---|', *rows])
+    def type_of(f):
+        own, short = [s for s in map(symbols.find, re.findall(r'\w+(?:\.\w+)+', f.type)) if s], f.type
+        for s in own: short = short.replace(f'{s.module}.{s.name}', s.name)
+        return f'{{py:obj}}`{short} <{own[0].module}.{own[0].name}>`' if own else f'`{short}`'
+    rows = [(f'`{f.name}`', type_of(f), f'`{f.default}`' if f.default else '', say(f.about)) for f in fields]
+    lines = [('field', 'type', 'default', 'meaning'), ('---',)*4, *rows]
+    return '\n'.join('| '+' | '.join(cell.replace('|', '\\|') for cell in row)+' |' for row in lines) if rows else ''

@@ -19,7 +19,11 @@ from .core import Config
 class Optics(Config):
     "How the microscope sees"
     psf: float = pydantic.Field(1.5, gt=0) # width of the blur in pixels
-    lens: str = 'oil' # see `shrink`
+    lens: str|None = 'oil' # see `shrink`
+
+class Microscope(Config):
+    "All of it"
+    optics: tuple[Optics, ...] = () # several
 
 def shrink(
     images:Tensor, # (N, C, S, S) in [0, 1]
@@ -69,18 +73,20 @@ def test_signatures_and_docments(symbols):
 def test_classes_have_fields_methods_and_patches(symbols):
     found = symbols.modules['lab.optics']
     assert [(f.name, f.type, f.default, f.about) for f in found['Optics'].fields] == [
-        ('psf', 'float, > 0', '1.5', 'width of the blur in pixels'), ('lens', 'str', "'oil'", 'see `shrink`')]
+        ('psf', 'float, > 0', '1.5', 'width of the blur in pixels'), ('lens', 'str | None', "'oil'", 'see `shrink`')]
     assert found['Camera'].members == ['Camera.shoot'] and found['Camera'].signature == '(gain: float = 1.0)'
     assert found['Camera.shoot'].signature == '(optics: lab.optics.Optics) -> Tensor'
     assert found['Camera.close'].kind == 'method' and found['Camera.close'].signature == '()'
 
 
 def test_show_doc_becomes_an_entry(symbols):
-    show = [new_code_cell(f'#| echo: false\n#| output: asis\nshow_doc({n})') for n in ('Camera', 'shrink', 'Optics')]
+    show = [new_code_cell(f'#| echo: false\n#| output: asis\nshow_doc({n})') for n in ('Camera', 'shrink', 'Optics', 'Microscope')]
     cells = adapted(symbols, new_markdown_cell('## Lenses'), *show)
-    assert [c.source.split('\n')[0] for c in cells[2:]] == ['### `Optics`', '### `shrink`', '### `Camera`'] # in the order of the source
-    optics, shrink, camera = (c.source for c in cells[2:])
+    assert [c.source.split('\n')[0] for c in cells[2:]] == ['### `Optics`', '### `Microscope`', '### `shrink`', '### `Camera`'] # in the order of the source
+    optics, microscope, shrink, camera = (c.source for c in cells[2:])
     assert '| `psf` | `float, > 0` | `1.5` | width of the blur in pixels |' in optics and 'see {py:obj}`shrink <lab.optics.shrink>`' in optics
+    assert "| `lens` | `str \\| None` | `'oil'` |" in optics
+    assert '| {py:obj}`tuple[Optics, ...] <lab.optics.Optics>` | `()` | several |' in microscope
     assert '```{py:function} shrink(images: Tensor' in shrink and ':param \\*\\*options: of the resampler' in shrink and ':returns: (N, C, size, size)' in shrink
     assert camera.startswith('### `Camera`\n\n````{py:class} Camera(gain: float = 1.0)') and '```{py:method} Camera.shoot(' in camera
     assert ':param out: Where to, `a --b` or `--out`.' in adapted(symbols, new_code_cell('show_doc(command)'))[1].source
@@ -94,7 +100,8 @@ def test_title_and_links(symbols):
     pages = adapted(symbols, new_markdown_cell('[a](00_core.ipynb), [b](../data/01_store.ipynb#rows), [c](https://x.org/00_core.ipynb), [d](how.ipynb)'))[1]
     assert pages.source == '[a](core.ipynb), [b](../data/store.ipynb#rows), [c](https://x.org/00_core.ipynb), [d](how.ipynb)'
     with pytest.raises(DocsError, match='links to nothing'): adapted(symbols, new_markdown_cell(f'[`Lens`]({BASE}/optics.html#lens)'))
-    with pytest.raises(DocsError, match='title cell'): adapt(new_notebook(cells=[new_raw_cell('---\ntitle: Light\n---')]), '', symbols, BASE, BASE)
+    for bare in ([], [new_raw_cell('---\ntitle: Light\n---')]):
+        with pytest.raises(DocsError, match='title cell'): adapt(new_notebook(cells=bare), '', symbols, BASE, BASE)
 
 
 def test_callouts_become_admonitions():
