@@ -113,7 +113,7 @@ class Module:
         self.symbols[node.name] = symbol
         for n in node.body:
             if not isinstance(n, ast.FunctionDef): continue
-            if n.name == '__init__': symbol.params = self.params(n)[1:]; symbol.signature = written(symbol.params, None)
+            if n.name in ('__init__', '__new__'): symbol.params = self.params(n)[1:]; symbol.signature = written(symbol.params, None)
             elif ast.get_docstring(n): self.add_function(n, node.name); symbol.members += [f'{node.name}.{n.name}'] if f'{node.name}.{n.name}' in self.symbols else []
 
     def field(self, node) -> Item:
