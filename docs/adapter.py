@@ -140,6 +140,6 @@ def table(fields: list[Item], symbols: Symbols, say) -> str:
         own, short = [s for s in map(symbols.find, re.findall(r'\w+(?:\.\w+)+', f.type)) if s], f.type
         for s in own: short = short.replace(f'{s.module}.{s.name}', s.name)
         return f'{{py:obj}}`{short} <{own[0].module}.{own[0].name}>`' if own else f'`{short}`'
-    rows = [(f'`{f.name}`', type_of(f), f'`{f.default}`' if f.default else '', say(f.about)) for f in fields]
-    lines = [('field', 'type', 'default', 'meaning'), ('---',)*4, *rows]
+    rows = [(f'`{f.name}`', say(f.about), type_of(f), f'`{f.default}`' if f.default else '') for f in fields]
+    lines = [('field', 'meaning', 'type', 'default'), ('---',)*4, *rows]
     return '\n'.join('| '+' | '.join(cell.replace('|', '\\|') for cell in row)+' |' for row in lines) if rows else ''

@@ -84,9 +84,9 @@ def test_show_doc_becomes_an_entry(symbols):
     cells = adapted(symbols, new_markdown_cell('## Lenses'), *show)
     assert [c.source.split('\n')[0] for c in cells[2:]] == ['### `Optics`', '### `Microscope`', '### `shrink`', '### `Camera`'] # in the order of the source
     optics, microscope, shrink, camera = (c.source for c in cells[2:])
-    assert '| `psf` | `float, > 0` | `1.5` | width of the blur in pixels |' in optics and 'see {py:obj}`shrink <lab.optics.shrink>`' in optics
-    assert "| `lens` | `str \\| None` | `'oil'` |" in optics
-    assert '| {py:obj}`tuple[Optics, ...] <lab.optics.Optics>` | `()` | several |' in microscope
+    assert '| `psf` | width of the blur in pixels | `float, > 0` | `1.5` |' in optics and 'see {py:obj}`shrink <lab.optics.shrink>`' in optics
+    assert "| `str \\| None` | `'oil'` |" in optics
+    assert '| several | {py:obj}`tuple[Optics, ...] <lab.optics.Optics>` | `()` |' in microscope
     assert '```{py:function} shrink(images: Tensor' in shrink and ':param \\*\\*options: of the resampler' in shrink and ':returns: (N, C, size, size)' in shrink
     assert camera.startswith('### `Camera`\n\n````{py:class} Camera(gain: float = 1.0)') and '```{py:method} Camera.shoot(' in camera
     assert ':param out: Where to, `a --b` or `--out`.' in adapted(symbols, new_code_cell('show_doc(command)'))[1].source
