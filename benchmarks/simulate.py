@@ -8,7 +8,7 @@ import argparse, json, os, tempfile, time
 os.environ['OMP_NUM_THREADS'] = '1'
 from PIL import Image
 
-from protloc.data.hpa import read_field, resize_area
+from protloc.data.fields import read_field, resize_area
 from protloc.data.simulate import draw_label_sets, simulate_cell
 from protloc.labels import STAINS
 

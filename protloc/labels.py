@@ -48,7 +48,7 @@ def number_of(
     label:str|int, # a class name or a class number
 )->int: # in [0, len(vocabulary))
     "The number of a class; raises `InputError` for an unknown one"
-    if isinstance(label, (int, np.integer)) or str(label).lstrip('-').isdigit():
+    if isinstance(label, (int, np.integer)) or str(label).lstrip('-').isdecimal():
         if 0 <= int(label) < len(self): return int(label)
         raise InputError(f'there is no class number {label}: this vocabulary has 0 to {len(self)-1}')
     if label in self.numbers: return self.numbers[label]
@@ -87,7 +87,7 @@ def encode(
     "A `Target` string -> multi-hot; raises `InputError` for anything that is not a class number"
     row = np.zeros(len(self), np.float32)
     for word in str(target).split():
-        if not word.isdigit(): raise InputError(f"'{word}' is not a class number")
+        if not word.isdecimal(): raise InputError(f"'{word}' is not a class number")
         row[self.number_of(word)] = 1
     return row
 

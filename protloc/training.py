@@ -12,6 +12,7 @@ from typing import Literal
 import pydantic, safetensors.torch, torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -167,7 +168,7 @@ def train_step(
     "One optimizer step; a function of the run's state, the batch, the seed and the step"
     for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, c)
     torch.manual_seed(derive_seed(seed, 'step', run.step, accelerator.process_index))
-    with accelerator.autocast(): loss = objective(to_device(batch, accelerator.device))
+    with accelerator.autocast(): loss = objective(batch)
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(objective.parameters(), c.max_grad_norm)
     run.optimizer.step(); run.optimizer.zero_grad()
@@ -213,7 +214,7 @@ def _record(run, losses, started, c, extra):
 def fit(
     model:nn.Module, # trained in place
     loss:Callable, # loss(model, batch) -> scalar
-    batches, # `batches[step]` and `batches.shard(rank, world)`
+    batches, # `batches[step]`, `batches.augmented(batch, step)` and `batches.shard(rank, world)`
     c:LoopConfig,
     folder:str|Path, # log.jsonl, checkpoints/, last.safetensors, best.safetensors
     seed:int=0, # of all that is random in the loss
@@ -243,6 +244,7 @@ def _steps(run, objective, batches, c, seed, evaluate, score, name, accelerator)
     main,saved,started,losses = accelerator.is_main_process,time.time(),time.time(),[]
     bar = tqdm(total=c.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
     for batch in loader(batches, run.step, c.steps, c.workers, accelerator.device.type == 'cuda'):
+        batch = to_device(batches.augmented(send_to_device(batch, accelerator.device, non_blocking=True), run.step), accelerator.device)
         losses.append(train_step(objective, batch, run, accelerator, c, seed))
         bar.update()
         evaluates = bool(evaluate) and (run.step%c.evaluate_every == 0 or run.step == c.steps)

@@ -65,7 +65,7 @@ def png16():
 
 
 @pytest.mark.parametrize('damage,expected', [(missing, 'is missing'), (truncated, 'cannot be decoded'), (not_an_image, 'cannot be decoded'),
-    (other_size, 'is 64 x 32 pixels'), (rgb, 'is RGB, not 8-bit gray'), (rgb16, 'is RGB, not 8-bit gray'), (gray16, 'not 8-bit gray')])
+    (other_size, 'is 64 x 32 pixels'), (rgb, 'is RGB, not 8-bit gray'), (rgb16, 'is RGB with 16 bits'), (gray16, 'f3_blue.png is uint16, f3_red.png is uint8')])
 @pytest.mark.parametrize('workers', [1, 2])
 def test_images(protloc, challenge, tmp_path, damage, expected, workers):
     damage(challenge)

@@ -39,10 +39,13 @@ def test_results_are_complete(finished):
 
 def test_arms_see_the_same_real_images_for_the_same_number_of_steps(finished):
     from protloc.classify.mixing import strategy
-    from protloc.classify.train import sources
+    from protloc.classify.train import ClassifierConfig, sources
+    from protloc.training import LoopConfig
     real, synthetic = ImageStore(finished/'real'), ImageStore(finished/'synthetic')
-    alone, both = (sources(strategy(name), real, synthetic, 16, seed=3) for name in ('real', 'concat'))
+    c = ClassifierConfig(loop=LoopConfig(batch_size=16), augment=dict(crop_scale=(.8, 1), jitter=.2))
+    alone, both = (sources(strategy(name), real, synthetic, c, seed=3) for name in ('real', 'concat'))
     for step in (0, 7, 40):
+        assert (alone.augmented(alone[step], step)['real'][0] == both.augmented(both[step], step)['real'][0]).all()
         assert (alone[step]['real'][0] == both[step]['real'][0]).all() and (alone[step]['real'][1] == both[step]['real'][1]).all()
     assert (alone[0]['real'][0] != alone[7]['real'][0]).any()
     logs = [(finished/'classifiers'/a/'seed-0'/'log.jsonl').read_text().splitlines() for a in ('real', 'concat', 'mix_representation')]

@@ -15,6 +15,7 @@ __all__ = ['STRATEGIES', 'Strategy', 'Real', 'Synthetic', 'Concat', 'mix_shares'
 class Strategy:
     "What to do with a real and a synthetic batch"
     uses = ('real', 'synthetic')
+    pairs = False # whether a real and a synthetic image are mixed one to one
     def loss(self,
         classifier, # `features(images)`, `head(features)`, and `head(features(images))` as a call
         criterion, # criterion(logits, targets) -> (N,)
@@ -53,6 +54,7 @@ def mix_shares(
 # %% ../../nbs/classify/02_mixing.ipynb #cd8a3f20
 class MixLoss(Strategy):
     "lambda * loss(real) + (1 - lambda) * loss(synthetic), lambda an image"
+    pairs = True
     def __init__(self,
         alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
     ):
@@ -64,6 +66,7 @@ class MixLoss(Strategy):
 # %% ../../nbs/classify/02_mixing.ipynb #5e06bb0c
 class MixRepresentation(Strategy):
     "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda an image"
+    pairs = True
     def __init__(self,
         alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
     ):

@@ -11,39 +11,59 @@ from .losses import CRITERIA
 from .mixing import Strategy, strategy
 from .predict import load_classifier, probabilities, save_classifier
 from ..core import Config, InputError, derive_seed, hold_settings, lookup
-from ..data.loading import Batches, Pairs, in_order
+from ..data.loading import KINDS, AugmentConfig, Batches, Pairs, Partners, in_order
 from ..data.store import ImageStore
 from ..metrics import scores
 from ..training import LoopConfig, fit, load_weights, seeded, this_process
 
 # %% auto #0
-__all__ = ['ClassifierConfig', 'sources', 'train_classifier']
+__all__ = ['ClassifierConfig', 'check_partners', 'sources', 'train_classifier']
 
 # %% ../../nbs/classify/04_train.ipynb #5878f8f8
 class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
     backbone: str = 'resnet18' # a name in `BACKBONES`
     criterion: str = 'bce' # a name in `CRITERIA`
+    augment: AugmentConfig = AugmentConfig() # of training images, real and synthetic
     loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50) # length and rate
     @pydantic.model_validator(mode='after')
     def _known(self):
         lookup('backbone', self.backbone, BACKBONES); lookup('criterion', self.criterion, CRITERIA)
         return self
 
+# %% ../../nbs/classify/04_train.ipynb #6cefc388
+def check_partners(
+    s:Strategy,
+    partners:str, # one of `KINDS`
+    ratio:float, # synthetic images for each real one
+):
+    "Raise `InputError` where some images would be left without a partner"
+    lookup('kind of partner', partners, dict(zip(KINDS, KINDS)))
+    if ratio <= 0: raise InputError(f'the ratio of synthetic to real images must be above 0, not {ratio}')
+    if ratio != 1 and (s.pairs or partners != 'any'): raise InputError(f"a ratio of {ratio} leaves images without a partner: use 1, or partners 'any' and a strategy that does not mix them one to one")
+
 # %% ../../nbs/classify/04_train.ipynb #4015bb03
 def sources(
     s:Strategy, # says which batches it wants
     real:ImageStore, # with a part 'train'
     synthetic:ImageStore|None, # needed by all strategies but 'real'
-    batch_size:int, # real images a step, and synthetic images a step
-    seed:int, # of order and turns
+    c:ClassifierConfig,
+    seed:int, # of order and augmentation
+    partners:str='any', # which synthetic image stands beside a real one, one of `KINDS`
+    ratio:float=1., # synthetic images for each real one; 1 where they are mixed one to one
 )->Pairs:
     "The batches a strategy uses; raises `InputError` where synthetic images are missing or of another kind"
     if 'synthetic' in s.uses:
         if synthetic is None: raise InputError(f"the strategy '{type(s).__name__}' needs synthetic images: name a store with --synthetic")
         synthetic.check_like(real)
-    of = lambda store, purpose: Batches(store, store.rows('train'), batch_size, derive_seed(seed, purpose))
-    return Pairs(real=of(real, 'real') if 'real' in s.uses else None, synthetic=of(synthetic, 'synthetic') if 'synthetic' in s.uses else None)
+    check_partners(s, partners, ratio)
+    size = c.loop.batch_size
+    one = Batches(real, real.rows('train'), size, derive_seed(seed, 'real'), c.augment)
+    def other():
+        shared = derive_seed(seed, 'synthetic'),c.augment
+        if partners != 'any': return Partners(synthetic, synthetic.rows('train'), one, partners, *shared)
+        return Batches(synthetic, synthetic.rows('train'), max(round(size*ratio), 1), *shared)
+    return Pairs(real=one if 'real' in s.uses else None, synthetic=other() if 'synthetic' in s.uses else None)
 
 # %% ../../nbs/classify/04_train.ipynb #01607b7b
 def train_classifier(
@@ -53,12 +73,14 @@ def train_classifier(
     strategy_name:str='real', # a name in `STRATEGIES`
     synthetic:ImageStore|None=None, # synthetic images of the same kind
     seed:int=0, # of weights, batches and mixing
+    partners:str='any', # see `sources`
+    ratio:float=1., # synthetic images for each real one a step
     **options, # of the strategy, e.g. alpha
 )->Classifier: # with the best weights, in eval mode
     "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
     folder,s,criterion = Path(folder),strategy(strategy_name, **options),lookup('criterion', c.criterion, CRITERIA)
-    batches,val = sources(s, real, synthetic, c.loop.batch_size, seed),real.rows('val')
-    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
+    batches,val = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val')
+    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
     if (folder/'classifier.json').exists(): return load_classifier(folder)[0]
     with seeded(seed, 'classifier'): model = Classifier(c.backbone, len(real.channels), len(real.vocab))
     train = real.rows('train')

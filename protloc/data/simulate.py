@@ -23,7 +23,8 @@ __all__ = ['RANGES', 'ANGLES', 'ORGANELLES', 'MINIMUM_SHARE', 'CROSSTALK', 'TRAI
            'focal_adhesions', 'microtubules', 'microtubule_ends', 'cytokinetic_bridge', 'mitotic_spindle',
            'organizing_center', 'centrosome', 'plasma_membrane', 'cell_junctions', 'aggresome', 'cytosol',
            'cytoplasmic_bodies', 'rods_and_rings', 'chromatin', 'exposed', 'protein', 'photograph', 'simulate_cell',
-           'class_numbers', 'hpa_sets', 'label_sets', 'draw_label_sets', 'plan_images', 'simulate_store']
+           'class_numbers', 'hpa_sets', 'label_sets', 'draw_label_sets', 'plan_images', 'simulate_store',
+           'oracle_store']
 
 # %% ../../nbs/data/01_simulate.ipynb #9f1f7774
 from ..core import InputError, derive_seed, rng_for
@@ -606,7 +607,7 @@ def photograph(
 )->np.ndarray: # (4, size, size) uint8
     "What the camera makes of the light"
     x = blur(light, line.psf, size)
-    x = (CROSSTALK @ x.reshape(4, -1)).reshape(x.shape) + np.float32(line.background)
+    x = ((CROSSTALK @ x.reshape(4, -1)).reshape(x.shape) + np.float32(line.background)).clip(0)
     full = line.photons*max(1, 128/size)**2
     x = x + np.sqrt(x/full)*rng.standard_normal(x.shape, np.float32)
     return np.clip((x-1.5*line.background)*255+.5, 0, 255).astype(np.uint8)
@@ -707,10 +708,24 @@ def plan_images(
     return plan
 
 # %% ../../nbs/data/01_simulate.ipynb #c46f5b74
-def _batch(plan, seed, size):
+def _batch(plan, seed, size, shift):
     "Simulate some planned images"
-    return [simulate_cell(p['labels'], p['cell_line'], p['antibody'], seed, p['index'], size) for p in plan]
+    def line(p): return CellLine.draw(p['cell_line'], shift if p['split'] == 'test' else 0.)
+    return [simulate_cell(p['labels'], line(p), p['antibody'], seed, p['index'], size) for p in plan]
 
+def _write(path, plan, classes, size, made, seed, shift=0., workers=1, source='simulated'):
+    "Simulate planned images into a store"
+    place,batches = {k: i for i,k in enumerate(classes)},[plan[i:i+50] for i in range(0, len(plan), 50)]
+    with StoreWriter(path, STAINS, Vocabulary([HPA.names[k] for k in classes]), size, made) as w, tqdm(total=len(plan), desc='simulating', unit='image', leave=False) as bar:
+        run = (_batch(b, seed, size, shift) for b in batches) if workers==1 else Parallel(workers, return_as='generator')(delayed(_batch)(b, seed, size, shift) for b in batches)
+        for batch,images in zip(batches, run):
+            for p,image in zip(batch, images):
+                w.add(image, id=f"sim{p['index']:06d}", target=' '.join(map(str, sorted(place[k] for k in p['labels']))),
+                    group=f"antibody{p['antibody']:05d}", split=p['split'], source=source, cell_line=p['cell_line'])
+            bar.update(len(batch))
+    return ImageStore(path)
+
+# %% ../../nbs/data/01_simulate.ipynb #3d36743a
 def simulate_store(
     path, # the store's folder; must not exist yet
     counts:dict|None=None, # part -> number of images; 2000, 400 and 400 unless given
@@ -719,18 +734,25 @@ def simulate_store(
     temper:float=.5, # exponent of HPA's label set counts
     seed:int=0, # the user's seed
     workers:int=1, # processes
+    shift:float=0., # 0 to 1: how far the test cell lines are moved beyond training's, as a share of each parameter's range
 )->ImageStore:
     "Simulate a data set with parts, antibodies and cell lines, and write it"
     counts = dict(train=2000, val=400, test=400) if counts is None else dict(counts)
     numbers = class_numbers(classes); _check(numbers, size)
-    plan,place = plan_images(counts, numbers, temper, seed),{k: i for i,k in enumerate(numbers)}
-    batches = [plan[i:i+50] for i in range(0, len(plan), 50)]
-    made = dict(kind='simulated', counts=counts, temper=temper, seed=seed)
-    with StoreWriter(path, STAINS, Vocabulary([HPA.names[k] for k in numbers]), size, made) as w, tqdm(total=len(plan), desc='simulating', leave=False) as bar:
-        run = (_batch(b, seed, size) for b in batches) if workers==1 else Parallel(workers, return_as='generator')(delayed(_batch)(b, seed, size) for b in batches)
-        for batch,images in zip(batches, run):
-            for p,image in zip(batch, images):
-                w.add(image, id=f"sim{p['index']:06d}", target=' '.join(map(str, sorted(place[k] for k in p['labels']))),
-                    group=f"antibody{p['antibody']:05d}", split=p['split'], source='simulated', cell_line=p['cell_line'])
-            bar.update(len(batch))
-    return ImageStore(path)
+    if not 0 <= shift <= 1: raise InputError(f'the shift of the test cell lines must be from 0 to 1, not {shift}')
+    made = dict(kind='simulated', counts=counts, temper=temper, seed=seed, shift=shift)
+    return _write(path, plan_images(counts, numbers, temper, seed), numbers, size, made, seed, shift, workers)
+
+# %% ../../nbs/data/01_simulate.ipynb #6aedfa03
+def oracle_store(
+    path, # the new store's folder; must not exist yet
+    real:ImageStore, # a simulated store
+    labels:np.ndarray, # (n, K) multi-hot, a row an image
+    seed:int=0, # the user's seed, of the oracle
+    workers:int=1, # processes
+)->ImageStore: # like `real`, all in the part 'train'
+    "What a perfect generator would draw; raises `InputError` where the real images are not simulated"
+    if real.manifest['made'].get('kind') != 'simulated': raise InputError(f'{real.path} holds no simulated cells, and only those have an oracle: leave the arm out')
+    classes,rng = class_numbers(list(real.vocab)),rng_for(seed, 'oracle')
+    plan = [dict(labels=tuple(classes[k] for k in np.flatnonzero(row)), cell_line=int(rng.choice(TRAIN_LINES)), antibody=i, index=i, split='train') for i,row in enumerate(labels)]
+    return _write(path, plan, classes, real.size, dict(kind='oracle', seed=seed), derive_seed(seed, 'oracle cells'), workers=workers, source='synthetic')

@@ -5,12 +5,13 @@
 # %% ../../nbs/data/02_split.ipynb #49ca2763
 from __future__ import annotations
 from collections.abc import Sequence
-import numpy as np, pydantic
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+import numpy as np, pandas as pd, pydantic
+from iterstrat.ml_stratifiers import IterativeStratification
 from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['Fractions', 'assign_splits']
+__all__ = ['PARTS', 'Fractions', 'group_labels', 'spread', 'stratify', 'assign_splits', 'share_table', 'assign_folds',
+           'fold_parts']
 
 # %% ../../nbs/data/02_split.ipynb #c033e793
 class Fractions(Config):
@@ -23,6 +24,53 @@ class Fractions(Config):
         if abs(self.train+self.val+self.test-1) > 1e-6: raise ValueError('the shares of train, val and test must add up to 1')
         return self
 
+# %% ../../nbs/data/02_split.ipynb #b19724c6
+PARTS = ('train', 'val', 'test')
+
+def group_labels(
+    labels:np.ndarray, # (N, K) multi-hot
+    groups:Sequence[str], # (N,) what must stay together
+)->tuple[np.ndarray,np.ndarray]: # (N,) each image's group number; (G, K) what each group shows in any of its images
+    "Groups as numbers, and their labels"
+    names,member = np.unique(np.asarray(groups, str), return_inverse=True)
+    of_group = np.zeros((len(names), labels.shape[1]), int)
+    np.maximum.at(of_group, member, labels.astype(int))
+    return member,of_group
+
+# %% ../../nbs/data/02_split.ipynb #f166f007
+def spread(
+    of_group:np.ndarray, # (G, K) multi-hot, a row a group
+    part:np.ndarray, # (G,) part number of each group, in [0, parts)
+    parts:int, # how many parts
+)->np.ndarray: # (G,) part numbers
+    "Bring every class with enough groups into every part, as far as one move each can"
+    part,total = part.copy(),of_group.sum(0)
+    for p in range(parts):
+        if p not in part: part[np.flatnonzero(part == np.bincount(part).argmax())[0]] = p
+    count = np.stack([of_group[part==p].sum(0) for p in range(parts)])
+    for k in np.argsort(total, kind='stable'):
+        if total[k] < parts: continue
+        for p in np.flatnonzero(count[:, k] == 0):
+            some = np.flatnonzero(of_group[:, k])
+            some = some[((of_group[some] == 0) | (count[part[some]] > 1) | (total < parts)).all(1)]
+            if not len(some): continue
+            g = some[count[part[some], k].argmax()]
+            count[part[g]] -= of_group[g]; count[p] += of_group[g]
+            part[g] = p
+    return part
+
+# %% ../../nbs/data/02_split.ipynb #7c22e2b7
+def stratify(
+    of_group:np.ndarray, # (G, K) multi-hot, a row a group
+    shares:Sequence[float], # of each part; they add up to 1
+    seed:int, # the same seed, the same parts
+)->np.ndarray: # (G,) part numbers
+    "Iterative stratification in random order, then `spread`"
+    rng = np.random.RandomState(seed % 2**32)
+    order,part = rng.permutation(len(of_group)),np.zeros(len(of_group), int)
+    part[order] = IterativeStratification(of_group[order].astype(bool), np.array(shares), rng)
+    return spread(of_group, part, len(shares))
+
 # %% ../../nbs/data/02_split.ipynb #81eb34ab
 def assign_splits(
     labels:np.ndarray, # (N, K) multi-hot
@@ -31,19 +79,46 @@ def assign_splits(
     seed:int=0, # the same seed, the same split
 )->np.ndarray: # (N,) 'train', 'val' or 'test'
     "Multi-label stratified split over whole groups; raises `InputError` for fewer than three groups"
-    names,member = np.unique(np.asarray(groups, str), return_inverse=True)
-    if len(names) < 3: raise InputError(f'{len(names)} groups cannot be split into train, val and test: at least 3 are needed')
-    of_group = np.zeros((len(names), labels.shape[1]), int)
-    np.maximum.at(of_group, member, labels.astype(int))
-    part = np.full(len(names), 'train', dtype='<U5')
-    held = _held_out(of_group, fractions.val+fractions.test, seed, least=2)
-    part[held] = 'val'
-    part[held[_held_out(of_group[held], fractions.test/(fractions.val+fractions.test), seed)]] = 'test'
-    return part[member]
+    member,of_group = group_labels(labels, groups)
+    if len(of_group) < 3: raise InputError(f'{len(of_group)} groups cannot be split into train, val and test: at least 3 are needed')
+    return np.array(PARTS)[stratify(of_group, [getattr(fractions, p) for p in PARTS], seed)][member]
 
-# %% ../../nbs/data/02_split.ipynb #a6a6a309
-def _held_out(labels, share, seed, least=1):
-    "Positions of about `share` of the rows, at least `least` and never all"
-    n = min(max(round(len(labels)*share), least), len(labels)-1)
-    split = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=n, random_state=seed%2**32)
-    return np.sort(next(split.split(np.zeros(len(labels)), labels))[1])
+# %% ../../nbs/data/02_split.ipynb #1dc88928
+def share_table(
+    labels:np.ndarray, # (N, K) multi-hot
+    groups:Sequence[str], # (N,) what stays together
+    part:np.ndarray, # (N,) 'train', 'val', 'test'; others do not count
+    names:Sequence[str], # (K,) class names
+)->pd.DataFrame: # a row a class, rarest first
+    "Groups, images and share of each class in each part, and what is missing"
+    member,of_group = group_labels(labels, groups)
+    table = pd.DataFrame({'groups': of_group.sum(0), **{p: labels[part==p].sum(0).astype(int) for p in PARTS}}, index=pd.Index(names, name='class'))
+    for p in PARTS: table[f'{p} %'] = (100*table[p]/max((part==p).sum(), 1)).round(2)
+    def note(row):
+        lacks = [p for p in PARTS if not row[p]]
+        if not lacks or not row.groups: return '' if row.groups else 'no image'
+        why = f'only {int(row.groups)} of 3 groups needed' if row.groups < 3 else 'its groups could not be moved without robbing another class'
+        return f'not in {" and ".join(lacks)}: {why}'
+    return table.assign(note=table.apply(note, axis=1)).sort_values('groups', kind='stable')
+
+# %% ../../nbs/data/02_split.ipynb #755acf5c
+def assign_folds(
+    labels:np.ndarray, # (N, K) multi-hot
+    groups:Sequence[str], # (N,) what must stay together
+    folds:int=5, # how many, at least 3
+    seed:int=0, # the same seed, the same folds
+)->np.ndarray: # (N,) in [0, folds)
+    "Multi-label stratified folds of whole groups; raises `InputError` for fewer groups than folds"
+    member,of_group = group_labels(labels, groups)
+    if folds < 3: raise InputError(f'{folds} folds are too few: train, val and test need 3 at least')
+    if len(of_group) < folds: raise InputError(f'{len(of_group)} groups cannot be split into {folds} folds: choose fewer folds')
+    return stratify(of_group, [1/folds]*folds, seed)[member]
+
+def fold_parts(
+    fold:np.ndarray, # (N,) in [0, folds)
+    test:int=0, # the fold to test with
+)->np.ndarray: # (N,) 'train', 'val' or 'test'
+    "Parts from folds: one tests, the next one validates, the others train"
+    folds = int(fold.max())+1
+    if not 0 <= test < folds: raise InputError(f'there is no fold {test}: there are 0 to {folds-1}')
+    return np.select([fold == test, fold == (test+1)%folds], ['test', 'val'], 'train')

@@ -4,18 +4,20 @@
 
 # %% ../../nbs/data/00_store.ipynb #e6705d63
 from __future__ import annotations
-import hashlib, html, json, sys
+import contextlib, hashlib, html, json, os, sys
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .. import __version__
-from ..core import InputError, atomic_path, command_line, sha256, write_json
+from ..core import InputError, atomic_path, command_line, exclusive, remove, sha256, write_json
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'ImageStore', 'class_counts', 'few_rows', 'brief', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'ResumableWriter', 'ImageStore', 'class_counts', 'label_sets',
+           'label_pairs', 'channel_statistics', 'sample_rows', 'described', 'contact_sheet', 'few_rows', 'brief',
+           'write_store']
 
 # %% ../../nbs/data/00_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -93,8 +95,73 @@ def __exit__(self:StoreWriter, kind, error, trace):
 @patch
 def _leave(self:StoreWriter, *error):
     "Give the folder its name, or sweep it"
-    self.file.close()
+    with contextlib.suppress(OSError): self.file.close() # a full disk has said so already
     self._whole.__exit__(*error)
+
+# %% ../../nbs/data/00_store.ipynb #6eb4a312
+class ResumableWriter(StoreWriter):
+    "A `StoreWriter` that goes on where a killed process was"
+    def __init__(self,
+        path:str|Path, # the store's folder; `InputError` where it exists already
+        channels, # C channel names
+        vocab:Vocabulary, # the classes
+        size:int, # height and width in pixels
+        made:dict|None=None, # how the images came to be: free-form, JSON
+        settings:dict|None=None, # all that decides the images; JSON. Others than last time begin anew
+    ):
+        super().__init__(path, channels, vocab, size, made)
+        self.settings,self.folder = json.loads(json.dumps(settings or {})),self.path.parent/f'.{self.path.name}.partial'
+        self.done = [] # the notes of what a process before this one finished
+    def commit(self,
+        **note, # what to know about this item when going on; JSON
+    ):
+        "Vouch for the images added since the last call: they are kept whatever happens now"
+        self.file.flush()
+        self.log.write(json.dumps(dict(note, rows=self.rows[self.logged:]))+'\n'); self.log.flush()
+        self.logged = len(self.rows)
+
+# %% ../../nbs/data/00_store.ipynb #ef3b3bcf
+@patch
+def __enter__(self:ResumableWriter)->ResumableWriter:
+    "Begin the store, or go on"
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._hold = exclusive(self.folder); self._hold.__enter__()
+    settings = self.folder/'settings.json'
+    if not settings.exists() or json.loads(settings.read_text()) != self.settings:
+        for p in self.folder.iterdir():
+            if p.name != '.lock': remove(p)
+        write_json(settings, self.settings)
+    for name in ('images.npy', 'log.jsonl'): (self.folder/name).touch()
+    self.file,self.log = open(self.folder/'images.npy', 'r+b'),open(self.folder/'log.jsonl', 'r+', newline='')
+    self._header(0)
+    self._go_on()
+    return self
+
+# %% ../../nbs/data/00_store.ipynb #0de7668f
+@patch
+def _go_on(self:ResumableWriter):
+    "Keep what the log vouches for and the image file holds; cut off the rest"
+    bytes_each,first = len(self.channels)*self.size**2,self.file.tell()
+    there,kept = ((self.folder/'images.npy').stat().st_size-first)//bytes_each,0
+    for line in self.log:
+        note = json.loads(line) if line.endswith('\n') else None
+        if note is None or len(self.rows)+len(note['rows']) > there: break
+        self.rows += note.pop('rows'); self.done.append(note); kept += len(line.encode())
+    for _ in self.rows: self.hash.update(self.file.read(bytes_each))
+    self.logged = len(self.rows)
+    self.file.seek(first+self.logged*bytes_each); self.file.truncate()
+    self.log.seek(kept); self.log.truncate()
+
+@patch
+def _leave(self:ResumableWriter, kind, error, trace):
+    "Give the folder its name, sweep it after an error, or leave it to the next process after an interruption"
+    for f in (self.file, self.log):
+        with contextlib.suppress(OSError): f.close()
+    if kind is None:
+        for name in ('log.jsonl', 'settings.json', '.lock'): remove(self.folder/name)
+        os.replace(self.folder, self.path)
+    elif issubclass(kind, Exception): remove(self.folder)
+    self._hold.__exit__(None, None, None)
 
 # %% ../../nbs/data/00_store.ipynb #b841b8fa
 class ImageStore:
@@ -175,7 +242,70 @@ def class_counts(
     counts.loc['(images)'] = [len(store.rows(p)) for p in parts]
     return counts
 
-# %% ../../nbs/data/00_store.ipynb #226c7f2b
+# %% ../../nbs/data/00_store.ipynb #389bb9ba
+def label_sets(
+    store:ImageStore,
+)->pd.Series: # names joined by ' + ' -> number of images, the most frequent first
+    "How often each label set occurs"
+    named = {t: ' + '.join(store.vocab.names_of(t)) or '(no label)' for t in store.table.target.unique()}
+    return store.table.target.map(named).rename('label set').value_counts()
+
+def label_pairs(
+    store:ImageStore,
+)->pd.Series: # two names joined by ' + ' -> number of images, the most frequent first
+    "How often two classes stand on one image"
+    together,names = np.triu(store.labels.T@store.labels, 1).astype(int),store.vocab.names
+    found = pd.Series({f'{names[a]} + {names[b]}': together[a, b] for a,b in zip(*together.nonzero())}, name='count', dtype=int)
+    return found.sort_values(ascending=False, kind='stable')
+
+# %% ../../nbs/data/00_store.ipynb #c7f481cf
+def channel_statistics(
+    store:ImageStore,
+    rows:np.ndarray|None=None, # (n,) positions; `sample_rows` unless given
+)->pd.DataFrame: # a row a channel; intensities in [0, 255], saturated in [0, 1]
+    "Mean, percentiles and the share of pixels at 255"
+    counts = np.zeros((len(store.channels), 256), int)
+    for i in sample_rows(store) if rows is None else rows:
+        for c,plane in enumerate(store.images[i]): counts[c] += np.bincount(plane.ravel(), minlength=256)
+    share = counts/counts.sum(1, keepdims=True)
+    found = dict(mean=share@np.arange(256), **{f'p{p}': (share.cumsum(1) < p/100-1e-12).sum(1) for p in (1, 50, 99)}, saturated=share[:, 255])
+    return pd.DataFrame(found, index=pd.Index(store.channels, name='channel'))
+
+def sample_rows(
+    store:ImageStore,
+    most:int=1000, # read no more images than that
+)->np.ndarray: # (<=most,) positions
+    "All images, or evenly spaced ones of a large store"
+    return np.unique(np.linspace(0, len(store)-1, min(most, len(store))).round().astype(int))
+
+# %% ../../nbs/data/00_store.ipynb #18ff93b4
+def described(
+    store:ImageStore,
+    most:int=10, # label sets and pairs to list
+)->str:
+    "Parts, classes, label sets, pairs and intensities of a store, for people"
+    if not len(store): return f'{store}'
+    sets,pairs,rows,groups = label_sets(store),label_pairs(store),sample_rows(store),store.table.groupby('group').size()
+    of = 'all images' if len(rows) == len(store) else f'{len(rows)} evenly spaced images of {len(store)}'
+    return '\n\n'.join([f'{store}', f'Images of each class and part\n{class_counts(store).to_string()}',
+        f'Label sets: {len(sets)}, the most frequent\n{sets.head(most).to_string(header=False)}',
+        f'Pairs of classes: {len(pairs)}, the most frequent\n{pairs.head(most).to_string(header=False)}' if len(pairs) else 'No two classes stand on one image.',
+        f'Intensities of {of}\n{channel_statistics(store, rows).round(3).to_string()}',
+        f'Groups: {len(groups)}, of {groups.min()} to {groups.max()} images'])
+
+# %% ../../nbs/data/00_store.ipynb #781d1917
+def contact_sheet(
+    store:ImageStore,
+    each:int=8, # images a class
+): # a figure
+    "Some images of every class; a class without images has an empty row"
+    from protloc.plots import show_cells
+    def some(k):
+        rows = np.flatnonzero(store.labels[:, k])
+        return f'{store.vocab.names[k]} ({len(rows)})',list(store.images[rows[np.unique(np.linspace(0, len(rows)-1, min(each, len(rows))).astype(int))]]) or [None]
+    return show_cells(dict(some(k) for k in range(len(store.vocab))), store.channels)
+
+# %% ../../nbs/data/00_store.ipynb #433a844e
 def few_rows(
     store:ImageStore,
     n:int=8, # how many

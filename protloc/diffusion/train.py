@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import torch
 from ..core import Config, InputError, atomic_path, hold_settings, write_json
-from ..data.loading import Batches
+from ..data.loading import AugmentConfig, Batches
 from ..data.store import ImageStore
 from .denoiser import UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, diffusion_loss, make_scheduler, to_signal
@@ -22,6 +22,7 @@ class GeneratorConfig(Config):
     "Everything that decides what a generator becomes"
     unet: UNetConfig = UNetConfig(widths=(32, 64, 64)) # size of the denoiser
     objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
+    augment: AugmentConfig = AugmentConfig() # of training images
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995) # length, rate, moving average
 
 # %% ../../nbs/diffusion/03_train.ipynb #3a529d5b
@@ -51,7 +52,7 @@ def train_generator(
     with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), len(store.vocab), store.size, c.unet)
     if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256']))
     if (folder/'pipeline').exists(): return open_pipeline(folder)
-    batches = Batches(store, store.rows('train'), c.loop.batch_size, seed)
+    batches = Batches(store, store.rows('train'), c.loop.batch_size, seed, c.augment)
     fit(denoiser, generator_loss(c), batches, c.loop, folder, seed, name='generator')
     pipe = LabelConditionedPipeline(denoiser.unet, denoiser.label_encoder, with_scheduler(make_scheduler(c.objective), 'dpm++'),
         list(store.vocab), list(store.channels), c.unet.patch_size)

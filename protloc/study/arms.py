@@ -6,9 +6,10 @@
 from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 import pydantic, yaml
 from ..classify.mixing import STRATEGIES
-from ..classify.train import ClassifierConfig
+from ..classify.train import ClassifierConfig, check_partners
 from ..core import Config, InputError, lookup, read_config, read_yaml
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
@@ -25,6 +26,7 @@ class SimulateConfig(Config):
     counts: dict[str, int] = dict(train=2000, val=400, test=800) # images in each part
     classes: tuple[str, ...]|None = None # HPA classes; None for all 28
     temper: float = pydantic.Field(.5, ge=0) # exponent of HPA's label-set counts; below 1 flattens the tail
+    shift: float = pydantic.Field(0., ge=0, le=1) # how far test cell lines are moved beyond training's
 
 class PrepareConfig(Config):
     "A folder of fields, see `prepare`"
@@ -44,6 +46,9 @@ class ArmConfig(Config):
     name: str # in the report and as a folder
     strategy: str = '' # a name in `STRATEGIES`; the arm's own name if empty
     options: dict[str, float] = {} # of the strategy, e.g. alpha
+    source: Literal['generator', 'oracle'] = 'generator' # of its synthetic images; the oracle simulates them, perfectly
+    partners: str = 'any' # which synthetic image stands beside a real one, see `Partners`
+    ratio: float = 1. # synthetic images for each real one a step; 1 where they are mixed one to one
     @pydantic.model_validator(mode='before')
     @classmethod
     def _short(cls, value): return {'name': value} if isinstance(value, str) else value
@@ -52,6 +57,7 @@ class ArmConfig(Config):
         kind = lookup('strategy', self.kind, STRATEGIES)
         try: kind(**self.options)
         except TypeError: raise InputError(f"the strategy '{self.kind}' does not take {', '.join(self.options)}") from None
+        check_partners(kind, self.partners, self.ratio)
         return self
     @property
     def kind(self)->str:

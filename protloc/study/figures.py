@@ -4,18 +4,20 @@
 
 # %% ../../nbs/study/03_figures.ipynb #732fdd18
 from __future__ import annotations
-import base64, html, io
+import base64, html, io, json
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, yaml
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from ..core import atomic_path
+from ..data.duplicates import near_duplicates
+from ..data.resplit import leaks
 from ..plots import details, preformatted, show_cells, show_intervals
 from .verdict import VERDICT_COLOURS, Study, write_results
 
 # %% auto #0
 __all__ = ['Results', 'show', 'fig_verdict', 'fig_scores', 'table_scores', 'examples', 'fig_cells', 'fig_fidelity', 'fidelity',
-           'fig_classes', 'fig_training', 'table_data', 'leak_check', 'provenance']
+           'fig_classes', 'fig_training', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/study/03_figures.ipynb #9410c318
 class Results:
@@ -169,12 +171,37 @@ def table_data(r:Results)->pd.DataFrame: # a row a part
             'groups': len(g), 'groups shared with another part': shared[p]}
     return pd.DataFrame([row(p, g) for p,g in parts.items()]).set_index('part').rename_axis(None)
 
-def leak_check(r:Results)->HTML:
-    "What the table says about leaks, in a sentence"
-    shared = int(table_data(r)['groups shared with another part'].max())
-    if shared: return HTML(f'<p><b>Leak: {shared} groups stand in two parts, so the test scores are too high.</b> Split the images by group and run the study again.</p>')
-    return HTML('<p>No group (antibody, field) stands in two parts. The generator was trained on the part <i>train</i> alone, and synthetic images are used for training only.</p>')
+# %% ../../nbs/study/03_figures.ipynb #f0d89b2c
+def generator_problem(r:Results)->str: # '' where all is well
+    "What is wrong with what the generator has seen"
+    path = r.folder/'generator'/'pipeline'/'training.json'
+    if r.study.synthetic is None: return ''
+    if not path.exists(): return 'what the generator was trained on is not known'
+    noted,store = json.loads(path.read_text()),r.study.real
+    if noted['store'] != store.manifest['sha256']: return 'the generator was trained on another store, or before this one was split anew'
+    n = len(store.rows('train'))
+    return '' if noted['images'] == n else f"the generator was trained on {noted['images']} images, the part train has {n}"
 
+# %% ../../nbs/study/03_figures.ipynb #eef32b5a
+def leak_check(
+    r:Results,
+    most:int=20000, # near-duplicates are searched for among so many images, not among more
+)->HTML:
+    "Whether anything leaked, in a few sentences; a leak in bold"
+    store = r.study.real
+    searched = len(store) <= most
+    pairs = near_duplicates(store) if searched else pd.DataFrame(dict(first=[], second=[]), dtype=int)
+    found = [f'{what}: {n}' for what,n in leaks(store.table, pairs).items() if n]
+    text = ''
+    if found: text += f'<p><b>Leak: {"; ".join(found)}. The test scores are too high.</b> Split the images with <code>protloc split</code> and run the study again.</p>'
+    if generator_problem(r): text += f'<p><b>Leak: {generator_problem(r)}.</b> Run the study again in another folder.</p>'
+    if text: return HTML(text)
+    nothing = 'No image, no group (antibody, field) and no near-duplicate stands in two parts.' if searched else \
+        'No image and no group (antibody, field) stands in two parts; for near-duplicates among so many images, see <code>protloc split --report</code>.'
+    generator = f"The generator was trained on this store's {len(store.rows('train'))} images of the part <i>train</i> alone, and synthetic images are used for training only." if r.study.synthetic else ''
+    return HTML(f'<p>{nothing} {generator}</p>')
+
+# %% ../../nbs/study/03_figures.ipynb #8648456e
 def provenance(r:Results)->HTML:
     "Settings, versions, stages and manifests"
     stages = pd.read_json(r.folder/'log.jsonl', lines=True)[['stage', 'seconds']].to_string(index=False)

@@ -12,7 +12,7 @@ from ..classify.predict import probabilities
 from ..classify.train import train_classifier
 from ..core import Config, InputError, atomic_path, derive_seed, exclusive, versions, write_json, write_text
 from ..data.hpa import labelled_fields, prepare
-from ..data.simulate import simulate_store
+from ..data.simulate import oracle_store, simulate_store
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, match_plan
 from ..diffusion.train import train_generator
@@ -68,6 +68,7 @@ def stage(
 def check_images(c:StudyConfig):
     "Raise `InputError` where the study's images are missing, unlabelled or unsplit"
     given = c.data.folder
+    if given and any(a.source == 'oracle' for a in c.arms): raise InputError("an arm with 'source: oracle' needs simulated cells, not your images: leave it out")
     if given is None and c.data.simulate is None: raise InputError('this preset wants your images: name a folder or a store with --data')
     if given and not is_store(given): labelled_fields(given)
     elif given:
@@ -108,13 +109,17 @@ def synthetic_images(
     c:StudyConfig,
     real:ImageStore, # whose part 'train' the generator sees
     folder:Path, # of the run
-)->ImageStore|None: # None where no arm uses any
-    "Train the generator and draw the synthetic store"
-    if not any('synthetic' in a.uses for a in c.arms): return None
-    path = folder/'synthetic'
-    if path.exists(): return ImageStore(path)
-    pipe = stage(folder, 'train the generator', lambda: train_generator(real, folder/'generator', c.generator, derive_seed(c.seed, 'generator')))
+)->dict[str,ImageStore]: # by source: 'generator' and 'oracle', those that arms use
+    "Train the generator and draw the synthetic store; simulate the oracle's"
     plan = match_plan(real.labels[real.rows('train')], c.generate.images, c.seed)
+    make = dict(generator=lambda path: _draw(c, real, folder, plan, path),
+        oracle=lambda path: stage(folder, 'simulate oracle images', lambda: oracle_store(path, real, plan, derive_seed(c.seed, 'oracle'))))
+    paths = {s: folder/dict(generator='synthetic').get(s, s) for s in sorted({a.source for a in c.arms if 'synthetic' in a.uses})}
+    return {s: ImageStore(path) if path.exists() else make[s](path) for s,path in paths.items()}
+
+def _draw(c, real, folder, plan, path):
+    "The generator's images"
+    pipe = stage(folder, 'train the generator', lambda: train_generator(real, folder/'generator', c.generator, derive_seed(c.seed, 'generator')))
     return stage(folder, 'draw synthetic images', lambda: generate(pipe, path, plan, c.generate, derive_seed(c.seed, 'generate')))
 
 # %% ../../nbs/study/01_runner.ipynb #5dd81f03
@@ -131,12 +136,12 @@ def train_arm(
     arm:ArmConfig, # of c.arms
     seed:int, # 0 to c.seeds-1
     real:ImageStore, # the study's images
-    synthetic:ImageStore|None, # the generator's, where the arm uses any
+    synthetic:dict[str,ImageStore], # by source
     folder:Path, # of the run
 ):
     "One classifier: train, predict validation and test"
     here = run_folder(folder, arm.name, seed)
-    model = train_classifier(real, here, c.classifier, arm.kind, synthetic if 'synthetic' in arm.uses else None, derive_seed(c.seed, 'arm', seed), **arm.options)
+    model = train_classifier(real, here, c.classifier, arm.kind, synthetic[arm.source] if 'synthetic' in arm.uses else None, derive_seed(c.seed, 'arm', seed), arm.partners, arm.ratio, **arm.options)
     for part in ('val', 'test'):
         with atomic_path(here/f'{part}.npy') as p, open(p, 'wb') as f: np.save(f, probabilities(model, real, real.rows(part)))
 
@@ -153,7 +158,7 @@ def _train_arm_with(threads, quiet, *args):
 def train_arms(
     c:StudyConfig,
     real:ImageStore, # the study's images
-    synthetic:ImageStore|None, # the generator's, where an arm uses any
+    synthetic:dict[str,ImageStore], # by source
     folder:Path, # of the run
     jobs:int=1, # processes; the cores are shared out
 ):

@@ -1,0 +1,90 @@
+"""Training images a second: batches from a store, beside decoding four PNGs for every image anew.
+
+    python benchmarks/loading.py [--size 128] [--batch 64]
+
+Prints JSON. The named alternative is how the code of Lin and Cao (2025) loads: for every image of every epoch, Pillow
+decodes four 512 x 512 PNGs; they are stacked, turned by a multiple of 90 degrees, cropped at random (scale .8 to 1,
+ratio .9 to 1.1) and resized, in two loader processes. The store's images were shrunk once; its batches are gathered
+from the memory-mapped array and turned, with and without the same crop. `copy` is the limit: copying as many bytes of
+the same array in order, which is what a gather without any augmentation could reach at best. Real fields are read where
+PROTLOC_HPA names a folder, simulated ones otherwise."""
+import argparse, json, os, tempfile, time
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from protloc.data.fields import resize_area
+from protloc.data.loading import AugmentConfig, Batches, loader
+from protloc.data.simulate import simulate_cell
+from protloc.data.store import ImageStore, StoreWriter
+from protloc.labels import HPA, STAINS
+
+
+class Decoded(torch.utils.data.Dataset):
+    "An image: four PNGs, decoded each time"
+    def __init__(self, fields, size):
+        self.fields = fields
+        self.crop = v2.RandomResizedCrop(size, scale=(.8, 1), ratio=(.9, 1.1), antialias=True)
+    def __len__(self): return len(self.fields)
+    def __getitem__(self, i):
+        stains = [np.asarray(Image.open(f'{self.fields[i]}_{s}.png')) for s in STAINS]
+        image = torch.rot90(torch.from_numpy(np.stack(stains)), int(torch.randint(4, ())), (1, 2))
+        return self.crop(image)
+
+
+def fields_in(folder):
+    "Names of some 512 px fields, and their images"
+    real = os.environ.get('PROTLOC_HPA')
+    if real: return sorted({str(p)[:-len('_red.png')] for p in (Path(real)/'sample'/'train').glob('*_red.png')})
+    for i in range(24):
+        for image, stain in zip(simulate_cell([i], index=i, size=512), STAINS): Image.fromarray(image).save(f'{folder}/f{i}_{stain}.png')
+    return [f'{folder}/f{i}' for i in range(24)]
+
+
+def rate(batches, size, seconds):
+    "Images a second over some seconds, after the first batch"
+    found, batches = 0, iter(batches)
+    next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        found += size
+        if time.perf_counter()-start > seconds: break
+    return found/(time.perf_counter()-start)
+
+
+def finished(batches, steps, workers):
+    for step, batch in zip(steps, loader(batches, steps[0], steps[-1], workers)): yield batches.augmented(batch, step)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--size', type=int, default=128)
+    parser.add_argument('--batch', type=int, default=64)
+    parser.add_argument('--images', type=int, default=10000, help='in the store')
+    parser.add_argument('--seconds', type=float, default=5)
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        fields = fields_in(folder)
+        decoded = torch.utils.data.DataLoader(Decoded(fields*1000, a.size), a.batch, shuffle=True, num_workers=2)
+        result = {'pillow, 2 workers': rate(decoded, a.batch, 2*a.seconds)}
+        small = [resize_area(np.stack([np.asarray(Image.open(f'{f}_{s}.png')) for s in STAINS]), a.size) for f in fields]
+        with StoreWriter(f'{folder}/store', STAINS, HPA, a.size) as w:
+            for i in range(a.images): w.add(small[i % len(small)], id=f'i{i}', target='0', split='train')
+        store = ImageStore(f'{folder}/store')
+        rows, steps = store.rows('train'), range(10**6)
+        np.array(store.images).sum()
+        for name, augment in (('turned', AugmentConfig()), ('turned and cropped', AugmentConfig(crop_scale=(.8, 1), crop_ratio=(.9, 1.1)))):
+            for workers in (0, 2):
+                batches = Batches(store, rows, a.batch, 0, augment)
+                result[f'store, {name}, {workers} workers'] = rate(finished(batches, steps, workers), a.batch, a.seconds)
+        start, out = time.perf_counter(), np.empty((a.batch, *store.images.shape[1:]), np.uint8)
+        for i in range(0, a.images-a.batch, a.batch): np.copyto(out, store.images[i:i+a.batch])
+        result['copy'] = a.images/(time.perf_counter()-start)
+        base = result['pillow, 2 workers']
+        for name, found in result.items():
+            print(json.dumps(dict(benchmark='loading', way=name, size=a.size, batch=a.batch, images_per_second=round(found), ratio=round(found/base, 1), threads=torch.get_num_threads())))
+
+
+if __name__ == '__main__':
+    main()
