@@ -4,6 +4,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
 from api import read_package
+from build import page_of
 from bs4 import BeautifulSoup
 
 SITE = Path(__file__).resolve().parent.parent/'_docs'
@@ -57,9 +58,8 @@ def test_no_page_shows_raw_markup(pages, raw):
 def test_every_notebook_has_a_page_with_title_and_description(pages):
     notebooks = [p for p in (SITE.parent/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
     for notebook in notebooks:
-        rel = notebook.relative_to(SITE.parent/'nbs')
-        page = pages[rel.with_name(re.sub(r'^\d+_', '', rel.stem)+'.html').as_posix()]
-        assert page.h1 and page.find('meta', attrs={'name': 'description'})['content'], rel
+        page = pages[f"{page_of(notebook.relative_to(SITE.parent/'nbs')).as_posix()}.html"]
+        assert page.h1 and page.find('meta', attrs={'name': 'description'})['content'], notebook
 
 
 def test_every_public_name_has_an_entry(pages):
