@@ -106,11 +106,13 @@ def tab(browser, served):
     page.close()
 
 
-def test_every_page_opens_without_an_error_and_fits_a_phone(pages, served, tab):
+@pytest.mark.parametrize('width', [400, 1100, 1300])
+def test_every_page_opens_without_an_error_and_fits_the_window(pages, served, tab, width):
     wide = []
+    tab.set_viewport_size(dict(width=width, height=800))
     for name in pages:
         tab.goto(f'{served}/{name}')
-        if tab.evaluate('document.documentElement.scrollWidth') > 400: wide.append(name)
+        if tab.evaluate('document.documentElement.scrollWidth') > width: wide.append(name)
     assert not tab.wrong and not wide, (tab.wrong[:10], wide)
 
 
