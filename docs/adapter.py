@@ -99,7 +99,7 @@ def links(text: str, module: str, symbols: Symbols, base_url: str) -> str:
 
 
 def code(cell: NotebookNode) -> NotebookNode:
-    "Cell options -> tags; outputs that need more than a page are left out"
+    "Cell options -> tags; raises `DocsError` for a cell that ends in an error"
     lines, tags = [], list(cell.metadata.get('tags', []))
     for line in cell.source.split('\n'):
         option = OPTION.match(line)

@@ -1,5 +1,5 @@
 """What the exported modules say of themselves, read from their text: signatures, docstrings, docments. Nothing is imported."""
-import ast, io, re, tokenize
+import ast, io, tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 """The site in _docs/: every link inside it leads somewhere, no page shows raw markup, and it works in a browser without the net."""
-import functools, http.server, os, posixpath, re, shutil, threading
+import functools, http.server, posixpath, re, shutil, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 import pytest
