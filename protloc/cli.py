@@ -169,15 +169,16 @@ def split(
 ):
     "Give a store new parts or folds, keep copies together, and prove that nothing leaks."
     from protloc.core import read_config
-    from protloc.data.resplit import SplitConfig, check_leaks, find_pairs, reopen, split_report, split_store
+    from protloc.data.resplit import SplitConfig, check_leaks, find_pairs, no_longer_apart, reopen, split_report, split_store
     shares = {k: v for k,v in dict(train=train, val=val, test=test).items() if v is not None}
     if shares and folds: raise InputError('--folds makes parts of equal size: leave out --train, --val and --test')
     likeness = dict(distance=distance, similarity=similarity, symmetries=symmetries, channel=channel)
     config = read_config(SplitConfig, dict(fractions=shares, folds=folds, test_fold=test_fold, seed=seed, columns=group or (), duplicates=duplicates, likeness=likeness), 'split')
     images = reopen(store)
-    pairs = find_pairs(images, config)
+    pairs,before = find_pairs(images, config),images.table
     if not report: images = split_store(images, config, pairs)
     print(split_report(images, pairs))
+    for c in no_longer_apart(before, images.table): print(f"\nNote: the test images had values of '{c}' that no other image had, now they have not; --group {c} keeps equal values together.")
     check_leaks(images, pairs)
 
 # %% ../nbs/05_cli.ipynb #5d5a1859
@@ -267,12 +268,13 @@ def predict(
     out:Annotated[Path, typer.Argument(help='The CSV file to write: Id,Predicted.')],
     threshold:Annotated[float, typer.Option(help='Classes above it are predicted; the most probable one where none is.')]=.5,
     probabilities:Annotated[Optional[Path], typer.Option(help='Also write the probabilities, a column a class.')]=None,
+    skip_bad:Annotated[bool, typer.Option('--skip-bad', help='Leave out fields that cannot be used; they are listed in OUT.bad.csv either way.')]=False,
 ):
     "Predict the organelles in a folder of images and write the challenge's submission file."
     from protloc.classify.predict import load_classifier, predict_folder, submission
     from protloc.core import write_text
     model,card = load_classifier(classifier)
-    found = predict_folder(model, card, folder)
+    found = predict_folder(model, card, folder, bad_list=f'{out}.bad.csv', skip_bad=skip_bad)
     write_text(out, submission(found, threshold).to_csv(index=False))
     if probabilities: write_text(probabilities, found.to_csv(float_format='%.6f'))
     print(f'Predictions: {out.resolve()}')

@@ -1,6 +1,7 @@
 import os, shutil, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 
+from protloc.core import InputError
 from protloc.data import resplit
 from protloc.data.duplicates import Likeness, fingerprints, near_duplicates
 from protloc.data.hpa import prepare
@@ -48,6 +49,15 @@ def test_blank_images_are_no_copies_of_each_other(tmp_path):
     assert not fingerprints(blank).any() and len(near_duplicates(blank)) == 0
 
 
+def test_a_store_of_nothing_but_copies_is_refused(tmp_path, monkeypatch):
+    cell = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32), dtype=np.uint8)
+    table = pd.DataFrame(dict(id=[f'i{k}' for k in range(200)], target='0', group=[f'g{k}' for k in range(200)]))
+    store = write_store(tmp_path/'copies', np.repeat(cell, 200, 0), table, ['green'], HPA)
+    assert len(near_duplicates(store)) == 200*199//2
+    monkeypatch.setattr('protloc.data.duplicates.MOST_PAIRS', 10000)
+    with pytest.raises(InputError, match="more than 10,000 pairs of near-duplicates: its images hardly differ in the channel 'green'"): near_duplicates(store)
+
+
 def test_any_channels_and_sizes(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (3, 1, 5, 5), dtype=np.uint8)
     one = write_store(tmp_path/'one', image[[0, 1, 2, 0]], pd.DataFrame(dict(id=list('abcd'), target='0')), ['gfp'], HPA)
@@ -79,6 +89,13 @@ def test_split_touches_no_image_and_says_how(protloc, store):
     kept = resplit.read_table(again)
     assert kept.own_group.tolist() == table.group.tolist() and kept.plate.tolist() == table.plate.tolist()
     assert [p.name for p in store.path.parent.iterdir()] == ['store']
+
+
+def test_test_images_that_are_no_longer_from_other_cell_lines(protloc, tmp_path):
+    assert protloc('simulate', tmp_path/'cells', '--train', 80, '--val', 20, '--test', 40, '--classes', 'Nucleoli,Cytosol')[0] == 0
+    code, out, _ = protloc('split', tmp_path/'cells')
+    assert code == 0 and "Note: the test images had values of 'cell_line' that no other image had" in out
+    assert 'Note' not in protloc('split', tmp_path/'cells')[1]
 
 
 def test_split_twice_is_split_once(protloc, store):
@@ -132,6 +149,7 @@ def test_a_torn_group_is_a_leak(protloc, store):
 
 KILLED = '''
 import os, sys
+from protloc.core import InputError
 from protloc.data import resplit
 from protloc.data.store import ImageStore
 at, real = sys.argv[2], resplit._exchange

@@ -10,6 +10,7 @@ import numpy as np, pandas as pd, torch
 from tqdm.auto import tqdm
 from .backbone import Classifier
 from ..core import InputError, write_json
+from ..data.fields import FieldConfig
 from ..data.hpa import prepare
 from ..data.loading import in_order
 from ..data.store import ImageStore, brief
@@ -47,8 +48,9 @@ def save_classifier(
 ):
     "Write a classifier that `load_classifier` opens"
     m = store.manifest
+    fields = {k: m['made'][k] for k in FieldConfig.model_fields if k in m['made']}
     save_weights(classifier, Path(folder)/'classifier.safetensors')
-    write_json(Path(folder)/'classifier.json', dict(backbone=backbone, channels=m['channels'], classes=m['classes'], size=m['size'], tile=m['made'].get('tile')))
+    write_json(Path(folder)/'classifier.json', dict(backbone=backbone, channels=m['channels'], classes=m['classes'], size=m['size'], fields=fields))
 
 # %% ../../nbs/classify/03_predict.ipynb #8734254e
 def load_classifier(
@@ -69,9 +71,10 @@ def check_input(
     labelled:bool=False, # whether its labels are to be compared, so that the classes must be the same
 ):
     "Raise `InputError` unless the images are of the kind that the classifier was trained on"
-    for what in ('channels', 'size', 'classes') if labelled else ('channels', 'size'):
-        if card[what] != store.manifest[what]:
-            raise InputError(f'{store.path} has {what} {brief(store.manifest[what])}, the classifier was trained with {brief(card[what])}')
+    mine,its = ({**made, **{k: m[k] for k in ('channels', 'size', 'classes')}} for m,made in ((store.manifest, store.manifest['made']), (card, card['fields'])))
+    for what in ('channels', 'size', *(['classes'] if labelled else []), 'tile', 'normalise', 'percentiles'):
+        if what in mine and what in its and mine[what] != its[what]:
+            raise InputError(f'{store.path} has {what} {brief(mine[what])}, the classifier was trained with {brief(its[what])}')
 
 # %% ../../nbs/classify/03_predict.ipynb #e6c4a69f
 def predict_folder(
@@ -79,10 +82,13 @@ def predict_folder(
     card:dict, # what `load_classifier` gave
     folder:str|Path, # images named <Id>_<stain>.png
     workers:int=-1, # processes
+    bad_list:str|Path='bad.csv', # where fields that cannot be used are listed
+    skip_bad:bool=False, # leave them out
 )->pd.DataFrame: # index Id, a column a class: probabilities
     "Probabilities of each field in a folder; raises `InputError` for bad images"
     with tempfile.TemporaryDirectory() as scratch:
-        store = prepare(folder, Path(scratch)/'store', card['size'], card['tile'], labelled=False, workers=workers, channels=card['channels'])
+        store = prepare(folder, Path(scratch)/'store', card['size'], labelled=False, workers=workers, channels=card['channels'],
+            bad_list=bad_list, skip_bad=skip_bad, **{**card['fields'], 'keep_one': True})
         found = probabilities(classifier, store, store.rows(), progress='predict')
         return pd.DataFrame(found, columns=card['classes']).groupby(store.table.group.values, sort=False).mean().rename_axis('Id')
 

@@ -14,7 +14,8 @@ from ..core import Config, InputError
 from .store import ImageStore
 
 # %% auto #0
-__all__ = ['fingerprints', 'hashes', 'turned', 'Likeness', 'hashed_channel', 'candidates', 'near_duplicates', 'join_groups']
+__all__ = ['MOST_PAIRS', 'fingerprints', 'hashes', 'turned', 'Likeness', 'hashed_channel', 'candidates', 'near_duplicates',
+           'join_groups']
 
 # %% ../../nbs/data/02b_duplicates.ipynb #50e2d81b
 def fingerprints(
@@ -84,11 +85,13 @@ def candidates(
         yield a[b>a]+i, b[b>a]+i
 
 # %% ../../nbs/data/02b_duplicates.ipynb #f24f6d19
+MOST_PAIRS = 10**7
+
 def near_duplicates(
     store:ImageStore,
     c:Likeness=Likeness(),
 )->pd.DataFrame: # columns first, second (row numbers, first < second) and similarity
-    "Pairs of images that are copies of each other"
+    "Pairs of images that are copies of each other; raises `InputError` where nearly all images are"
     f,channel,found = fingerprints(store),hashed_channel(store, c.channel),[np.zeros((0, 3))]
     rows = np.flatnonzero(f[:, channel].any((1, 2)))
     mine = hashes(f[rows, channel])
@@ -97,6 +100,7 @@ def near_duplicates(
             for part in np.array_split(np.stack([rows[a], rows[b]], 1), len(a)//4096+1):
                 like = np.einsum('nchw,nchw->n', f[part[:, 0]], turned(f[part[:, 1]], s))
                 found.append(np.column_stack([part, like])[like >= c.similarity])
+            if sum(map(len, found)) > MOST_PAIRS: raise InputError(f"{store.path} has more than {MOST_PAIRS:,} pairs of near-duplicates: its images hardly differ in the channel '{store.channels[channel]}'; choose another channel, a larger similarity, or do not look for copies")
     pairs = pd.DataFrame(np.concatenate(found), columns=['first', 'second', 'similarity']).astype({'first': int, 'second': int})
     return pairs.groupby(['first', 'second'], as_index=False).max()
 

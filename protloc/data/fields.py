@@ -4,9 +4,10 @@
 
 # %% ../../nbs/data/03_fields.ipynb #78105b33
 from __future__ import annotations
+import struct
 from pathlib import Path
-import numpy as np, pydantic, tifffile
-from PIL import Image, ImageSequence
+import cv2, imagecodecs, numpy as np, pydantic, tifffile
+from PIL import Image
 from ..core import Config, InputError, lookup
 from ..labels import STAINS
 
@@ -19,10 +20,11 @@ ENDINGS = ('.png', '.tif', '.tiff', '.jpg', '.jpeg')
 
 def read_image(
     path:str|Path, # a PNG, TIFF or JPEG file
+    out:np.ndarray|None=None, # (H, W), where a gray PNG of this size and depth is put
 )->np.ndarray: # (C, H, W) of an unsigned type
     "The planes of an image file; raises `InputError` for a missing, damaged or other file"
     path = Path(path)
-    try: found = _read_tiff(path) if path.suffix.lower() in ('.tif', '.tiff') else _read_picture(path)
+    try: found = _read_tiff(path) if path.suffix.lower() in ('.tif', '.tiff') else _read_picture(path, out)
     except InputError: raise
     except FileNotFoundError: raise InputError(f'{path} is missing: every field needs its channels side by side') from None
     except PermissionError: raise InputError(f'{path} may not be read: give yourself the permission') from None
@@ -31,13 +33,23 @@ def read_image(
     return found.astype(found.dtype.newbyteorder('='), copy=False)
 
 # %% ../../nbs/data/03_fields.ipynb #f168297a
-def _read_picture(path):
-    "A PNG or JPEG"
-    with Image.open(path) as image:
-        if image.mode not in ('L', 'RGB', 'I;16', 'I;16B'): raise InputError(f'{path} is {image.mode}, not gray or RGB: export it without palette and transparency')
-        if image.mode == 'RGB' and any('16' in str(t[3]) for t in image.tile): raise InputError(f'{path} is RGB with 16 bits, of which half would be lost: export it as TIFF')
-        found = np.asarray(image)
+def _read_picture(path, out):
+    "A PNG or JPEG, whatever its name says"
+    data = path.read_bytes()
+    if data.startswith(b'\x89PNG'): found = _read_png(path, data, out)
+    else:
+        with Image.open(path) as image:
+            if image.mode not in ('L', 'RGB'): raise InputError(f'{path} is {image.mode}, not gray or RGB: export it as PNG or TIFF')
+            found = np.asarray(image)
     return np.moveaxis(found, -1, 0) if found.ndim == 3 else found[None]
+
+def _read_png(path, data, out):
+    "A PNG, decoded into `out` where it fits"
+    width,height,depth,kind = struct.unpack_from('>IIBB', data, 16)
+    if kind not in (0, 2): raise InputError(f"{path} is {({3: 'a palette image', 4: 'gray with transparency'}).get(kind, 'RGBA')}, not gray or RGB: export it without palette and transparency")
+    if depth < 8: raise InputError(f'{path} has {depth} bits a pixel: export it with 8 or 16 bits')
+    fits = out is not None and kind == 0 and (height, width, depth) == (*out.shape, 8*out.itemsize)
+    return imagecodecs.png_decode(data, out=out if fits else None)
 
 def _read_tiff(path):
     "A TIFF: pages or channels"
@@ -46,26 +58,18 @@ def _read_tiff(path):
         if any(p.photometric == 3 for p in tiff.pages[:1]): raise InputError(f'{path} is a palette image: export it as gray')
         need = max(max(np.add(p.dataoffsets, p.databytecounts), default=0) for p in tiff.pages)
         if need > path.stat().st_size: raise InputError(f'{path} cannot be decoded, it is cut off: {path.stat().st_size} bytes of at least {need}')
-        axes = tiff.series[0].axes
-        try: found = tiff.series[0].asarray()
-        except ValueError as e:
-            if 'imagecodecs' not in str(e): raise
-            found,axes = _read_pages(path),'YXS' if axes.endswith('S') else axes
+        axes,found = tiff.series[0].axes,tiff.series[0].asarray()
     if axes.endswith('S') and found.ndim > 2: found = np.moveaxis(found, -1, 0)
     if found.ndim > 3: raise InputError(f'{path} has the axes {axes}: save one plane a channel, e.g. a maximum projection')
     return found[None] if found.ndim == 2 else found
 
-def _read_pages(path):
-    "A TIFF by Pillow"
-    with Image.open(path) as image: pages = [np.asarray(p) for p in ImageSequence.Iterator(image)]
-    return pages[0] if len(pages) == 1 else np.stack(pages)
-
 # %% ../../nbs/data/03_fields.ipynb #8b292d94
 def read_stain(
     path:Path, # an image file
+    out:np.ndarray|None=None, # (H, W), as in `read_image`
 )->np.ndarray: # (H, W) of an unsigned type
     "One channel of a field; raises `InputError` for a colour image"
-    found = read_image(path)
+    found = read_image(path, out)
     if len(found) > 1: raise InputError(f"{path} is {'RGB' if len(found)==3 else f'an image of {len(found)} planes'}, not 8-bit gray or 16-bit gray: export each channel as a gray image")
     return found[0]
 
@@ -79,12 +83,15 @@ def read_field(
     "All channels of a field; raises `InputError` where they differ in size or depth"
     if stacked: return _stack_of(Path(folder)/f'{id}{ending}', channels)
     paths = [Path(folder)/f'{id}_{c}{ending}' for c in channels]
-    stains = [read_stain(p) for p in paths]
-    for path,stain in zip(paths, stains):
-        (h,w),(first_h,first_w) = stain.shape,stains[0].shape
-        if stain.shape != stains[0].shape: raise InputError(f'{path} is {w} x {h} pixels, {paths[0].name} is {first_w} x {first_h}')
-        if stain.dtype != stains[0].dtype: raise InputError(f'{path} is {stain.dtype}, {paths[0].name} is {stains[0].dtype}: export all channels with the same depth')
-    return np.stack(stains)
+    first = read_stain(paths[0])
+    field = np.empty((len(paths), *first.shape), first.dtype); field[0] = first
+    for path,plane in zip(paths[1:], field[1:]):
+        stain = read_stain(path, plane)
+        (h,w),(first_h,first_w) = stain.shape,first.shape
+        if stain.shape != first.shape: raise InputError(f'{path} is {w} x {h} pixels, {paths[0].name} is {first_w} x {first_h}')
+        if stain.dtype != first.dtype: raise InputError(f'{path} is {stain.dtype}, {paths[0].name} is {first.dtype}: export all channels with the same depth')
+        if not np.may_share_memory(stain, plane): plane[:] = stain
+    return field
 
 def _stack_of(path, channels):
     "All channels from one file"
@@ -123,12 +130,9 @@ def resize_area(
     size:int, # new height and width in pixels; not larger than before
 )->np.ndarray: # (C, size, size) uint8
     "Shrink by area average; raises `InputError` rather than invent pixels"
-    ratio,rest = divmod(image.shape[-1], size)
-    if not ratio: raise InputError(f'images of {image.shape[-1]} pixels would have to be enlarged to {size}: choose a smaller --size or a larger --tile')
-    if ratio == 1 and not rest: return image
-    if not rest: return np.stack([Image.fromarray(c).reduce(ratio) for c in image])
-    shrunk = [Image.fromarray(c.astype(np.float32)).resize((size, size), Image.Resampling.BOX) for c in image]
-    return np.rint(np.stack(shrunk)).astype(np.uint8)
+    edge = image.shape[-1]
+    if edge < size: raise InputError(f'images of {edge} pixels would have to be enlarged to {size}: choose a smaller --size or a larger --tile')
+    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in image])
 
 # %% ../../nbs/data/03_fields.ipynb #31f480e8
 def otsu(
@@ -150,6 +154,7 @@ class FieldConfig(Config):
     normalise: bool = False # stretch 8-bit images by the percentiles too
     min_foreground: float = pydantic.Field(0, ge=0, le=1) # least share of nuclear pixels; tiles with less are dropped
     nucleus: str = 'blue' # the channel of the nuclei
+    keep_one: bool = False # where all tiles of a field would be dropped, keep the one with the most nuclear pixels
     @pydantic.field_validator('percentiles')
     def _ascending(cls, p):
         if not 0 <= p[0] < p[1] <= 100: raise ValueError('percentiles must ascend from 0 to 100, e.g. 0.1,99.9')
@@ -166,5 +171,7 @@ def field_images(
     tiles = tiles_of(field, c.tile); n = len(tiles)
     if c.min_foreground:
         at = lookup('channel', c.nucleus, {name: i for i,name in enumerate(channels)}); bright = otsu(field[at])
-        tiles = {name: t for name,t in tiles.items() if (t[at] > bright).mean() >= c.min_foreground}
+        shares = {name: (t[at] > bright).mean() for name,t in tiles.items()}
+        least = min(c.min_foreground, max(shares.values())) if c.keep_one else c.min_foreground
+        tiles = {name: t for name,t in tiles.items() if shares[name] >= least}
     return {name: resize_area(t, c.size) for name,t in tiles.items()},n-len(tiles)

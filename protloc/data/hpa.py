@@ -223,14 +223,14 @@ def _splits_of(fields, fractions, seed):
     return assign_splits(labels, fields.table.Id, fractions, seed)
 
 # %% ../../nbs/data/04_hpa.ipynb #3ea7fe8c
-def _account(w, fields, notes, skip_bad, least)->dict:
-    "What became of the fields, for the manifest; raises `InputError` for bad files, after listing them in NAME.bad.csv"
-    bad,path = [(id, n['bad']) for id,n in zip(fields.table.Id, notes) if 'bad' in n],w.path.parent/f'{w.path.name}.bad.csv'
-    remove(path)
+def _account(w, fields, notes, skip_bad, bad_list, least)->dict:
+    "What became of the fields, for the manifest; raises `InputError` for bad files, after listing them"
+    bad = [(id, n['bad']) for id,n in zip(fields.table.Id, notes) if 'bad' in n]
+    remove(bad_list)
     if bad:
-        with atomic_path(path) as partial: pd.DataFrame(bad, columns=['Id', 'reason']).to_csv(partial, index=False, lineterminator='\n')
+        with atomic_path(bad_list) as partial: pd.DataFrame(bad, columns=['Id', 'reason']).to_csv(partial, index=False, lineterminator='\n')
     if bad and not (skip_bad and len(bad) < len(notes)):
-        raise InputError(f'{len(bad)} of {len(notes)} fields cannot be used, see {path} (the first: {bad[0][1]}); mend them, or leave them out with --skip-bad')
+        raise InputError(f'{len(bad)} of {len(notes)} fields cannot be used, see {bad_list} (the first: {bad[0][1]}); mend them, or leave them out with --skip-bad')
     if not w.rows: raise InputError(f'no tile of {fields.folder} has {least:.0%} nuclear pixels: lower --min-foreground')
     return dict(fields=len(notes)-len(bad), bad_left_out=len(bad), tiles_dropped=sum(n.get('dropped', 0) for n in notes),
         depths=dict(Counter(n['depth'] for n in notes if 'depth' in n)))
@@ -249,7 +249,8 @@ def prepare(
     workers:int=-1, # processes; -1 for one a core
     layout:str='', # a name in `LAYOUTS`; recognised unless given
     skip_bad:bool=False, # leave out fields that cannot be used
-    **options, # the other settings of `FieldConfig`: percentiles, normalise, min_foreground, nucleus
+    bad_list:str|Path='', # where they are listed; PATH.bad.csv unless given
+    **options, # the other settings of `FieldConfig`: percentiles, normalise, min_foreground, nucleus, keep_one
 )->ImageStore:
     "Read a folder of fields into a store, or go on where a killed process was; raises `InputError` for bad files and leaves nothing but their list"
     c = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
@@ -260,5 +261,5 @@ def prepare(
     made = dict(kind='prepared', layout=fields.layout, folder=str(Path(folder).resolve()), resize='area', seed=seed, fractions=fractions.model_dump(), **c.model_dump(exclude={'size'}))
     settings = dict(made, protloc=__version__, size=size, channels=fields.channels, classes=fields.vocab.names, table=sha256(fields.table.to_csv()+','.join(splits)))
     with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as w:
-        w.made |= _account(w, fields, _read_all(w, fields, splits, c, workers), skip_bad, c.min_foreground)
+        w.made |= _account(w, fields, _read_all(w, fields, splits, c, workers), skip_bad, Path(bad_list or f'{w.path}.bad.csv'), c.min_foreground)
     return ImageStore(path)

@@ -4,20 +4,20 @@
 
 # %% ../../nbs/data/05_loading.ipynb #a2c0c02f
 from __future__ import annotations
-import copy, html
+import copy, html, os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-import numpy as np, pydantic, torch
+import cv2, numpy as np, pydantic, torch
 from fastcore.basics import patch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resized_crop
 from ..core import Config, InputError, rng_for
 from .store import ImageStore
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['KINDS', 'order_of', 'turn', 'AugmentConfig', 'draw_boxes', 'crop', 'scale_channels', 'augment_images', 'Batch',
-           'Batches', 'Pairs', 'Partners', 'loader', 'in_order']
+__all__ = ['SYMMETRIES', 'KINDS', 'order_of', 'AugmentConfig', 'draw_boxes', 'turn_and_crop', 'scale_channels', 'augment_images',
+           'Batch', 'Batches', 'Pairs', 'Partners', 'loader', 'in_order']
 
 # %% ../../nbs/data/05_loading.ipynb #52ddb6fe
 def order_of(
@@ -33,17 +33,6 @@ def order_of(
 @lru_cache(maxsize=8)
 def _permutation(n, epoch, seed): return rng_for(seed, 'epoch', epoch).permutation(n)
 
-# %% ../../nbs/data/05_loading.ipynb #d8083b1f
-def turn(
-    images:Tensor, # (N, C, S, S)
-    which:Tensor, # (N,) integers in [0, 8): quarter turns, plus 4 for a mirror image
-)->Tensor: # (N, C, S, S)
-    "Apply one of the square's eight symmetries to each image"
-    def one(x, k):
-        x = torch.rot90(x, k%4, (1, 2))
-        return x.flip(2) if k >= 4 else x
-    return torch.stack([one(x, k) for x,k in zip(images, which.tolist())])
-
 # %% ../../nbs/data/05_loading.ipynb #adbe1b28
 class AugmentConfig(Config):
     "What may be done to a training image without changing what it shows"
@@ -51,6 +40,10 @@ class AugmentConfig(Config):
     crop_scale: tuple[float,float] = (1., 1.) # least and largest share of the area kept
     crop_ratio: tuple[float,float] = (1., 1.) # least and largest width over height of the crop
     jitter: float = pydantic.Field(0., ge=0) # standard deviation of the log of each channel's gain
+    @property
+    def crop(self)->bool:
+        "Whether images are cropped at all"
+        return self.crop_scale[0] < 1 or self.crop_ratio != (1., 1.)
     @pydantic.model_validator(mode='after')
     def _ordered(self):
         for name in ('crop_scale', 'crop_ratio'):
@@ -70,15 +63,49 @@ def draw_boxes(
     size = np.stack([np.sqrt(area/ratio), np.sqrt(area*ratio)], 1).clip(max=1)
     return np.concatenate([rng.random((n, 2))*(1-size), size], 1)
 
-def crop(
-    images:Tensor, # (N, C, S, S) uint8
-    boxes:np.ndarray, # (N, 4) as `draw_boxes` gives them
-)->Tensor: # (N, C, S, S) uint8
-    "Cut a box, rounded to whole pixels, out of each image and stretch it to full size"
-    edge = images.shape[-1]
-    pixels = np.rint(boxes*edge).astype(int).tolist()
-    return torch.stack([resized_crop(x, *b, [edge, edge], antialias=True) for x,b in zip(images, pixels)])
+# %% ../../nbs/data/05_loading.ipynb #d8083b1f
+SYMMETRIES = (lambda p: p, # k quarter turns against the clock, then a mirror image for k >= 4
+    lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE), lambda p: cv2.rotate(p, cv2.ROTATE_180), lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE),
+    lambda p: cv2.flip(p, 1), lambda p: cv2.flip(cv2.transpose(p), -1), lambda p: cv2.flip(p, 0), cv2.transpose)
 
+@lru_cache(maxsize=1)
+def _pool(process, threads): return ThreadPoolExecutor(threads)
+
+def _by_plane(images, which, boxes):
+    "`turn_and_crop` on a processor"
+    images,out,threads = images.numpy(),torch.empty_like(images, memory_format=torch.contiguous_format),torch.get_num_threads()
+    filled,edge = out.numpy(),images.shape[-1]
+    def some(first):
+        for i in range(first, len(images), threads):
+            y,x,h,w = boxes[i]
+            for plane,to in zip(images[i], filled[i]): cv2.resize(SYMMETRIES[which[i]](plane)[y:y+h, x:x+w], (edge, edge), to, interpolation=cv2.INTER_LINEAR)
+    list(_pool(os.getpid(), threads).map(some, range(threads)))
+    return out
+
+# %% ../../nbs/data/05_loading.ipynb #5b1e7a90
+def _by_grid(images, which, boxes):
+    "`turn_and_crop` on an accelerator"
+    edge,(k,b) = images.shape[-1],(torch.as_tensor(a, device=images.device) for a in (which, boxes))
+    start,length = b[:, :2, None],b[:, 2:, None] # (N, 2, 1): of rows and of columns
+    at = start+(length*(torch.arange(edge, device=images.device)+.5)/edge-.5).clamp(min=0).minimum(length-1)
+    y,x = ((at-(edge-1)/2)*(2/edge)).unbind(1) # (N, S) from -1 to 1
+    x = torch.where(k[:, None] >= 4, -x, x)
+    cos,sin = (torch.tensor(v, device=images.device)[k%4][:, None, None] for v in ((1., 0., -1., 0.), (0., 1., 0., -1.)))
+    grid = torch.stack([cos*x[:, None]-sin*y[:, :, None], sin*x[:, None]+cos*y[:, :, None]], -1)
+    return torch.nn.functional.grid_sample(images.float(), grid, padding_mode='border', align_corners=False).round().byte()
+
+# %% ../../nbs/data/05_loading.ipynb #7d2e4c11
+def turn_and_crop(
+    images:Tensor, # (N, C, S, S) uint8, on any device
+    which:np.ndarray, # (N,) integers in [0, 8): quarter turns against the clock, plus 4 for a mirror image
+    boxes:np.ndarray|None=None, # (N, 4) as `draw_boxes` gives them, of the turned images; whole images unless given
+)->Tensor: # (N, C, S, S) uint8
+    "Turn each image, cut a box of whole pixels out of it and stretch that to full size (bilinear)"
+    boxes = np.tile([0., 0, 1, 1], (len(images), 1)) if boxes is None else boxes
+    pixels = np.rint(boxes*images.shape[-1]).astype(int).clip([0, 0, 1, 1])
+    return (_by_plane if images.device.type == 'cpu' else _by_grid)(images, which, pixels)
+
+# %% ../../nbs/data/05_loading.ipynb #6f1b53ed
 def scale_channels(
     images:Tensor, # (N, C, S, S) uint8
     gains:Tensor, # (N, C) factors
@@ -86,7 +113,6 @@ def scale_channels(
     "Brighten or darken each channel"
     return (images*gains[:, :, None, None]).round().clamp(max=255).byte()
 
-# %% ../../nbs/data/05_loading.ipynb #6f1b53ed
 def augment_images(
     images:Tensor, # (n, C, S, S) uint8, this process's slice of the batch
     c:AugmentConfig,
@@ -96,9 +122,11 @@ def augment_images(
     mine:slice, # which of them these are
 )->Tensor: # (n, C, S, S) uint8
     "Turn, crop and scale the images of a step"
-    if c.turn: images = turn(images, torch.from_numpy(rng_for(seed, 'turn', step).integers(8, size=size)[mine]))
-    if c.crop_scale[0] < 1 or c.crop_ratio != (1., 1.): images = crop(images, draw_boxes(size, c, rng_for(seed, 'crop', step))[mine])
-    if c.jitter: images = scale_channels(images, torch.from_numpy(np.exp(rng_for(seed, 'jitter', step).normal(0, c.jitter, (size, images.shape[1])))[mine]).float().to(images.device))
+    def drawn(name, draw): return draw(rng_for(seed, name, step))[mine]
+    which = drawn('turn', lambda rng: rng.integers(8, size=size)) if c.turn else np.zeros(len(images), int)
+    boxes = drawn('crop', lambda rng: draw_boxes(size, c, rng)) if c.crop else None
+    if c.turn or c.crop: images = turn_and_crop(images, which, boxes)
+    if c.jitter: images = scale_channels(images, torch.from_numpy(drawn('jitter', lambda rng: np.exp(rng.normal(0, c.jitter, (size, images.shape[1]))))).float().to(images.device))
     return images
 
 # %% ../../nbs/data/05_loading.ipynb #bd3e94b2

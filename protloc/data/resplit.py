@@ -15,7 +15,7 @@ from .store import ImageStore
 
 # %% auto #0
 __all__ = ['SplitConfig', 'reopen', 'read_table', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
-           'check_leaks', 'split_report']
+           'check_leaks', 'no_longer_apart', 'split_report']
 
 # %% ../../nbs/data/02c_resplit.ipynb #3f278634
 class SplitConfig(Config):
@@ -142,6 +142,18 @@ def check_leaks(
     if not store.table.split.isin(PARTS).any(): raise InputError(f'{store.path} has no parts yet: make them with `protloc split {store.path}`')
     found = {what: n for what,n in leaks(store.table, pairs).items() if n}
     if found: raise InputError(f"{store.path} leaks ({', '.join(f'{what}: {n}' for what,n in found.items())}): split it anew with `protloc split {store.path}`")
+
+# %% ../../nbs/data/02c_resplit.ipynb #93cd0a2e
+def no_longer_apart(
+    before:pd.DataFrame, # a store's table
+    after:pd.DataFrame, # the same rows, split anew
+)->list[str]: # names of columns
+    "Columns whose values in the test part stood in no other part, and now do"
+    def apart(table, column):
+        used = table[table.split.isin(PARTS)]
+        here,there = (set(used[column][mine]) for mine in (used.split == 'test', used.split != 'test'))
+        return bool(here and there) and not here & there
+    return [c for c in before if c not in ('id', 'split', 'fold') and c in after and apart(before, c) and not apart(after, c)]
 
 # %% ../../nbs/data/02c_resplit.ipynb #13b5508e
 def split_report(

@@ -342,7 +342,7 @@ def brief(
 )->str:
     "A list for a message: all of a short one, the count and the start of a long one"
     if not isinstance(value, (list, tuple)): return str(value)
-    return ', '.join(value) if len(value) <= 4 else f'{len(value)} ({", ".join(value[:3])} ...)'
+    return ', '.join(map(str, value)) if len(value) <= 4 else f'{len(value)} ({", ".join(map(str, value[:3]))} ...)'
 
 # %% ../../nbs/data/00_store.ipynb #4db32a45
 def write_store(
