@@ -1,4 +1,4 @@
-"""Milliseconds to simulate a cell on one core, beside decoding and shrinking one real-sized field with Pillow.
+"""Milliseconds to simulate a cell, or a field of cells, on one core, beside decoding and shrinking one real-sized field with Pillow.
 
     python benchmarks/simulate.py [--images 200]
 
@@ -28,10 +28,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         big = simulate_cell((0,), size=512)
         for image, stain in zip(big, STAINS): Image.fromarray(image).save(f'{folder}/a_{stain}.png')
-        for size in (32, 64, 128):
-            ours = per_call(lambda i: simulate_cell(sets[i], cell_line=i % 18, antibody=i, index=i, size=size), n)
+        for size, cells in ((32, 1), (64, 1), (128, 1), (512, 1), (512, 16)):
+            ours = per_call(lambda i: simulate_cell(sets[i], cell_line=i % 18, antibody=i, index=i, size=size, cells=cells), n if size < 512 else n//10)
             decode = per_call(lambda i: resize_area(read_field(folder, 'a'), size), 20)
-            print(json.dumps(dict(benchmark='simulate', size=size, images=n, ms_per_image=round(ours, 2), pillow_ms_per_field=round(decode, 2), ratio=round(ours/decode, 3))))
+            print(json.dumps(dict(benchmark='simulate', size=size, cells=cells, ms_per_image=round(ours, 2), pillow_ms_per_field=round(decode, 2), ratio=round(ours/decode, 3))))
 
 
 if __name__ == '__main__':

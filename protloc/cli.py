@@ -93,11 +93,13 @@ def simulate(
     temper:Annotated[float, typer.Option(help="Exponent of HPA's label-set counts: 1 as in HPA, below 1 flatter.")]=.5,
     workers:Annotated[int, typer.Option(help='Processes.')]=1,
     shift:Annotated[float, typer.Option(help="0 to 1: how far the test cell lines are moved beyond training's.")]=0.,
+    cells:Annotated[int, typer.Option(help='Cells in an image; more than one make a field.')]=1,
+    least:Annotated[Optional[int], typer.Option(help='Antibodies of every class in each part at least; four, or fewer in small parts, if not given.')]=None,
     seed:Seed=0,
 ):
     "Draw simulated cells with known labels into a store."
     from protloc.data.simulate import simulate_store
-    print(simulate_store(out, dict(train=train, val=val, test=test), size, classes.split(',') if classes else None, temper, seed, workers, shift))
+    print(simulate_store(out, dict(train=train, val=val, test=test), size, classes.split(',') if classes else None, temper, seed, workers, shift, cells, least))
 
 # %% ../nbs/05_cli.ipynb #21b22989
 def _pair(text):

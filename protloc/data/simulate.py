@@ -791,18 +791,20 @@ def draw_label_sets(
     classes=None, # HPA class names or numbers; None for all 28
     temper:float=.5, # exponent of HPA's counts
     seed:int=0, # the user's seed
+    least:int|None=None, # sets that every class occurs in; four, or fewer where n is small, unless given
 )->list[tuple]: # n tuples of HPA class numbers
-    "Label sets in which every class occurs, at least four times when n is large enough"
+    "Label sets in which every class occurs; raises `InputError` where n is too small for `least`"
     sets,p = label_sets(classes, temper)
     rng,keep = rng_for(seed, 'label sets'),class_numbers(classes)
     has = np.array([[k in s for k in keep] for s in sets])
     drawn,fixed = rng.choice(len(sets), n, p=p),[]
-    want = int(np.clip(n//(4*len(keep)), 1, 4))
-    while len(fixed)<n:
-        count = has[fixed].sum(0) + has[drawn[len(fixed):]].sum(0)
-        if count.min()>=want: break
-        q = p*has[:,count.argmin()]
-        fixed.append(int(rng.choice(len(sets), p=q/q.sum())))
+    want = int(np.clip(n//(4*len(keep)), 1, 4)) if least is None else least
+    count = has[drawn].sum(0)
+    while count.min()<want:
+        if len(fixed)==n: break
+        q = p*has[:,count.argmin()]; count = count-has[drawn[len(fixed)]]
+        fixed.append(int(rng.choice(len(sets), p=q/q.sum()))); count = count+has[fixed[-1]]
+    if least and count.min()<least: raise InputError(f'{n} label sets cannot hold each of {len(keep)} classes {least} times: ask for more images or fewer of each class')
     drawn[:len(fixed)] = fixed
     return [sets[i] for i in rng.permutation(drawn)]
 
@@ -814,6 +816,7 @@ def plan_images(
     classes=None, # HPA class names or numbers; None for all 28
     temper:float=.5, # exponent of HPA's counts
     seed:int=0, # the user's seed
+    least:int|None=None, # antibodies of every class in each part, as in `draw_label_sets`
 )->list[dict]: # one an image: labels, cell_line, antibody, index, split
     "Which image shows what; raises `InputError` where a part is too small to hold every class"
     plan,antibody,k = [],0,len(class_numbers(classes))
@@ -822,7 +825,7 @@ def plan_images(
         rng,lines = rng_for(seed, split, 'plan'),TEST_LINES if split=='test' else TRAIN_LINES
         sizes = rng.integers(1, min(4, max(1, n//k))+1, n)
         sizes = sizes[:np.searchsorted(sizes.cumsum(), n)+1] if n else sizes
-        labels = draw_label_sets(len(sizes), classes, temper, derive_seed(seed, split)) if n else []
+        labels = draw_label_sets(len(sizes), classes, temper, derive_seed(seed, split), least) if n else []
         images = [(a, s) for a,(s,m) in enumerate(zip(labels, sizes), antibody) for _ in range(m)][:n]
         antibody += len(sizes)
         plan += [dict(labels=s, cell_line=int(rng.choice(lines)), antibody=a, index=len(plan)+i, split=split) for i,(a,s) in enumerate(images)]
@@ -857,13 +860,14 @@ def simulate_store(
     workers:int=1, # processes
     shift:float=0., # 0 to 1: how far the test cell lines are moved beyond training's, as a share of each parameter's range
     cells:int=1, # in each image
+    least:int|None=None, # antibodies of every class in each part, as in `draw_label_sets`
 )->ImageStore:
     "Simulate a data set with parts, antibodies and cell lines, and write it"
     counts = dict(train=2000, val=400, test=400) if counts is None else dict(counts)
     numbers = class_numbers(classes); _check(numbers, size, cells)
     if not 0 <= shift <= 1: raise InputError(f'the shift of the test cell lines must be from 0 to 1, not {shift}')
-    made = dict(kind='simulated', counts=counts, temper=temper, seed=seed, shift=shift, cells=int(cells))
-    return _write(path, plan_images(counts, numbers, temper, seed), numbers, size, made, seed, shift, made['cells'], workers)
+    made = dict(kind='simulated', counts=counts, temper=temper, least=least, seed=seed, shift=shift, cells=int(cells))
+    return _write(path, plan_images(counts, numbers, temper, seed, least), numbers, size, made, seed, shift, made['cells'], workers)
 
 # %% ../../nbs/data/01_simulate.ipynb #6aedfa03
 def oracle_store(

@@ -27,6 +27,8 @@ class SimulateConfig(Config):
     classes: tuple[str, ...]|None = None # HPA classes; None for all 28
     temper: float = pydantic.Field(.5, ge=0) # exponent of HPA's label-set counts; below 1 flattens the tail
     shift: float = pydantic.Field(0., ge=0, le=1) # how far test cell lines are moved beyond training's
+    cells: int = pydantic.Field(1, ge=1) # in an image; more make a field
+    least: int|None = pydantic.Field(None, ge=1) # antibodies of every class in each part; four, or fewer in small parts, unless given
 
 class PrepareConfig(Config):
     "A folder of fields, see `prepare`"
