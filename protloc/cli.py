@@ -201,27 +201,60 @@ def train_generator(
     print(f'Pipeline: {(out/"pipeline").resolve()}')
 
 # %% ../nbs/05_cli.ipynb #917c4d91
+def _judge(pipe, real, classifier, min_fidelity, drop_copies):
+    "What looks at drawn images, or None"
+    import torch
+    from protloc.classify.predict import check_input, load_classifier
+    from protloc.core import sha256
+    from protloc.diffusion.filter import Judge, TrainingImages
+    from protloc.diffusion.generate import check_kind
+    if not (classifier or drop_copies or min_fidelity): return None
+    check_kind(pipe, real)
+    if classifier:
+        model,card = load_classifier(classifier)
+        check_input(card, real, labelled=True)
+    @torch.no_grad()
+    def score(images): return model(torch.from_numpy(images).to(model.mean.device).contiguous(memory_format=torch.channels_last)).sigmoid().float().cpu().numpy()
+    known = TrainingImages(real, real.rows('train')) if drop_copies else None
+    return Judge(score if classifier else None, min_fidelity, known, sha256(classifier/'classifier.safetensors')[:16] if classifier else '')
+
 @app.command()
 def generate(
     generator:Annotated[Path, typer.Argument(help='Folder of a trained generator.')],
     out:Out,
-    like:Annotated[Path, typer.Option(help='A store whose training label sets are drawn, as often as they occur.')],
-    images:Annotated[int, typer.Option(min=1, help='How many images.')]=1000,
+    like:Annotated[Path, typer.Option(help='The store of real images: its training label sets are planned with, its training images edited or kept from coming back.')],
+    images:Annotated[int, typer.Option(min=1, help='How many images; for the plan fill_tail, of each class, real ones counted.')]=1000,
+    plan:Annotated[Optional[str], typer.Option(help='Which labels: match (as the training images), balance, fill_tail, novel, or a CSV file with a column Target or classes, and n.')]=None,
     guidance_scale:Annotated[float, typer.Option(help='1 = none; larger = more typical, less diverse.')]=1.5,
+    guidance_rescale:Annotated[float, typer.Option(help='0 to 1: how much of the contrast added by guidance is taken back.')]=0.,
+    guidance_interval:Annotated[tuple[float, float], typer.Option(metavar='LOW HIGH', help='Shares of the noise schedule between which guidance acts.')]=(0., 1.),
+    negative:Annotated[Optional[list[str]], typer.Option(metavar='CLASS', help='A class to lead away from; may be repeated.')]=None,
     steps:Annotated[int, typer.Option(help='Solver steps.')]=15,
     scheduler:Annotated[str, typer.Option(help='Solver: ddpm, ddim, dpm++, unipc, euler, heun or a diffusers class.')]='dpm++',
+    edit:Annotated[Optional[float], typer.Option(metavar='STRENGTH', help='Edit training images instead of drawing from noise: near 0 hardly, 1 wholly. They keep their labels unless --plan is given.')]=None,
+    classifier:Annotated[Optional[Path], typer.Option(help='Folder of a trained classifier that scores how well images show their labels.')]=None,
+    min_fidelity:Annotated[float, typer.Option(help='0 to 1: drop images that the classifier scores lower.')]=0.,
+    best_of:Annotated[int, typer.Option(min=1, help='Draw so many candidates for each image and keep the best.')]=1,
+    drop_copies:Annotated[bool, typer.Option('--drop-copies', help='Drop near-copies of training images, turned ones too.')]=False,
+    half:Annotated[bool, typer.Option('--half', help='bfloat16: half the memory, faster on GPUs.')]=False,
     batch_size:Annotated[int, typer.Option(help='Images at a time.')]=64,
     seed:Seed=0,
 ):
-    "Draw synthetic images into a store."
+    "Draw synthetic images into a store, or edit real ones. Run it again to continue; start it with torchrun to use several GPUs."
+    import torch
     from protloc.core import read_config
     from protloc.data.store import ImageStore
-    from protloc.diffusion.generate import GenerateConfig, generate, match_plan
+    from protloc.diffusion.edit import edit as edit_images
+    from protloc.diffusion.generate import GenerateConfig, generate, plan_labels
     from protloc.diffusion.train import open_pipeline
-    config = read_config(GenerateConfig, dict(images=images, guidance_scale=guidance_scale, num_inference_steps=steps, scheduler=scheduler, batch_size=batch_size), 'generate')
+    config = read_config(GenerateConfig, dict(images=images, plan=plan or 'match', guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
+        negative_labels=negative or (), num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, **({} if edit is None else dict(strength=edit))), 'generate')
     real,pipe = ImageStore(like),open_pipeline(generator)
     if list(real.vocab) != pipe.config.classes: raise InputError(f'{like} and {generator} have different classes')
-    print(generate(pipe, out, match_plan(real.labels[real.rows('train')], images, seed), config, seed))
+    if half: pipe.to(torch.bfloat16)
+    judge = _judge(pipe, real, classifier, min_fidelity, drop_copies)
+    labels = plan_labels(config.plan, real.labels[real.rows('train')], real.vocab, images, seed) if plan or edit is None else None
+    print(generate(pipe, out, labels, config, seed, judge) if edit is None else edit_images(pipe, out, real, config, seed, labels, judge))
 
 # %% ../nbs/05_cli.ipynb #94a138ba
 @app.command('train-classifier')

@@ -4,40 +4,55 @@
 
 # %% ../nbs/04_training.ipynb #a0f23559
 from __future__ import annotations
-import contextlib, io, json, math, time
+import contextlib, io, json, math, time, uuid, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-import pydantic, safetensors.torch, torch
+import numpy as np, pydantic, safetensors.torch, torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .core import Config, InputError, atomic_path, derive_seed, remove, write_text
+from .core import Config, InputError, atomic_path, derive_seed, remove, sha256, write_json, write_text
 from .data.loading import loader
 
 # %% auto #0
-__all__ = ['LoopConfig', 'lr_at', 'fork_rng', 'seeded', 'save_weights', 'load_weights', 'Run', 'save_checkpoint',
-           'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'train_step', 'averaged', 'fit']
+__all__ = ['RUNTIME', 'LoopConfig', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average', 'save_weights',
+           'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'accelerator_for', 'to_device',
+           'train_step', 'averaged', 'enough_memory', 'fit']
 
 # %% ../nbs/04_training.ipynb #ab6a87c2
 class LoopConfig(Config):
     "How long, how fast, and what to keep"
     steps: int = pydantic.Field(1000, ge=1) # optimizer steps
     batch_size: int = pydantic.Field(64, ge=1) # images a step, over all processes
+    accumulate: int = pydantic.Field(1, ge=1) # parts that each process cuts its images of a step into, to save memory
     lr: float = pydantic.Field(1e-3, gt=0) # peak learning rate
     weight_decay: float = pydantic.Field(.01, ge=0) # of AdamW
     warmup: int = pydantic.Field(0, ge=0) # steps of linear warm-up
     schedule: Literal['constant', 'cosine'] = 'cosine' # after the warm-up; cosine ends at 0
     max_grad_norm: float = pydantic.Field(1., gt=0) # gradients are clipped to this norm
     ema_decay: float|None = pydantic.Field(None, gt=0, lt=1) # moving average of the weights; None for none
+    ema_length: float|None = pydantic.Field(None, gt=0, lt=.28) # instead of ema_decay: width of a power-law average, a share of the training
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # bf16 on GPUs; slower on CPUs
+    compile: bool = False # torch.compile: minutes before the first step, shorter steps on GPUs
     workers: int = pydantic.Field(0, ge=0) # loader processes
     evaluate_every: int = pydantic.Field(100, ge=1) # steps between validations
     checkpoint_seconds: float = pydantic.Field(30, ge=0) # least time between checkpoints
+    checkpoint_steps: int|None = pydantic.Field(None, ge=1) # steps between further checkpoints; None for none
+    keep: int = pydantic.Field(1, ge=1) # checkpoints on disk, the newest ones
+    trackers: tuple[Literal['tensorboard', 'wandb'], ...] = () # log.jsonl is written in any case
+    @pydantic.model_validator(mode='after')
+    def _one_average(self):
+        if self.ema_decay and self.ema_length: raise InputError('ema_decay and ema_length are two kinds of moving average: set one of them')
+        return self
+
+RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep', 'trackers'} # settings that may change when a run is continued
 
 # %% ../nbs/04_training.ipynb #e2011ea4
 def lr_at(
@@ -63,6 +78,33 @@ def seeded(
     with fork_rng():
         torch.manual_seed(derive_seed(seed, *purpose))
         yield
+
+# %% ../nbs/04_training.ipynb #cd6e6281
+def power_of(
+    length:float, # standard deviation of the average, as a share of all steps, below .28
+)->float: # gamma
+    "Exponent of the power-law average of this width (Karras et al. 2024, section 3.1)"
+    return float(np.roots([1, 7, 16-length**-2, 12-length**-2]).real.max())
+
+class PowerEMA(EMAModel):
+    "Moving average in which step t weighs t^gamma (Karras et al. 2024, section 3.1)"
+    def __init__(self,
+        parameters, # of a model
+        length:float, # see `power_of`
+    ):
+        super().__init__(parameters, foreach=True)
+        self.gamma = power_of(length)
+    def get_decay(self, optimization_step:int)->float:
+        "Share of the average that stays at a step, counted from 1"
+        return (1-1/optimization_step)**(self.gamma+1)
+
+def moving_average(
+    parameters, # of a model
+    c:LoopConfig,
+)->EMAModel|None: # None where none is wanted
+    "The moving average that the settings ask for"
+    if c.ema_length: return PowerEMA(parameters, c.ema_length)
+    if c.ema_decay: return EMAModel(parameters, decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3/4, foreach=True)
 
 # %% ../nbs/04_training.ipynb #2c0911db
 def save_weights(
@@ -93,36 +135,49 @@ class Run:
     step: int = 0 # optimizer steps done
     best: float = -math.inf # best validation score
     log: list = field(default_factory=list) # a dict a line of log.jsonl
+    scaler: torch.amp.GradScaler|None = None # of the gradients, with fp16
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:8]) # by which trackers know the run
 
 def _checkpoints(folder): return sorted((Path(folder)/'checkpoints').glob('step-*'))
 
 # %% ../nbs/04_training.ipynb #c9fe8ea9
 def save_checkpoint(
     run:Run, # any time between two steps
+    keep:int=1, # checkpoints to keep
 ):
     "Write checkpoints/step-N and drop older ones"
-    old = _checkpoints(run.folder)
-    with atomic_path(run.folder/'checkpoints'/f'step-{run.step:08d}') as p:
+    folder,buffer = run.folder/'checkpoints',io.BytesIO()
+    state = dict(step=run.step, best=run.best, log=run.log, id=run.id, optimizer=run.optimizer.state_dict())
+    torch.save({**state, **{k: v and v.state_dict() for k,v in (('ema', run.ema), ('scaler', run.scaler))}}, buffer)
+    with atomic_path(folder/f'step-{run.step:08d}') as p:
         p.mkdir()
         save_weights(run.model, p/'model.safetensors')
-        state,buffer = dict(step=run.step, best=run.best, log=run.log, optimizer=run.optimizer.state_dict()),io.BytesIO()
-        torch.save({**state, 'ema': run.ema.state_dict() if run.ema else None}, buffer)
         (p/'state.pt').write_bytes(buffer.getbuffer())
-    for path in old:
-        if path.name != f'step-{run.step:08d}': remove(path)
+        write_json(p/'sha256.json', {f.name: sha256(f) for f in sorted(p.iterdir())})
+    whole = [p for p in _checkpoints(run.folder) if p.name <= f'step-{run.step:08d}']
+    for path in set(folder.iterdir())-set(whole[-keep:]): remove(path)
 
 # %% ../nbs/04_training.ipynb #ceeab356
+def _is_whole(checkpoint):
+    "Whether the files are those that were written"
+    try: return all(sha256(checkpoint/name) == written for name,written in json.loads((checkpoint/'sha256.json').read_text()).items())
+    except (OSError, ValueError): return False
+
 def load_checkpoint(
     run:Run, # a fresh one, of the same model; changed in place
 )->bool: # whether there was one
-    "Go on from the newest checkpoint in the run's folder"
+    "Go on from the newest whole checkpoint in the run's folder; raises `InputError` where there are only damaged ones"
     found = _checkpoints(run.folder)
     if not found: return False
-    load_weights(run.model, found[-1]/'model.safetensors')
-    state = torch.load(found[-1]/'state.pt', weights_only=True, map_location='cpu')
-    run.step,run.best,run.log = state['step'],state['best'],state['log']
-    run.optimizer.load_state_dict(state['optimizer'])
-    if run.ema: run.ema.load_state_dict(state['ema'])
+    path = next(filter(_is_whole, reversed(found)), None)
+    if not path: raise InputError(f'{found[-1]} is damaged, and no older checkpoint is whole: remove {found[-1].parent} to begin again')
+    if path != found[-1]: warnings.warn(f'{found[-1]} is damaged: training goes on from {path.name}')
+    load_weights(run.model, path/'model.safetensors')
+    state = torch.load(path/'state.pt', weights_only=True, map_location='cpu')
+    run.step,run.best,run.log,run.id = (state[k] for k in ('step', 'best', 'log', 'id'))
+    for k in ('optimizer', 'ema', 'scaler'):
+        if getattr(run, k): getattr(run, k).load_state_dict(state[k])
+    if run.ema: run.ema.to(next(run.model.parameters()).device)
     return True
 
 # %% ../nbs/04_training.ipynb #a292dfb1
@@ -131,7 +186,9 @@ class _Objective(nn.Module):
     def __init__(self, model, loss):
         super().__init__()
         self.model,self.loss = model,loss
-    def forward(self, batch): return self.loss(self.model, batch)
+    def forward(self, batch):
+        found = self.loss(self.model, batch)
+        return found if isinstance(found, tuple) else (found, {})
 
 # %% ../nbs/04_training.ipynb #445c118e
 def this_process()->PartialState: # its rank among how many, and its device
@@ -139,11 +196,13 @@ def this_process()->PartialState: # its rank among how many, and its device
     return PartialState(cpu=not torch.accelerator.is_available())
 
 def accelerator_for(
-    mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
+    mixed_precision:str='no', # 'no', 'bf16' or 'fp16'; on CPUs 'fp16' is 'no'
+    **options, # further ones of `Accelerator`
 )->Accelerator:
-    "An Accelerator on whatever there is; a process may train with different precisions one after the other"
+    "An Accelerator on whatever there is, with another precision each time if need be; raises `InputError` for one that the device lacks"
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision, cpu=this_process().device.type == 'cpu')
+    try: return Accelerator(mixed_precision=mixed_precision, cpu=this_process().device.type == 'cpu', **options)
+    except ValueError as e: raise InputError(f"mixed_precision: {mixed_precision} cannot be had here ({str(e).rstrip('.')}): use no") from None
 
 # %% ../nbs/04_training.ipynb #d911aed6
 def to_device(
@@ -156,25 +215,37 @@ def to_device(
     batch = batch.to(device, non_blocking=True)
     return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
+# %% ../nbs/04_training.ipynb #e5ceed06
+def _slice(batch, i, n):
+    "Part i of n of every tensor in nested dicts and tuples"
+    if isinstance(batch, dict): return {k: _slice(v, i, n) for k,v in batch.items()}
+    if isinstance(batch, (tuple, list)): return tuple(_slice(v, i, n) for v in batch)
+    if batch.ndim and len(batch)%n: raise InputError(f'accumulate: {n} does not divide the {len(batch)} images that a process has in a step')
+    return batch[i*len(batch)//n:(i+1)*len(batch)//n] if batch.ndim else batch
+
 # %% ../nbs/04_training.ipynb #8ed94b45
 def train_step(
-    objective:nn.Module, # the prepared objective: objective(batch) -> scalar
+    objective:nn.Module, # the prepared objective: objective(batch) -> scalar, dict of scalars
     batch, # what the loss takes
     run:Run, # its step and its weights are moved on
     accelerator:Accelerator,
     c:LoopConfig,
     seed:int, # of the whole training
-)->Tensor: # the loss, a detached scalar on the device
+)->dict[str,Tensor]: # the loss, and what it adds: (accumulate,) each, detached, on the device
     "One optimizer step; a function of the run's state, the batch, the seed and the step"
-    for group in run.optimizer.param_groups: group['lr'] = lr_at(run.step, c)
+    group,n,found = run.optimizer.param_groups[0],c.accumulate,[]
+    group['lr'] = lr_at(run.step, c)
     torch.manual_seed(derive_seed(seed, 'step', run.step, accelerator.process_index))
-    with accelerator.autocast(): loss = objective(batch)
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(objective.parameters(), c.max_grad_norm)
+    for i in range(n):
+        with contextlib.nullcontext() if i == n-1 else accelerator.no_sync(objective):
+            with accelerator.autocast(): loss,extra = objective(_slice(batch, i, n))
+            accelerator.backward(loss/n)
+        found.append(dict(loss=loss.detach(), **extra))
+    accelerator.clip_grad_norm_(group['params'], c.max_grad_norm)
     run.optimizer.step(); run.optimizer.zero_grad()
-    if run.ema: run.ema.step(run.model.parameters())
+    if run.ema: run.ema.step(group['params'])
     run.step += 1
-    return loss.detach()
+    return {k: torch.stack([f[k] for f in found]) for k in found[0]}
 
 # %% ../nbs/04_training.ipynb #248d801f
 @contextlib.contextmanager
@@ -193,27 +264,56 @@ def averaged(
 def _validate(run, evaluate, score, main):
     "Evaluate the averaged weights, keep the best"
     with averaged(run) as model, torch.no_grad():
-        found = evaluate(model)
+        found = {k: float(v) for k,v in evaluate(model).items()}
         if score and found[score] > run.best:
             run.best = found[score]
             if main: save_weights(model, run.folder/'best.safetensors')
     return found
 
 # %% ../nbs/04_training.ipynb #fc07bac4
-def _record(run, losses, started, c, extra):
+def _line(run, found, started, c, accelerator):
     "A line of the log; stops at the first loss that is not a number"
-    loss = torch.stack(losses).float()
-    if not loss.isfinite().all():
-        bad = run.step-len(losses)+int((~loss.isfinite()).nonzero()[0])
+    values = accelerator.gather(torch.stack([torch.stack([*f.values()]) for f in found]).float()) # (processes * steps, numbers, accumulate)
+    good = values[:, 0].isfinite().all(1).view(-1, len(found)).all(0)
+    if not good.all():
+        bad = run.step-len(found)+int((~good).nonzero()[0])
         raise InputError(f'the loss is not finite at step {bad} of {run.folder}: lower the learning rate ({c.lr}) or use mixed_precision: no')
-    rate = len(losses)*c.batch_size/(time.time()-started)
-    run.log.append(dict(step=run.step, loss=loss.mean().item(), lr=lr_at(run.step-1, c), images_per_second=round(rate, 1), **extra))
-    write_text(run.folder/'log.jsonl', ''.join(json.dumps(line)+'\n' for line in run.log))
+    rate = len(found)*c.batch_size/(time.time()-started)
+    extra = {k: v for k,v in zip([*found[0]][1:], values[:, 1:].nanmean((0, 2)).tolist()) if math.isfinite(v)}
+    return dict(step=run.step, loss=values[:, 0].mean().item(), **extra, lr=lr_at(run.step-1, c), images_per_second=round(rate, 1))
+
+def _lines(log): return ''.join(json.dumps(line)+'\n' for line in log)
+
+# %% ../nbs/04_training.ipynb #e057c8e3
+@contextlib.contextmanager
+def _tracked(accelerator, run, c, name):
+    "The trackers that the settings name get the lines of the log inside the block"
+    wandb = dict(id=run.id, resume='allow', dir=str(run.folder), config=c.model_dump())
+    if c.trackers: accelerator.init_trackers(name, init_kwargs=dict(tensorboard=dict(purge_step=run.step+1), wandb=wandb))
+    try: yield
+    finally:
+        for tracker in accelerator.trackers: tracker.finish()
+
+def _check_trackers(c):
+    "Raise `InputError` for a tracker that is not installed"
+    for t in c.trackers:
+        if t not in map(str, get_available_trackers()): raise InputError(f"the tracker {t} is not installed: run `pip install {t}`, or leave it out of trackers")
+
+# %% ../nbs/04_training.ipynb #e711c9e1
+@contextlib.contextmanager
+def enough_memory(
+    c:LoopConfig, # named in the message
+):
+    "Raises `InputError` where memory runs out inside the block"
+    try: yield
+    except RuntimeError as e:
+        if not should_reduce_batch_size(e): raise
+        raise InputError(f'a batch of {c.batch_size} images in {c.accumulate} part(s) does not fit into memory: raise accumulate, or lower batch_size; checkpoints are kept') from None
 
 # %% ../nbs/04_training.ipynb #e482351b
 def fit(
     model:nn.Module, # trained in place
-    loss:Callable, # loss(model, batch) -> scalar
+    loss:Callable, # loss(model, batch) -> scalar, or scalar and dict of detached scalars
     batches, # `batches[step]`, `batches.augmented(batch, step)` and `batches.shard(rank, world)`
     c:LoopConfig,
     folder:str|Path, # log.jsonl, checkpoints/, last.safetensors, best.safetensors
@@ -222,18 +322,17 @@ def fit(
     score:str='', # the number to maximise
     name:str='train', # shown beside the progress bar
 )->Run: # finished; the model has its averaged weights
-    "Train, or continue, or find that all is done; raises `InputError` where the loss stops being a number"
-    accelerator,folder = accelerator_for(c.mixed_precision),Path(folder)
+    "Train, or continue, or find that all is done; raises `InputError` where the loss stops being a number or memory runs out"
+    _check_trackers(c)
+    folder = Path(folder)
+    accelerator = accelerator_for(c.mixed_precision, log_with=[*c.trackers] or None, project_dir=folder/'tensorboard', dynamo_backend='inductor' if c.compile else None)
     model.to(accelerator.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
-    ema = EMAModel(model.parameters(), decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3/4, foreach=True) if c.ema_decay else None
-    run = Run(model, optimizer, ema, folder)
-    if (folder/'last.safetensors').exists(): return _finished(run)
-    load_checkpoint(run)
-    if ema: ema.to(accelerator.device)
-    objective,run.optimizer = accelerator.prepare(_Objective(model, loss), optimizer)
-    with fork_rng(): _steps(run, objective, batches.shard(accelerator.process_index, accelerator.num_processes), c, seed, evaluate, score, name, accelerator)
-    if ema: ema.copy_to(model.parameters())
+    objective,optimizer = accelerator.prepare(_Objective(model, loss), torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True))
+    run = Run(model, optimizer, moving_average(model.parameters(), c), folder, scaler=accelerator.scaler)
+    if _is_done(run): return run
+    with fork_rng(), enough_memory(c), _tracked(accelerator, run, c, name):
+        _steps(run, objective, batches.shard(accelerator.process_index, accelerator.num_processes), c, seed, evaluate, score, name, accelerator)
+    if run.ema: run.ema.copy_to(model.parameters())
     if accelerator.is_main_process: save_weights(model, folder/'last.safetensors'); remove(folder/'checkpoints')
     accelerator.wait_for_everyone()
     return run
@@ -241,24 +340,38 @@ def fit(
 # %% ../nbs/04_training.ipynb #5cc3013b
 def _steps(run, objective, batches, c, seed, evaluate, score, name, accelerator):
     "From the run's step to the last one"
-    main,saved,started,losses = accelerator.is_main_process,time.time(),time.time(),[]
+    main,saved,started,found = accelerator.is_main_process,time.time(),time.time(),[]
+    if main: write_text(run.folder/'log.jsonl', _lines(run.log))
     bar = tqdm(total=c.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
     for batch in loader(batches, run.step, c.steps, c.workers, accelerator.device.type == 'cuda'):
         batch = to_device(batches.augmented(send_to_device(batch, accelerator.device, non_blocking=True), run.step), accelerator.device)
-        losses.append(train_step(objective, batch, run, accelerator, c, seed))
+        found.append(train_step(objective, batch, run, accelerator, c, seed))
         bar.update()
-        evaluates = bool(evaluate) and (run.step%c.evaluate_every == 0 or run.step == c.steps)
-        if not (evaluates or len(losses) == 20 or run.step == c.steps): continue
-        extra = _validate(run, evaluate, score, main) if evaluates else {}
-        if main: _record(run, losses, started, c, extra)
-        bar.set_postfix(loss=f'{torch.stack(losses).mean():.4f}', **{k: f'{v:.3f}' for k,v in extra.items()})
-        started,losses = time.time(),[]
-        if main and time.time()-saved > c.checkpoint_seconds and run.step < c.steps: save_checkpoint(run); saved = time.time()
+        last,due = run.step == c.steps,bool(c.checkpoint_steps) and run.step%c.checkpoint_steps == 0
+        evaluates = bool(evaluate) and (run.step%c.evaluate_every == 0 or last)
+        if not (evaluates or due or last or len(found) == 20): continue
+        run.log.append(_line(run, found, started, c, accelerator))
+        if evaluates: run.log[-1].update(_validate(run, evaluate, score, main))
+        if main: _tell(run, bar, accelerator)
+        if main and not last and (due or time.time()-saved > c.checkpoint_seconds): save_checkpoint(run, c.keep); saved = time.time()
+        started,found = time.time(),[]
     bar.close()
 
-def _finished(run):
-    "A run that was completed earlier"
-    load_weights(run.model, run.folder/'last.safetensors')
-    run.log = [json.loads(line) for line in (run.folder/'log.jsonl').read_text().splitlines()]
-    run.step = run.log[-1]['step']
-    return run
+def _tell(run, bar, accelerator):
+    "Write the newest line of the log wherever it is wanted"
+    with open(run.folder/'log.jsonl', 'a', encoding='utf-8') as f: f.write(_lines(run.log[-1:]))
+    accelerator.log(run.log[-1], step=run.step)
+    bar.set_postfix({k: f'{v:.4g}' for k,v in run.log[-1].items() if k not in ('step', 'lr', 'images_per_second')})
+
+# %% ../nbs/04_training.ipynb #d4e978be
+def _is_done(run):
+    "Load what there is of the run; whether it is finished"
+    done = (run.folder/'last.safetensors').exists()
+    if done:
+        load_weights(run.model, run.folder/'last.safetensors')
+        run.log = [json.loads(line) for line in (run.folder/'log.jsonl').read_text().splitlines()]
+        run.step = run.log[-1]['step']
+    else: load_checkpoint(run)
+    steps = gather_object([run.step])
+    if len(set(steps)) > 1: raise InputError(f'the processes found steps {sorted(set(steps))} in {run.folder}: choose a folder that all nodes share')
+    return done

@@ -14,7 +14,7 @@ from ..core import Config, InputError, derive_seed, hold_settings, lookup
 from ..data.loading import KINDS, AugmentConfig, Batches, Pairs, Partners, in_order
 from ..data.store import ImageStore
 from ..metrics import scores
-from ..training import LoopConfig, fit, load_weights, seeded, this_process
+from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'check_partners', 'sources', 'train_classifier']
@@ -80,7 +80,7 @@ def train_classifier(
     "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
     folder,s,criterion = Path(folder),strategy(strategy_name, **options),lookup('criterion', c.criterion, CRITERIA)
     batches,val = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val')
-    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
+    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(exclude={'loop': RUNTIME}), strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
     if (folder/'classifier.json').exists(): return load_classifier(folder)[0]
     with seeded(seed, 'classifier'): model = Classifier(c.backbone, len(real.channels), len(real.vocab))
     train = real.rows('train')

@@ -548,12 +548,12 @@ def mitotic_spindle(c, rng):
 def organizing_center(c, rng):
     "One blob by the nucleus where the microtubules meet"
     angle,t = c.tracks
-    return 1.6*spots(c.at(c.side, c.line.mtoc), .019*c.line.spot_size, c.g) + .35*lines(c.at(angle[::3,:4], t[::3,:4]), .0055, c.g).clip(0, 1) + .06*c.in_cytoplasm
+    return 1.6*spots(c.at(c.side, c.line.mtoc), .019*c.line.spot_size, c.g) + .6*lines(c.at(angle[::3,:4], t[::3,:4]), .0055, c.g).clip(0, 1) + .06*c.in_cytoplasm
 
 def centrosome(c, rng):
     "One or two tiny points by the nucleus"
     yx = c.at(c.side+rng.normal(0, .04, 2), c.line.mtoc+.02+rng.normal(0, .03, 2))[:rng.integers(1, 3)]
-    return spots(yx, .0085, c.g) + .02*c.in_cell
+    return spots(yx, .011, c.g) + .02*c.in_cell
 
 # %% ../../nbs/data/01_simulate.ipynb #daa9c97e
 def plasma_membrane(c, rng):

@@ -4,15 +4,19 @@
 
 # %% ../../nbs/diffusion/00_denoiser.ipynb #f7efa74b
 from __future__ import annotations
+from collections.abc import Mapping
 import pydantic, torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..core import Config, InputError
+from torch.utils.flop_counter import FlopCounterMode
+from ..core import Config, InputError, lookup
 
 # %% auto #0
-__all__ = ['LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'Denoiser', 'build_denoiser']
+__all__ = ['PRESETS', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'ClassEncoder', 'PaperSimplified',
+           'MultiHotEncoder', 'PaperOriginal', 'Denoiser', 'build_denoiser', 'denoiser_cost']
 
 # %% ../../nbs/diffusion/00_denoiser.ipynb #4ed10a82
 class LabelEncoder(ModelMixin, ConfigMixin):
@@ -48,24 +52,51 @@ def unfold(
     "Channels -> patches; undoes `fold`"
     return F.pixel_shuffle(folded, patch_size)
 
+# %% ../../nbs/diffusion/00_denoiser.ipynb #6bf47f23
+PRESETS = { # what differs from the defaults of `UNetConfig`
+    'xs': dict(),
+    's': dict(widths=(96, 192, 192), layers_per_block=2, attention=True, norm_groups=32),
+    'm': dict(widths=(128, 256, 256, 256), layers_per_block=2, attention=True, norm_groups=32),
+    'l': dict(widths=(192, 384, 384, 576), layers_per_block=3, attention=True, norm_groups=32),
+    'paper_simplified': dict(widths=(64,), patch_size=1),
+    'paper_original': dict(widths=(128,), patch_size=1)}
+
 # %% ../../nbs/diffusion/00_denoiser.ipynb #cb8007bb
 class UNetConfig(Config):
-    "The size of a denoiser"
+    "The size of a denoiser: one of `PRESETS`, and what is to differ from it"
+    preset: str = 'xs' # a name from `PRESETS`
     widths: tuple[int, ...] = (64, 128) # channels at each resolution, each half of the one before
     layers_per_block: int = pydantic.Field(1, ge=1) # residual blocks a resolution
     patch_size: int = pydantic.Field(2, ge=1) # pixels folded into channels before the first convolution
     attention: bool = False # self-attention at the lowest resolution
     norm_groups: int = pydantic.Field(8, ge=1) # groups of GroupNorm
+    @pydantic.model_validator(mode='before')
+    @classmethod
+    def _filled(cls, given):
+        if not isinstance(given, Mapping): return given
+        return {**lookup('denoiser', str(given.get('preset', 'xs')), PRESETS), **given}
+    @pydantic.model_validator(mode='after')
+    def _fixed(self):
+        if not self.preset.startswith('paper'): return self
+        if len(self.widths) != 1: raise InputError(f"the denoiser '{self.preset}' has one width, not {len(self.widths)}: give widths as [64]")
+        fixed = {k: PRESETS[self.preset].get(k, f.default) for k,f in type(self).model_fields.items() if k not in ('preset', 'widths')}
+        changed = [k for k,v in fixed.items() if getattr(self, k) != v]
+        if changed: raise InputError(f"the denoiser '{self.preset}' has no {changed[0]}: only its widths can be changed")
+        return self
 
 # %% ../../nbs/diffusion/00_denoiser.ipynb #94187120
+def _check_size(size, grain, why):
+    "Refuse images that a network cannot halve"
+    if size < grain or size%grain: raise InputError(f'images of {size} pixels cannot be {why}: use a multiple of {grain}')
+
 def build_unet(
     channels:int, # C, of the images
     size:int, # height and width of the images in pixels
     c:UNetConfig=UNetConfig(),
 )->UNet2DModel:
     "A conditional U-Net for folded images; raises `InputError` where the sizes do not divide"
-    grain,n = c.patch_size*2**(len(c.widths)-1),len(c.widths)
-    if size%grain: raise InputError(f'images of {size} pixels cannot be halved {n-1} times after patches of {c.patch_size}: use a multiple of {grain}')
+    n = len(c.widths)
+    _check_size(size, c.patch_size*2**(n-1), f'halved {n-1} times after patches of {c.patch_size}')
     if any(w%c.norm_groups for w in c.widths): raise InputError(f'widths {c.widths} must be multiples of norm_groups {c.norm_groups}')
     folded,deep = channels*c.patch_size**2,c.attention
     return UNet2DModel(sample_size=size//c.patch_size, in_channels=folded, out_channels=folded,
@@ -73,12 +104,111 @@ def build_unet(
         down_block_types=('DownBlock2D',)*(n-1)+('AttnDownBlock2D' if deep else 'DownBlock2D',),
         up_block_types=('AttnUpBlock2D' if deep else 'UpBlock2D',)+('UpBlock2D',)*(n-1), add_attention=deep)
 
+# %% ../../nbs/diffusion/00_denoiser.ipynb #17bee713
+class ClassEncoder(ModelMixin, ConfigMixin):
+    "One label of each image -> the embedding of its class (Lin and Cao 2025, simplified DDPM)"
+    @register_to_config
+    def __init__(self,
+        num_classes:int, # K, classes in the vocabulary
+        width:int=64, # of the embedding
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, width)
+    def forward(self,
+        labels:Tensor, # (N, K) multi-hot; in training one label is drawn from each row, else it is the first
+        drop:Tensor|None=None, # (N,) bool, True where the labels are to be ignored
+    )->Tensor: # (N, width)
+        "A vector an image; 0 where dropped, or where there is no label"
+        chances = labels*(1-torch.rand_like(labels)) if self.training else labels
+        known = labels.any(1) if drop is None else labels.any(1) & ~drop
+        return self.embedding(chances.argmax(1))*known[:, None]
+
+# %% ../../nbs/diffusion/00_denoiser.ipynb #68833303
+class PaperSimplified(ModelMixin, ConfigMixin):
+    "Three convolutions over the image and its class, blind to the time step (Lin and Cao 2025, simplified DDPM)"
+    @register_to_config
+    def __init__(self,
+        sample_size:int, # height and width of the images in pixels
+        in_channels:int=4, # C
+        width:int=64, # of the class embedding and of the hidden layers
+    ):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(in_channels+width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, in_channels, 3, padding=1))
+    def forward(self,
+        sample:Tensor, # (N, C, S, S) noisy images
+        timestep:Tensor, # ignored
+        class_labels:Tensor, # (N, width)
+    )->UNet2DOutput: # `.sample` is (N, C, S, S)
+        "The convolutions' answer"
+        spread = class_labels.to(sample.dtype)[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        return UNet2DOutput(sample=self.layers(torch.cat([sample, spread], 1)))
+
+# %% ../../nbs/diffusion/00_denoiser.ipynb #7ab5c25b
+class MultiHotEncoder(ModelMixin, ConfigMixin):
+    "The multi-hot row itself (Lin and Cao 2025, original DDPM)"
+    @register_to_config
+    def __init__(self,
+        num_classes:int, # K, classes in the vocabulary
+    ):
+        super().__init__()
+        self.register_buffer('no_label', torch.zeros(num_classes))
+    def forward(self,
+        labels:Tensor, # (N, K) multi-hot
+        drop:Tensor|None=None, # (N,) bool, True where the labels are to be ignored
+    )->Tensor: # (N, K)
+        "The labels; zeros where dropped"
+        labels = labels.to(self.no_label.dtype)
+        return labels if drop is None else torch.where(drop[:, None], self.no_label, labels)
+
+# %% ../../nbs/diffusion/00_denoiser.ipynb #4994755a
+def _block(channels, width):
+    "Two convolutions with GroupNorm and GELU"
+    layers = [(nn.Conv2d(n, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU()) for n in (channels, width)]
+    return nn.Sequential(*layers[0], *layers[1])
+
+def _mlp(inputs, width): return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+
+# %% ../../nbs/diffusion/00_denoiser.ipynb #37e404d2
+class PaperOriginal(ModelMixin, ConfigMixin):
+    "A two-level U-Net; labels scale, the step shifts by a tenth, on the way up (Lin and Cao 2025, original DDPM)"
+    @register_to_config
+    def __init__(self,
+        sample_size:int, # height and width of the images in pixels
+        in_channels:int=4, # C
+        num_classes:int=28, # K
+        num_hiddens:int=128, # channels at every level
+        num_train_timesteps:int=300, # T, diffusion steps
+    ):
+        super().__init__()
+        h = num_hiddens
+        self.down = nn.ModuleList([_block(in_channels, h), _block(h, h), _block(h, h)])
+        self.scale = nn.ModuleList([_mlp(num_classes, h) for _ in range(2)])
+        self.shift = nn.ModuleList([_mlp(1, h) for _ in range(2)])
+        self.up = nn.ModuleList([_block(2*h, h) for _ in range(2)])
+        self.out = nn.Conv2d(h, in_channels, 3, padding=1)
+    def forward(self,
+        sample:Tensor, # (N, C, S, S) noisy images
+        timestep:Tensor, # scalar or (N,), diffusion steps
+        class_labels:Tensor, # (N, K) multi-hot
+    )->UNet2DOutput: # `.sample` is (N, C, S, S)
+        "The U-Net's answer"
+        y = class_labels.to(sample.dtype)
+        t = (torch.as_tensor(timestep, device=sample.device)/self.config.num_train_timesteps).to(sample.dtype).expand(len(sample))[:, None]
+        full = self.down[0](sample)
+        half = self.down[1](F.avg_pool2d(full, 2))
+        x = self.down[2](F.avg_pool2d(half, 2))
+        for scale,shift,up,skip in zip(self.scale, self.shift, self.up, (half, full)):
+            x = scale(y)[:, :, None, None]*x + .1*shift(t)[:, :, None, None]
+            x = up(torch.cat([F.interpolate(x, scale_factor=2.), skip], 1))
+        return UNet2DOutput(sample=self.out(x))
+
 # %% ../../nbs/diffusion/00_denoiser.ipynb #7b022af2
 class Denoiser(nn.Module):
     "U-Net and label encoder as one module"
     def __init__(self,
-        unet:UNet2DModel, # with `class_embed_type='identity'`
-        label_encoder:LabelEncoder, # as wide as the U-Net's time embedding
+        unet:ModelMixin, # unet(sample, timestep, class_labels=vectors).sample
+        label_encoder:ModelMixin, # label_encoder(labels, drop) -> vectors, as the U-Net wants them
     ):
         super().__init__()
         self.unet,self.label_encoder = unet,label_encoder
@@ -88,15 +218,38 @@ class Denoiser(nn.Module):
         labels:Tensor, # (N, K) multi-hot
         drop:Tensor|None=None, # (N,) bool, True where the labels are to be ignored
     )->Tensor: # (N, C', s, s) what the objective asks for: noise, velocity or image
-        "The U-Net's answer"
+        "The U-Net's answer; raises `InputError` for labels of another width"
+        k = self.label_encoder.config.num_classes
+        if labels.shape[1:] != (k,): raise InputError(f'labels of shape {tuple(labels.shape)} do not fit a denoiser of {k} classes: give rows of {k} numbers')
         return self.unet(noisy, steps, class_labels=self.label_encoder(labels, drop)).sample
 
+# %% ../../nbs/diffusion/00_denoiser.ipynb #8e5481fe
 def build_denoiser(
     channels:int, # C, of the images
     num_classes:int, # K
     size:int, # height and width of the images in pixels
     c:UNetConfig=UNetConfig(),
+    num_train_timesteps:int=1000, # T, diffusion steps; only `paper_original` needs to know
 )->Denoiser:
     "A fresh denoiser; raises `InputError` for sizes that do not fit"
+    if c.preset == 'paper_simplified': return Denoiser(PaperSimplified(size, channels, *c.widths), ClassEncoder(num_classes, *c.widths))
+    if c.preset == 'paper_original':
+        _check_size(size, 4, 'halved twice')
+        if c.widths[0]%8: raise InputError(f'the width of paper_original must be a multiple of 8, not {c.widths[0]}')
+        return Denoiser(PaperOriginal(size, channels, num_classes, *c.widths, num_train_timesteps), MultiHotEncoder(num_classes))
     unet = build_unet(channels, size, c)
     return Denoiser(unet, LabelEncoder(num_classes, unet.time_embedding.linear_2.out_features))
+
+# %% ../../nbs/diffusion/00_denoiser.ipynb #982682ff
+def denoiser_cost(
+    c:UNetConfig,
+    size:int=64, # height and width of the images in pixels
+    channels:int=4, # C
+    num_classes:int=28, # K
+)->dict[str,int]: # parameters, and multiply_adds of one image
+    "How large a denoiser is, and how much it computes"
+    with torch.device('meta'):
+        denoiser = build_denoiser(channels, num_classes, size, c).eval()
+        s,folded = size//c.patch_size,channels*c.patch_size**2
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): denoiser(torch.empty(1, folded, s, s), torch.zeros(1), torch.zeros(1, num_classes))
+    return dict(parameters=sum(p.numel() for p in denoiser.parameters()), multiply_adds=counter.get_total_flops()//2)

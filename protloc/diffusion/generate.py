@@ -4,16 +4,23 @@
 
 # %% ../../nbs/diffusion/04_generate.ipynb #2b596391
 from __future__ import annotations
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from math import comb
 from pathlib import Path
-import numpy as np, pydantic, torch
+import numpy as np, pandas as pd, pydantic, torch
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from ..core import Config, lookup, rng_for, sha256
-from ..data.store import ImageStore, StoreWriter
+from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
+from ..data.store import ImageStore, ResumableWriter, brief
 from .pipeline import LabelConditionedPipeline, generators_for, known_schedulers, with_scheduler
+from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['match_plan', 'GenerateConfig', 'generator_hash', 'generate']
+__all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'read_plan', 'plan_labels', 'GenerateConfig',
+           'check_kind', 'generator_hash', 'draw_block', 'block_path', 'generate']
 
 # %% ../../nbs/diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -25,24 +32,198 @@ def match_plan(
     rounds = [rng_for(seed, 'plan', i).permutation(len(labels)) for i in range(-(-n//len(labels)))]
     return labels[np.concatenate(rounds)[:n]]
 
+# %% ../../nbs/diffusion/04_generate.ipynb #9a5c3b44
+def _occurring(labels):
+    "Label sets that occur, how often, and the classes in them"
+    sets,counts = np.unique(labels, axis=0, return_counts=True)
+    some = sets.any(1)
+    if not some.any(): raise InputError('no training image has a label: there is nothing to plan')
+    return sets[some],counts[some],np.flatnonzero(sets.any(0))
+
+def _next_set(sets, often, classes, have, rng):
+    "The number of the set to plan next: one with the rarest class, and with few of the common ones"
+    rarest = classes[have[classes].argmin()]
+    mine = np.flatnonzero(sets[:, rarest])
+    ahead = sets[mine]@(have-have[rarest]).clip(0)
+    mine = mine[ahead == ahead.min()]
+    return rng.choice(mine, p=often[mine]/often[mine].sum())
+
+# %% ../../nbs/diffusion/04_generate.ipynb #84788e00
+def balance_plan(
+    labels:np.ndarray, # (N, K) multi-hot, of the training images
+    n:int, # synthetic images wanted
+    seed:int=0, # of choices among equals
+)->np.ndarray: # (n, K) multi-hot
+    "Each class equally often, as far as label sets that really occur allow"
+    (sets,often,classes),have,rng,chosen = _occurring(labels),np.zeros(labels.shape[1]),rng_for(seed, 'balance'),[]
+    for _ in range(n):
+        chosen.append(_next_set(sets, often, classes, have, rng))
+        have += sets[chosen[-1]]
+    return sets[chosen]
+
+def fill_tail_plan(
+    labels:np.ndarray, # (N, K) multi-hot, of the training images
+    n:int, # images wanted of each class that occurs, real and synthetic together
+    seed:int=0, # of choices among equals, and of the order
+)->np.ndarray: # (as many as needed, K) multi-hot; raises `InputError` where none is
+    "Bring each class up to n images with label sets that really occur"
+    (sets,often,classes),have,rng,chosen = _occurring(labels),labels.sum(0, dtype=float),rng_for(seed, 'fill tail'),[]
+    while have[classes].min() < n:
+        chosen.append(_next_set(sets, often, classes, have, rng))
+        have += sets[chosen[-1]]
+    if not chosen: raise InputError(f'every class has {n} training images already: ask for more with --images')
+    return sets[rng.permutation(chosen)]
+
+# %% ../../nbs/diffusion/04_generate.ipynb #6485ee55
+def novel_plan(
+    labels:np.ndarray, # (N, K) multi-hot, of the training images
+    n:int, # synthetic images wanted
+    seed:int=0, # of sizes and classes
+)->np.ndarray: # (n, K) multi-hot; raises `InputError` where every combination occurs
+    "Combinations that do not occur, with the real distribution of sizes"
+    sets,_,classes = _occurring(labels)
+    seen,taken = {s.tobytes() for s in sets},Counter(sets.sum(1).astype(int).tolist())
+    sizes = labels.sum(1).astype(int)
+    sizes = sizes[[s in taken and taken[s] < comb(len(classes), s) for s in sizes.tolist()]]
+    if not len(sizes): raise InputError('every combination of classes of the sizes that occur is there already: choose another plan than novel')
+    plan,rng = np.zeros((n, labels.shape[1]), sets.dtype),rng_for(seed, 'novel')
+    for row,size in zip(plan, match_plan(sizes, n, seed)):
+        while not row.any() or row.tobytes() in seen: row[:] = 0; row[rng.choice(classes, size, replace=False)] = 1
+    return plan
+
+# %% ../../nbs/diffusion/04_generate.ipynb #49c5f7d0
+def read_plan(
+    path:str|Path, # a CSV file
+    vocab:Vocabulary, # the classes
+)->np.ndarray: # (n, K) multi-hot
+    "A plan from a file; raises `InputError` naming the row of a mistake"
+    if not Path(path).is_file(): raise InputError(f'there is no file {path}')
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not {'Target', 'classes'} & set(table): raise InputError(f'{path} needs a column Target (class numbers separated by blanks) or classes (names separated by semicolons)')
+    def row(i, r):
+        try: return vocab.encode(r['Target']) if 'Target' in r else vocab.multi_hot([[w.strip() for w in r['classes'].split(';') if w.strip()]])[0]
+        except InputError as e: raise InputError(f'{path}, row {i+2}: {e}') from None
+    times = table.get('n', pd.Series('1', table.index))
+    for i,t in enumerate(times):
+        if not t.isdecimal(): raise InputError(f"{path}, row {i+2}: n is '{t}', not a whole number")
+    if not times.astype(int).sum(): raise InputError(f'{path} plans no image')
+    return np.repeat(np.stack([row(i, r) for i,r in enumerate(table.to_dict('records'))]), times.astype(int), axis=0)
+
+# %% ../../nbs/diffusion/04_generate.ipynb #5a09f86b
+PLANS = dict(match=match_plan, balance=balance_plan, fill_tail=fill_tail_plan, novel=novel_plan)
+
+def plan_labels(
+    plan:str, # a name from `PLANS`, or the path of a CSV file
+    labels:np.ndarray, # (N, K) multi-hot, of the training images
+    vocab:Vocabulary, # the classes
+    n:int, # images wanted; of each class for `fill_tail`; a file has its own numbers
+    seed:int=0, # of all that is drawn by lot
+)->np.ndarray: # (n, K) multi-hot
+    "The labels to draw; raises `InputError` for an unknown plan"
+    if str(plan).endswith('.csv'): return read_plan(plan, vocab)
+    return lookup('plan', plan, PLANS)(labels, n, seed)
+
 # %% ../../nbs/diffusion/04_generate.ipynb #8a2f21e5
 class GenerateConfig(Config):
     "How images are drawn from a trained generator"
-    images: int = pydantic.Field(1000, ge=1) # how many
+    images: int = pydantic.Field(1000, ge=1) # how many; of each class, real ones counted, for the plan `fill_tail`
+    plan: str = 'match' # which labels, a name from `PLANS` or a CSV file, see `plan_labels`
     scheduler: str = 'dpm++' # solver, a name from `SCHEDULERS` or a diffusers class
     num_inference_steps: int = pydantic.Field(15, ge=1) # solver steps
     guidance_scale: float = pydantic.Field(1.5, ge=0) # 1 = none
+    guidance_rescale: float = pydantic.Field(0., ge=0, le=1) # share of the spread added by guidance that is taken back
+    guidance_interval: tuple[float, float] = (0., 1.) # shares of the noise schedule between which guidance acts
+    negative_labels: tuple[str, ...] = () # class names to lead away from
+    strength: float = pydantic.Field(.5, gt=0, le=1) # of edits, see `edit`: the share of the solver steps that is taken
+    best_of: int = pydantic.Field(1, ge=1) # candidates for each image, of which the judge keeps one
     batch_size: int = pydantic.Field(64, ge=1) # images at a time; changes nothing but speed and memory
     @pydantic.field_validator('scheduler')
     def _known(cls, name):
         lookup('scheduler', name, known_schedulers())
         return name
+    @pydantic.field_validator('plan')
+    def _planned(cls, name):
+        if not name.endswith('.csv'): lookup('plan', name, PLANS)
+        return name
+
+# %% ../../nbs/diffusion/04_generate.ipynb #d6afa07c
+def check_kind(
+    pipe:LabelConditionedPipeline,
+    store:ImageStore, # real images
+):
+    "Raise `InputError` unless a generator draws images like those of a store"
+    for what,mine,its in (('channels', pipe.config.channels, store.channels), ('size', pipe.size, store.size), ('classes', pipe.config.classes, store.vocab.names)):
+        if what == 'size' and mine != its or what != 'size' and list(mine) != list(its):
+            raise InputError(f'{store.path} has {what} {brief(its)}, the generator draws {brief(mine)}')
 
 # %% ../../nbs/diffusion/04_generate.ipynb #2bcabd85
 def generator_hash(pipe:LabelConditionedPipeline)->str: # 16 hexadecimal digits
     "A name for the weights of a generator"
-    parts = [v.detach().cpu().contiguous().numpy().tobytes() for m in (pipe.unet, pipe.label_encoder) for v in m.state_dict().values()]
+    parts = [v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for m in (pipe.unet, pipe.label_encoder) for v in m.state_dict().values()]
     return sha256(b''.join(parts))[:16]
+
+# %% ../../nbs/diffusion/04_generate.ipynb #68860e03
+def draw_block(
+    pipe:LabelConditionedPipeline,
+    labels:np.ndarray, # (n, K) multi-hot, of this block
+    numbers:range, # the images' numbers in the whole set
+    c:GenerateConfig,
+    seed:int, # of the whole set
+    judge:Callable|None=None, # judge(images (n, C, H, W) uint8, labels) -> fidelity (n,) and reason (n,), '' to keep
+    real:np.ndarray|None=None, # (n, C, H, W) uint8, images to edit
+)->dict[str,np.ndarray]: # images, fidelity, reason
+    "Draw one image a row, the best of its candidates"
+    how = dict(guidance_rescale=c.guidance_rescale, guidance_interval=c.guidance_interval, negative_labels=[c.negative_labels] if c.negative_labels else None)
+    if real is not None: how.update(images=torch.from_numpy(real), strength=c.strength)
+    best = None
+    for k in range(c.best_of):
+        images = pipe(labels, c.guidance_scale, c.num_inference_steps, generators_for(seed, numbers, k), **how).cpu().numpy()
+        fidelity,reason = judge(images, labels) if judge else (np.full(len(images), np.nan), np.full(len(images), ''))
+        new = dict(images=images, fidelity=np.asarray(fidelity), reason=np.asarray(reason, '<U32'), rank=np.nan_to_num(fidelity)-2.*(np.asarray(reason) != ''))
+        best = new if best is None else _better(best, new)
+    return best
+
+def _better(old, new):
+    "Of two candidates for each image the one of higher rank, the earlier of equals"
+    up = new['rank'] > old['rank']
+    return {k: np.where(up.reshape(-1, *[1]*(v.ndim-1)), new[k], v) for k,v in old.items()}
+
+# %% ../../nbs/diffusion/04_generate.ipynb #fd13c05d
+class _BlockWriter(ResumableWriter):
+    "Keeps what was drawn after any error but bad input and a full disk, such as another process's end"
+    def _leave(self, kind, error, trace):
+        keep = kind and not issubclass(kind, (InputError, OSError))
+        super()._leave(KeyboardInterrupt if keep else kind, error, trace)
+
+class _Assembly:
+    "Blocks, in order, into a store"
+    def __init__(self, writer, labels, c, describe):
+        self.w,self.labels,self.c,self.describe = writer,labels,c,describe
+        self.notes,self.folder = list(writer.done),writer.folder/'blocks'
+        self.bar = tqdm(total=len(labels), initial=sum(n['drawn'] for n in self.notes), desc='generate', unit='image')
+        self.n = -(-len(labels)//c.batch_size)
+    def todo(self): return [i for i in range(len(self.notes), self.n) if not block_path(self.folder, i).exists()]
+    def append(self):
+        "Take over the blocks that come next, as many as are there"
+        while (path := block_path(self.folder, len(self.notes))).exists():
+            with np.load(path) as f: block = dict(f)
+            first = len(self.notes)*self.c.batch_size
+            for i,(image,fidelity,reason) in enumerate(zip(block['images'], block['fidelity'], block['reason']), first):
+                if not reason: self.w.add(image, **self.describe(i), **({} if np.isnan(fidelity) else dict(fidelity=round(float(fidelity), 4))))
+            note = dict(drawn=len(block['images']), dropped=dict(Counter(r for r in block['reason'].tolist() if r)))
+            self.w.commit(**note); self.notes.append(note); self.bar.update(note['drawn'])
+            remove(path)
+    def finish(self, judged):
+        "Count what was dropped, and sweep up"
+        self.append(); self.bar.close(); remove(self.folder)
+        if judged: self.w.made['dropped'] = dict(sum((Counter(n['dropped']) for n in self.notes), Counter()))
+
+def block_path(
+    folder:Path, # of the blocks
+    i:int, # number of the block
+)->Path:
+    "The file of a finished block"
+    return folder/f'{i:08d}.npz'
 
 # %% ../../nbs/diffusion/04_generate.ipynb #463d2f5a
 def generate(
@@ -51,18 +232,50 @@ def generate(
     labels:np.ndarray, # (n, K) multi-hot, a row an image
     c:GenerateConfig=GenerateConfig(),
     seed:int=0, # with an image's number, decides its noise
+    judge:Callable|None=None, # see `draw_block`; its `settings` go into the manifest
+    base:tuple[ImageStore,np.ndarray]|None=None, # real images to edit: a store, and n row numbers
 )->ImageStore:
-    "Draw an image for each row of labels into a store"
+    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
+    if c.best_of > 1 and not judge: raise InputError(f'best_of {c.best_of} needs something to tell the best: give a classifier')
+    labels,me,path = pipe.vocab.multi_hot(labels),this_process(),Path(path)
+    made,describe = _made(pipe, c, seed, judge, base),_describer(pipe, labels, base)
+    _ready(pipe, c, me.device)
+    with contextlib.ExitStack() as stack:
+        todo,store = [None],None
+        if me.is_main_process:
+            settings = dict(made, labels=sha256(labels.tobytes()), base=sha256(np.asarray(base[1]).tobytes()) if base else '')
+            store = _Assembly(stack.enter_context(_BlockWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings)), labels, c, describe)
+            store.append()
+            todo = [store.todo()]
+        for i in broadcast_object_list(todo)[0][me.process_index::me.num_processes]:
+            numbers = range(i*c.batch_size, min((i+1)*c.batch_size, len(labels)))
+            real = base[0].images[base[1][numbers.start:numbers.stop]] if base else None
+            block = draw_block(pipe, labels[numbers.start:numbers.stop], numbers, c, seed, judge, real)
+            with atomic_path(block_path(path.parent/f'.{path.name}.partial'/'blocks', i)) as p, open(p, 'wb') as f: np.savez(f, **block)
+            if store: store.append()
+        me.wait_for_everyone()
+        if store: store.finish(bool(judge))
+    me.wait_for_everyone()
+    return ImageStore(path)
+
+# %% ../../nbs/diffusion/04_generate.ipynb #36aad644
+def _ready(pipe, c, device):
+    "Put a pipeline where it draws fast"
     pipe.scheduler = with_scheduler(pipe.scheduler, c.scheduler)
-    pipe.to(this_process().device)
+    pipe.to(device)
     for module in (pipe.unet, pipe.label_encoder): module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
-    made = dict(kind='synthetic', generator=generator_hash(pipe), seed=seed, **c.model_dump(exclude={'images'}))
-    with StoreWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made) as w, tqdm(total=len(labels), desc='generate', unit='image') as bar:
-        for start in range(0, len(labels), c.batch_size):
-            some = labels[start:start+c.batch_size]
-            images = pipe(some, c.guidance_scale, c.num_inference_steps, generators_for(seed, range(start, start+len(some))))
-            for i,(image,row) in enumerate(zip(images.cpu().numpy(), some), start):
-                w.add(image, id=f'synthetic{i:06d}', target=pipe.vocab.decode(row), split='train', source='synthetic')
-            bar.update(len(some))
-    return ImageStore(path)
+
+def _made(pipe, c, seed, judge, base):
+    "What the manifest says of the images"
+    unused = {'images', *(() if base else ('strength',))}
+    return dict(kind='synthetic', generator=generator_hash(pipe), dtype=str(pipe.unet.dtype).removeprefix('torch.'), seed=seed, **c.model_dump(exclude=unused),
+        **(dict(edited=base[0].manifest['sha256']['images']) if base else {}), **(dict(filter=judge.settings) if judge else {}))
+
+def _describer(pipe, labels, base):
+    "What the table says of image i"
+    if base: ids,groups = base[0].table.id.to_numpy()[base[1]],base[0].table.group.to_numpy()[base[1]]
+    def describe(i):
+        row = dict(id=f'synthetic{i:06d}', target=pipe.vocab.decode(labels[i]), split='train', source='synthetic')
+        return {**row, 'id': f'edited{i:06d}', 'group': groups[i], 'edited': ids[i]} if base else row
+    return describe

@@ -4,42 +4,59 @@
 
 # %% ../../nbs/diffusion/01_objective.ipynb #cf06268d
 from __future__ import annotations
+import math
 from typing import Literal
 import pydantic, torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
-from ..core import Config
+from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'noisify', 'step_weights', 'diffusion_loss']
+__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'noisify', 'step_weights', 'image_losses',
+           'diffusion_loss', 'losses_by_noise']
 
 # %% ../../nbs/diffusion/01_objective.ipynb #0297a7f3
+SignalKind = Literal['sqrt', 'symmetric', 'unit']
+
 def to_signal(
     images:Tensor, # (N, C, H, W) uint8
-)->Tensor: # (N, C, H, W) float32 in [-1, 1]
-    "Stored images -> what the denoiser sees: 2 sqrt(v/255) - 1"
-    return (images.float()/255).sqrt()*2-1
+    kind:SignalKind='sqrt', # 2 sqrt(v/255) - 1, 'symmetric' 2 v/255 - 1, or 'unit' v/255
+)->Tensor: # (N, C, H, W) float32 in [-1, 1], or [0, 1] for 'unit'
+    "Stored images -> what the denoiser sees"
+    share = images.float()/255
+    return share if kind == 'unit' else (share.sqrt() if kind == 'sqrt' else share)*2-1
 
 def to_images(
-    signal:Tensor, # (N, C, H, W) floats, nominally in [-1, 1]
+    signal:Tensor, # (N, C, H, W) floats, nominally in the range of the kind
+    kind:SignalKind='sqrt', # as given to `to_signal`
 )->Tensor: # (N, C, H, W) uint8
-    "What the denoiser made -> images to store; values outside [-1, 1] are clamped"
-    return (((signal.float().clamp(-1, 1)+1)/2).square()*255).round().to(torch.uint8)
+    "What the denoiser made -> images to store; values outside the range are clamped"
+    share = (signal.float() if kind == 'unit' else (signal.float()+1)/2).clamp(0, 1)
+    return ((share.square() if kind == 'sqrt' else share)*255).round().to(torch.uint8)
 
 # %% ../../nbs/diffusion/01_objective.ipynb #df23e8b1
 class ObjectiveConfig(Config):
-    "Noise schedule, target and weights"
+    "Range, noise schedule, target and weights"
+    signal: SignalKind = 'sqrt' # range that the denoiser sees, see `to_signal`
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'squaredcos_cap_v2' # diffusers' names; the last is cosine
+    rescale_betas_zero_snr: bool = False # nothing of the image is left at the last step
     prediction_type: Literal['epsilon', 'v_prediction', 'sample'] = 'sample' # what the denoiser predicts
     num_train_timesteps: int = pydantic.Field(1000, ge=2) # diffusion steps
-    weighting: Literal['uniform', 'min_snr', 'snr_plus_one'] = 'snr_plus_one' # of the steps, see `step_weights`
+    weighting: Literal['uniform', 'min_snr', 'snr_plus_one', 'cosine'] = 'snr_plus_one' # of the steps, see `step_weights`
     gamma: float = pydantic.Field(20., gt=0) # cap of the weights of the clean image's error
     label_dropout: float = pydantic.Field(.1, ge=0, lt=1) # share of images trained without labels, for guidance
+    @pydantic.model_validator(mode='after')
+    def _answerable(self):
+        if self.rescale_betas_zero_snr and self.prediction_type == 'epsilon':
+            raise InputError('prediction_type epsilon has no answer at the last step of rescale_betas_zero_snr: use v_prediction or sample')
+        return self
 
+# %% ../../nbs/diffusion/01_objective.ipynb #067d2023
 def make_scheduler(c:ObjectiveConfig=ObjectiveConfig())->DDPMScheduler:
     "The forward process of a training, as a diffusers scheduler"
-    return DDPMScheduler(c.num_train_timesteps, beta_schedule=c.beta_schedule, prediction_type=c.prediction_type)
+    zero = dict(rescale_betas_zero_snr=True, timestep_spacing='trailing') if c.rescale_betas_zero_snr else {}
+    return DDPMScheduler(c.num_train_timesteps, beta_schedule=c.beta_schedule, prediction_type=c.prediction_type, **zero)
 
 # %% ../../nbs/diffusion/01_objective.ipynb #5629eea5
 def noisify(
@@ -59,19 +76,34 @@ def noisify(
 def step_weights(
     steps:Tensor, # (N,) diffusion steps
     scheduler, # a diffusers scheduler
-    weighting:str='snr_plus_one', # 'uniform', 'min_snr' or 'snr_plus_one'
+    weighting:str='snr_plus_one', # 'uniform', 'min_snr', 'snr_plus_one' or 'cosine'
     gamma:float=20., # cap of the weights of the clean image's error
 )->Tensor: # (N,)
-    "Weights of the squared error of the prediction"
+    "Weights of the squared error of the prediction (Hang et al. 2023 for `min_snr`)"
     if weighting == 'uniform': return torch.ones(len(steps), device=steps.device)
+    if weighting == 'cosine': return 1+torch.cos(math.pi*steps/scheduler.config.num_train_timesteps)
     snr = compute_snr(scheduler, steps)
     scale = dict(epsilon=snr, v_prediction=snr+1, sample=torch.ones_like(snr))[scheduler.config.prediction_type]
     return (snr if weighting == 'min_snr' else snr+1).clamp(max=gamma)/scale
 
-# %% ../../nbs/diffusion/01_objective.ipynb #5854d1c0
+# %% ../../nbs/diffusion/01_objective.ipynb #46440204
+def image_losses(
+    predict, # predict(noisy, steps) -> like clean
+    clean:Tensor, # (N, C, H, W), as `to_signal` gives it
+    noise:Tensor, # like clean, standard normal
+    steps:Tensor, # (N,) diffusion steps
+    scheduler, # a diffusers scheduler
+    weighting:str='snr_plus_one', # see `step_weights`
+    gamma:float=20., # cap of the weights of the clean image's error
+)->Tensor: # (N,)
+    "Weighted mean squared error of the prediction, for each image"
+    noisy,target = noisify(clean, noise, steps, scheduler)
+    error = (predict(noisy, steps).float()-target).square().flatten(1).mean(1)
+    return step_weights(steps, scheduler, weighting, gamma)*error
+
 def diffusion_loss(
     predict, # predict(noisy, steps) -> like clean
-    clean:Tensor, # (N, C, H, W) in [-1, 1]
+    clean:Tensor, # (N, C, H, W), as `to_signal` gives it
     noise:Tensor, # like clean, standard normal
     steps:Tensor, # (N,) diffusion steps
     scheduler, # a diffusers scheduler
@@ -79,6 +111,15 @@ def diffusion_loss(
     gamma:float=20., # cap of the weights of the clean image's error
 )->Tensor: # scalar
     "Weighted mean squared error of the prediction"
-    noisy,target = noisify(clean, noise, steps, scheduler)
-    error = (predict(noisy, steps).float()-target).square().flatten(1).mean(1)
-    return (step_weights(steps, scheduler, weighting, gamma)*error).mean()
+    return image_losses(predict, clean, noise, steps, scheduler, weighting, gamma).mean()
+
+# %% ../../nbs/diffusion/01_objective.ipynb #d1e76de7
+def losses_by_noise(
+    losses:Tensor, # (N,) of images
+    steps:Tensor, # (N,) their diffusion steps
+    num_train_timesteps:int, # T
+    bands:int=4, # equal stretches of the steps
+)->dict[str,Tensor]: # 'loss_t0' (least noise) ... -> detached scalar
+    "The loss of each band of noise levels; their mean is the loss"
+    shares = torch.nn.functional.one_hot(steps*bands//num_train_timesteps, bands).to(losses.dtype)
+    return {f'loss_t{i}': v for i,v in enumerate((losses.detach() @ shares)*bands/len(losses))}

@@ -8,18 +8,20 @@ import html, inspect
 from collections.abc import Sequence
 import diffusers, torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import InputError, derive_seed, lookup
-from .denoiser import Denoiser, LabelEncoder, unfold
-from .objective import to_images
+from .denoiser import Denoiser, LabelEncoder, fold, unfold
+from .objective import to_images, to_signal
 from ..labels import Vocabulary
 from ..plots import details
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'known_schedulers', 'with_scheduler', 'generators_for', 'guided', 'LabelConditionedPipeline']
+__all__ = ['SCHEDULERS', 'known_schedulers', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
+           'LabelConditionedPipeline']
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #5bf4b609
 SCHEDULERS = {'ddpm': 'DDPMScheduler', 'ddim': 'DDIMScheduler', 'dpm++': 'DPMSolverMultistepScheduler',
@@ -27,22 +29,30 @@ SCHEDULERS = {'ddpm': 'DDPMScheduler', 'ddim': 'DDIMScheduler', 'dpm++': 'DPMSol
 
 def known_schedulers()->dict[str,str]: # name -> diffusers class
     "The short names, and diffusers' own"
-    return {**SCHEDULERS, **{k.name: k.name for k in KarrasDiffusionSchedulers}}
+    return {**SCHEDULERS, **{k.name: k.name for k in KarrasDiffusionSchedulers if k.name != 'EDMEulerScheduler'}}
 
 def with_scheduler(
     scheduler, # the scheduler that the model was trained with
     name:str, # a short name, or the name of a diffusers class
 ): # a scheduler of that kind with the same noise schedule and target
-    "Change the solver; raises `InputError` for an unknown name"
-    return getattr(diffusers, lookup('scheduler', name, known_schedulers())).from_config(scheduler.config)
+    "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target"
+    kind,zero = getattr(diffusers, lookup('scheduler', name, known_schedulers())),torch.zeros(1, 1, 1, 1)
+    try:
+        trial = kind.from_config(scheduler.config)
+        trial.set_timesteps(2)
+        trial.step(zero, trial.timesteps[0], zero)
+    except (ImportError, NotImplementedError, ValueError) as e:
+        raise InputError(f"the scheduler '{name}' cannot draw from a model that predicts '{scheduler.config.prediction_type}' ({' '.join(str(e).split())[:80]}): choose another one, such as dpm++") from None
+    return kind.from_config(scheduler.config)
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #73e1a736
 def generators_for(
     seed:int, # of the whole set
     indices:Sequence[int], # the images' numbers in the whole set
+    candidate:int=0, # further tries at the same image have further numbers
 )->list[torch.Generator]: # one an image, on the CPU, so that any device draws the same
     "A random generator an image"
-    return [torch.Generator().manual_seed(derive_seed(seed, 'image', int(i))) for i in indices]
+    return [torch.Generator().manual_seed(derive_seed(seed, 'image', int(i), *([candidate] if candidate else []))) for i in indices]
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #e85fe1f1
 def guided(
@@ -51,13 +61,29 @@ def guided(
     step:Tensor, # scalar, the diffusion step
     labels:Tensor, # (N, K)
     guidance_scale:float, # 1 = as trained; larger = more typical, less diverse
-)->Tensor: # like noisy
+    guidance_rescale:float=0., # in [0, 1], share of the excess spread that is taken back
+    negative:Tensor|None=None, # (N, K) or (1, K) labels to lead away from, in the place of 'no label'
+)->Tensor: # like noisy, float32
     "The denoiser's prediction under classifier-free guidance"
     n = len(noisy)
-    if guidance_scale == 1: return denoiser(noisy, step.expand(n), labels)
-    drop = torch.arange(2*n, device=noisy.device) >= n
-    with_labels,without = denoiser(torch.cat([noisy]*2), step.expand(2*n), torch.cat([labels]*2), drop).chunk(2)
-    return without+guidance_scale*(with_labels-without)
+    if guidance_scale == 1: return denoiser(noisy, step.expand(n), labels).float()
+    drop = torch.arange(2*n, device=noisy.device) >= n if negative is None else None
+    other = labels if negative is None else negative.expand(n, -1)
+    with_labels,without = denoiser(torch.cat([noisy]*2), step.expand(2*n), torch.cat([labels, other]), drop).float().chunk(2)
+    prediction = without+guidance_scale*(with_labels-without)
+    return rescale_noise_cfg(prediction, with_labels, guidance_rescale) if guidance_rescale else prediction
+
+# %% ../../nbs/diffusion/02_pipeline.ipynb #935f52d6
+def guidance_scales(
+    steps:Tensor, # (T,) diffusion steps to come
+    scheduler, # a diffusers scheduler
+    guidance_scale:float, # inside the interval
+    interval:tuple[float,float]=(0., 1.), # low and high, shares of the noise schedule
+)->list[float]: # T numbers, 1 outside the interval
+    "The scale of each step"
+    share = steps.float().cpu()/(scheduler.config.num_train_timesteps-1)
+    inside = (share >= interval[0]) & (share <= interval[1])
+    return [guidance_scale if i else 1. for i in inside.tolist()]
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #c142b42f
 class LabelConditionedPipeline(DiffusionPipeline):
@@ -69,10 +95,13 @@ class LabelConditionedPipeline(DiffusionPipeline):
         classes:list[str]=(), # class names
         channels:list[str]=(), # channel names
         patch_size:int=1, # edge of the folded patches
+        signal:str='sqrt', # how images become floats, a kind that `to_signal` knows
     ):
         super().__init__()
+        if channels and len(channels)*patch_size**2 != unet.config.in_channels:
+            raise InputError(f'{len(channels)} channels in patches of {patch_size} need a U-Net with {len(channels)*patch_size**2} input channels, this one has {unet.config.in_channels}')
         self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)
-        self.register_to_config(classes=list(classes), channels=list(channels), patch_size=patch_size)
+        self.register_to_config(classes=list(classes), channels=list(channels), patch_size=patch_size, signal=signal)
     @property
     def vocab(self)->Vocabulary:
         "The classes it can draw"
@@ -83,14 +112,46 @@ class LabelConditionedPipeline(DiffusionPipeline):
         return self.unet.config.sample_size*self.config.patch_size
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #a313eee7
-def _checked(pipe, labels, guidance_scale, num_inference_steps, output_type, generator):
-    "Check a call's arguments and turn the labels into rows"
+def _check_settings(guidance_scale, num_inference_steps, output_type, guidance_rescale, interval, strength):
+    "Check a call's numbers"
     if guidance_scale < 0: raise InputError(f'guidance_scale must not be negative, got {guidance_scale}')
     if num_inference_steps < 1: raise InputError(f'num_inference_steps must be at least 1, got {num_inference_steps}')
+    if not 0 <= guidance_rescale <= 1: raise InputError(f'guidance_rescale must lie between 0 and 1, got {guidance_rescale}')
+    if not 0 <= interval[0] < interval[1] <= 1: raise InputError(f'guidance_interval must be two shares, 0 <= low < high <= 1, got {tuple(interval)}')
+    if not 0 < strength <= 1: raise InputError(f'strength must be above 0 and at most 1, got {strength}')
     lookup('output type', output_type, dict.fromkeys(('uint8', 'signal')))
+
+def _checked_rows(pipe, labels, negative_labels, generator):
+    "Turn labels, and the negative ones, into rows"
     rows = torch.from_numpy(pipe.vocab.multi_hot(labels)).to(pipe.device)
     if isinstance(generator, list) and len(generator) != len(rows): raise InputError(f'{len(generator)} generators for {len(rows)} images')
-    return rows
+    if negative_labels is None: return rows,None
+    negative = torch.from_numpy(pipe.vocab.multi_hot(negative_labels)).to(pipe.device)
+    if len(negative) not in (1, len(rows)): raise InputError(f'{len(negative)} rows of negative_labels for {len(rows)} images: give one an image, or one for all')
+    return rows,negative
+
+def _checked_images(pipe, images, n):
+    "Check real images that are to be edited"
+    images,shape = torch.as_tensor(images),(len(pipe.config.channels), pipe.size, pipe.size)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+        raise InputError(f'images are {images.dtype} {tuple(images.shape)}, this generator needs uint8 (N, {shape[0]}, {shape[1]}, {shape[2]}): {", ".join(pipe.config.channels)}')
+    if len(images) != n: raise InputError(f'{len(images)} images for {n} rows of labels')
+    return images.to(pipe.device)
+
+# %% ../../nbs/diffusion/02_pipeline.ipynb #d6b76286
+def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.):
+    "Where to start, and the diffusion steps to take"
+    scheduler,unet = pipe.scheduler,pipe.unet.config
+    scheduler.set_timesteps(num_inference_steps, device=pipe.device)
+    x,steps = randn_tensor((n, unet.in_channels, unet.sample_size, unet.sample_size), generator, pipe.device, torch.float32),scheduler.timesteps
+    if images is None: x = x*scheduler.init_noise_sigma
+    else:
+        first = (num_inference_steps-max(round(num_inference_steps*strength), 1))*scheduler.order
+        steps = steps[first:]
+        if hasattr(scheduler, 'set_begin_index'): scheduler.set_begin_index(first)
+        clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
+        x = scheduler.add_noise(clean, x, steps[:1].expand(n))
+    return x.contiguous(memory_format=torch.channels_last),steps
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #c37643e1
 @patch
@@ -100,21 +161,26 @@ def __call__(self:LabelConditionedPipeline,
     guidance_scale:float=1.5, # 1 = no guidance
     num_inference_steps:int=15, # solver steps
     generator:torch.Generator|list[torch.Generator]|None=None, # one for all images, or one an image
-    output_type:str='uint8', # 'uint8', or 'signal' for floats in [-1, 1]
+    output_type:str='uint8', # 'uint8', or 'signal' for floats
+    guidance_rescale:float=0., # in [0, 1], see `guided`
+    guidance_interval:tuple[float,float]=(0., 1.), # where guidance acts, see `guidance_scales`
+    negative_labels=None, # what to lead away from, as labels: one row an image, or one for all
+    images:Tensor|None=None, # (N, C, H, W) uint8, real images to edit
+    strength:float=1., # of an edit, in (0, 1]: the share of the solver steps that is taken, at least one
 )->Tensor: # (N, C, H, W)
-    "Images for labels; raises `InputError` for labels outside the vocabulary"
-    rows = _checked(self, labels, guidance_scale, num_inference_steps, output_type, generator)
-    denoiser,unet = Denoiser(self.unet, self.label_encoder).eval(),self.unet.config
-    shape = (len(rows), unet.in_channels, unet.sample_size, unet.sample_size)
-    self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-    x = randn_tensor(shape, generator, self.device, self.unet.dtype)*self.scheduler.init_noise_sigma
-    x = x.contiguous(memory_format=torch.channels_last)
+    "Images for labels; raises `InputError` for labels outside the vocabulary, images of another kind, or a solver that diverges"
+    _check_settings(guidance_scale, num_inference_steps, output_type, guidance_rescale, guidance_interval, strength)
+    rows,negative = _checked_rows(self, labels, negative_labels, generator)
+    denoiser,kind = Denoiser(self.unet, self.label_encoder).eval(),self.config.signal
+    x,steps = _start(self, len(rows), num_inference_steps, generator, images, strength)
+    scales = guidance_scales(steps, self.scheduler, guidance_scale, guidance_interval)
     own_noise = dict(generator=generator) if 'generator' in inspect.signature(self.scheduler.step).parameters else {}
-    for t in self.progress_bar(self.scheduler.timesteps):
-        prediction = guided(denoiser, self.scheduler.scale_model_input(x, t), t, rows, guidance_scale)
-        x = self.scheduler.step(prediction, t, x, **own_noise).prev_sample
+    for t,scale in self.progress_bar(list(zip(steps, scales))):
+        noisy = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
+        x = self.scheduler.step(guided(denoiser, noisy, t, rows, scale, guidance_rescale, negative), t, x, **own_noise).prev_sample
+    if not x.isfinite().all(): raise InputError(f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are no numbers: take more steps, another scheduler or full precision')
     signal = unfold(x, self.config.patch_size)
-    return to_images(signal) if output_type == 'uint8' else signal.clamp(-1, 1)
+    return to_images(signal, kind) if output_type == 'uint8' else signal.clamp(*to_signal(torch.tensor([0, 255], dtype=torch.uint8), kind).tolist())
 
 # %% ../../nbs/diffusion/02_pipeline.ipynb #6bb79dfb
 @patch

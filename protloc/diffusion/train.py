@@ -4,18 +4,22 @@
 
 # %% ../../nbs/diffusion/03_train.ipynb #44575a5c
 from __future__ import annotations
+import textwrap
 from pathlib import Path
-import torch
-from ..core import Config, InputError, atomic_path, hold_settings, write_json
+import matplotlib.pyplot as plt, numpy as np, pydantic, torch, yaml
+from fastcore.basics import patch
+from ..core import Config, InputError, atomic_path, hold_settings, rng_for, versions, write_json
 from ..data.loading import AugmentConfig, Batches
 from ..data.store import ImageStore
-from .denoiser import UNetConfig, build_denoiser, fold
-from .objective import ObjectiveConfig, diffusion_loss, make_scheduler, to_signal
-from .pipeline import LabelConditionedPipeline, with_scheduler
-from ..training import LoopConfig, fit, seeded, this_process
+from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
+from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
+from .pipeline import LabelConditionedPipeline, generators_for, with_scheduler
+from ..plots import show_cells
+from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 
 # %% auto #0
-__all__ = ['GeneratorConfig', 'generator_loss', 'train_generator', 'open_pipeline']
+__all__ = ['RECIPES', 'GeneratorConfig', 'balance_weights', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
+           'previews', 'model_card', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -23,43 +27,201 @@ class GeneratorConfig(Config):
     unet: UNetConfig = UNetConfig(widths=(32, 64, 64)) # size of the denoiser
     objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
     augment: AugmentConfig = AugmentConfig() # of training images
+    balance: float = pydantic.Field(0., ge=0) # how often images with rare classes are shown, see `balance_weights`; 0 = all alike
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995) # length, rate, moving average
+    gradient_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, slower
+    preview_every: int = pydantic.Field(0, ge=0) # steps between pictures of the same few images; 0 = none
+    @pydantic.model_validator(mode='after')
+    def _checkpointable(self):
+        if self.gradient_checkpointing and self.unet.preset.startswith('paper'):
+            raise InputError(f"the denoiser '{self.unet.preset}' has no gradient_checkpointing: leave it off, it is small")
+        return self
+
+# %% ../../nbs/diffusion/03_train.ipynb #634393c5
+_paper = dict(augment=dict(crop_scale=(.8, 1), crop_ratio=(.9, 1.1)),
+    loop=dict(steps=30*437, batch_size=64, lr=1e-4, weight_decay=0, schedule='constant', max_grad_norm=1e9))
+_epsilon = dict(signal='unit', beta_schedule='linear', prediction_type='epsilon')
+
+RECIPES = {'ours': GeneratorConfig(),
+    'paper_simplified': GeneratorConfig(unet=dict(preset='paper_simplified'), objective=dict(**_epsilon, weighting='uniform', label_dropout=0), **_paper),
+    'paper_original': GeneratorConfig(unet=dict(preset='paper_original'), objective=dict(**_epsilon, weighting='cosine', num_train_timesteps=300), **_paper)}
+
+# %% ../../nbs/diffusion/03_train.ipynb #a51ae9cf
+def balance_weights(
+    labels:np.ndarray, # (N, K) multi-hot
+    balance:float, # exponent; 0 = all alike
+)->np.ndarray: # (N,) probabilities
+    "How often each image is to be shown, by its rarest class; one without a label counts as the most common"
+    rarest = np.where(labels > 0, labels.sum(0), len(labels)).min(1, initial=len(labels))
+    weights = rarest**-float(balance)
+    return weights/weights.sum()
+
+# %% ../../nbs/diffusion/03_train.ipynb #746b37ed
+class TrainingImages(Batches):
+    "`Batches` that may show rare classes more often, and that know how far the training is"
+    def __init__(self,
+        store:ImageStore, # its part 'train' is read
+        c:GeneratorConfig,
+        seed:int=0, # of order and augmentation
+    ):
+        super().__init__(store, store.rows('train'), c.loop.batch_size, seed, c.augment)
+        self.edges = balance_weights(store.labels[self.rows], c.balance).cumsum() if c.balance else None
+        self.progress = dict(steps=0) # shared with the copies that `shard` makes
+    def augmented(self, batch, step:int):
+        "The images of a step, augmented; notes the step"
+        self.progress['steps'] = step+1
+        return super().augmented(batch, step)
+
+@patch
+def rows_at(self:TrainingImages,
+    step:int, # from 0
+)->np.ndarray: # (batch_size,) positions in the store
+    "Which images the whole batch of a step holds; a function of the seed and the step"
+    if self.edges is None: return Batches.rows_at(self, step)
+    drawn = rng_for(self.seed, 'balance', step).random(self.batch_size)*self.edges[-1]
+    return self.rows[np.searchsorted(self.edges, drawn, side='right')]
 
 # %% ../../nbs/diffusion/03_train.ipynb #3a529d5b
 def generator_loss(
     c:GeneratorConfig,
-): # loss(denoiser, (images uint8, labels)) -> scalar
+): # loss(denoiser, (images uint8, labels)) -> scalar, and the loss of each band of noise levels
     "The loop's view of the diffusion objective"
-    scheduler = make_scheduler(c.objective)
+    scheduler,o = make_scheduler(c.objective),c.objective
     def loss(denoiser, batch):
         images,labels = batch
-        clean = fold(to_signal(images), c.unet.patch_size).contiguous(memory_format=torch.channels_last)
+        clean = fold(to_signal(images, o.signal), c.unet.patch_size).contiguous(memory_format=torch.channels_last)
         noise,n = torch.randn_like(clean),len(clean)
-        steps = torch.randint(scheduler.config.num_train_timesteps, (n,), device=clean.device)
-        drop = torch.rand(n, device=clean.device) < c.objective.label_dropout
-        return diffusion_loss(lambda x,t: denoiser(x, t, labels, drop), clean, noise, steps, scheduler, c.objective.weighting, c.objective.gamma)
+        steps = torch.randint(o.num_train_timesteps, (n,), device=clean.device)
+        drop = torch.rand(n, device=clean.device) < o.label_dropout
+        losses = image_losses(lambda x,t: denoiser(x, t, labels, drop), clean, noise, steps, scheduler, o.weighting, o.gamma)
+        return losses.mean(),losses_by_noise(losses, steps, o.num_train_timesteps)
     return loss
+
+# %% ../../nbs/diffusion/03_train.ipynb #33756f58
+def pipeline_of(
+    denoiser:Denoiser, # its parts are shared, not copied
+    store:ImageStore, # whose classes and channels it draws
+    c:GeneratorConfig,
+)->LabelConditionedPipeline:
+    "A denoiser as a pipeline with a fast solver"
+    return LabelConditionedPipeline(denoiser.unet, denoiser.label_encoder, with_scheduler(make_scheduler(c.objective), 'dpm++'),
+        list(store.vocab), list(store.channels), c.unet.patch_size, c.objective.signal)
+
+# %% ../../nbs/diffusion/03_train.ipynb #68f42858
+def preview_rows(
+    labels:np.ndarray, # (N, K) multi-hot
+    n:int=8, # at most so many
+)->np.ndarray: # positions in labels
+    "An image of each of some classes, evenly over the vocabulary; one with as few other labels as there is"
+    present = np.flatnonzero(labels.any(0))
+    some = present[np.linspace(0, len(present)-1, min(n, len(present))).round().astype(int)]
+    return np.where(labels[:, some] > 0, labels.sum(1, keepdims=True), np.inf).argmin(0)
+
+def previews(
+    batches:TrainingImages, # of the training
+    c:GeneratorConfig,
+    folder:str|Path, # of the training; step-000123.png goes into its previews/
+    seed:int=0, # of the noise
+): # evaluate(denoiser) -> {}, for `fit`
+    "Draw and keep a picture of what a denoiser can do so far"
+    store,chosen = batches.store,batches.rows[preview_rows(batches.store.labels[batches.rows])]
+    titles = [textwrap.fill(' + '.join(store.vocab.names_of(y)), 14) for y in store.labels[chosen]]
+    def evaluate(denoiser):
+        if not this_process().is_main_process: return {}
+        pipe,steps = pipeline_of(denoiser, store, c),batches.progress['steps']
+        pipe.set_progress_bar_config(disable=True)
+        made = pipe(store.labels[chosen], 1, generator=generators_for(seed, range(len(chosen)))).cpu().numpy()
+        fig = show_cells({'real': store.images[chosen], f'step {steps}': made}, store.channels, titles, edge=1.1)
+        with atomic_path(Path(folder)/'previews'/f'step-{steps:06d}.png') as p: fig.savefig(p, format='png', bbox_inches='tight')
+        plt.close(fig)
+        return {}
+    return evaluate
+
+# %% ../../nbs/diffusion/03_train.ipynb #3e44afb5
+_CARD = """---
+{head}---
+# {size} px images of {n_classes} protein locations
+
+Draws images with the channels {channels} for sets of labels; made with protloc {version}.
+
+## Data
+{images} training images of a store with these SHA-256: {hashes}.
+
+| class | training images |
+|---|---|
+{counts}
+
+## Training
+{steps} steps of {batch_size} images, seed {seed}, moving average {ema}. Denoiser `{preset}` of widths {widths}, {parameters:,} parameters; target `{target}`, schedule `{schedule}` of {T} steps, weighting `{weighting}`, range `{signal}`. All settings stand in `training.json`.
+
+The last line of the log:
+
+| number | value |
+|---|---|
+{metrics}
+
+## Use
+```python
+from protloc.diffusion.train import open_pipeline
+images = open_pipeline('this folder')(['{example}'], guidance_scale=1.5)
+```
+Meant for adding training images to a classifier of protein locations, and for measuring whether they help.
+
+## Limits
+Not evidence of where a protein is, and not meant for diagnosis. It draws no class that it was not trained on, rare classes the worst, and may repeat training images: check fidelity and copies before use.
+"""
+
+# %% ../../nbs/diffusion/03_train.ipynb #affc0046
+def _rows(values): return '\n'.join(f'| {k} | {v:.4g} |' if isinstance(v, float) else f'| {k} | {v} |' for k,v in values.items())
+
+def model_card(
+    denoiser:Denoiser, # trained
+    store:ImageStore, # that it was trained on
+    c:GeneratorConfig,
+    seed:int, # of the training
+    log:list[dict], # lines of log.jsonl
+)->str: # Markdown with a YAML head
+    "What a generator was trained on, how, and what it is not good for"
+    head = dict(library_name='diffusers', pipeline_tag='unconditional-image-generation', tags=['protloc', 'fluorescence-microscopy', 'protein-localization'])
+    labels,o,hashes = store.labels[store.rows('train')],c.objective,store.manifest['sha256']
+    return _CARD.format(head=yaml.safe_dump(head, sort_keys=False), size=store.size, n_classes=len(store.vocab), channels=', '.join(store.channels),
+        version=versions()['protloc'], images=len(labels), hashes=', '.join(f'`{k}` {v}' for k,v in hashes.items()),
+        counts=_rows(dict(zip(store.vocab, labels.sum(0).astype(int)))), steps=log[-1]['step'], batch_size=c.loop.batch_size, seed=seed,
+        ema=c.loop.ema_decay or c.loop.ema_length or 'none', preset=c.unet.preset, widths=', '.join(map(str, c.unet.widths)), parameters=sum(p.numel() for p in denoiser.parameters()),
+        target=o.prediction_type, schedule=o.beta_schedule, T=o.num_train_timesteps, weighting=o.weighting, signal=o.signal,
+        metrics=_rows(log[-1]), example=list(store.vocab)[0])
+
+# %% ../../nbs/diffusion/03_train.ipynb #e633203d
+def _settings(store, c, seed):
+    "What decides a generator's weights"
+    runtime = {'loop': RUNTIME, 'gradient_checkpointing': True, 'preview_every': True}
+    return dict(config=c.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
+
+def _keep(pipe, denoiser, store, c, seed, log, folder):
+    "Write pipeline/, whole or not at all"
+    with atomic_path(folder/'pipeline') as p:
+        pipe.save_pretrained(p)
+        (p/'README.md').write_text(model_card(denoiser, store, c, seed, log), encoding='utf-8')
+        write_json(p/'training.json', dict(_settings(store, c, seed), config=c.model_dump(), images=len(store.rows('train'))))
 
 # %% ../../nbs/diffusion/03_train.ipynb #8a43c3b7
 def train_generator(
     store:ImageStore, # labelled images with a part 'train'
-    folder:str|Path, # log.jsonl, checkpoints/, pipeline/
+    folder:str|Path, # log.jsonl, checkpoints/, previews/, pipeline/
     c:GeneratorConfig=GeneratorConfig(),
     seed:int=0, # of weights, batches and noise
 )->LabelConditionedPipeline:
     "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
-    folder = Path(folder)
-    with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), len(store.vocab), store.size, c.unet)
-    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256']))
+    folder,loop,evaluate = Path(folder),c.loop,None
+    with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), len(store.vocab), store.size, c.unet, c.objective.num_train_timesteps)
+    if this_process().is_main_process: hold_settings(folder, _settings(store, c, seed))
     if (folder/'pipeline').exists(): return open_pipeline(folder)
-    batches = Batches(store, store.rows('train'), c.loop.batch_size, seed, c.augment)
-    fit(denoiser, generator_loss(c), batches, c.loop, folder, seed, name='generator')
-    pipe = LabelConditionedPipeline(denoiser.unet, denoiser.label_encoder, with_scheduler(make_scheduler(c.objective), 'dpm++'),
-        list(store.vocab), list(store.channels), c.unet.patch_size)
-    if this_process().is_main_process:
-        with atomic_path(folder/'pipeline') as p:
-            pipe.save_pretrained(p)
-            write_json(p/'training.json', dict(config=c.model_dump(), seed=seed, store=store.manifest['sha256'], images=len(batches.rows)))
+    if c.gradient_checkpointing: denoiser.unet.enable_gradient_checkpointing()
+    batches = TrainingImages(store, c, seed)
+    if c.preview_every: loop,evaluate = loop.model_copy(update=dict(evaluate_every=c.preview_every)),previews(batches, c, folder, seed)
+    run = fit(denoiser, generator_loss(c), batches, loop, folder, seed, evaluate, name='generator')
+    pipe = pipeline_of(denoiser, store, c)
+    if this_process().is_main_process: _keep(pipe, denoiser, store, c, seed, run.log, folder)
     return pipe
 
 # %% ../../nbs/diffusion/03_train.ipynb #aed84bf8
