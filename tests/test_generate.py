@@ -10,7 +10,7 @@ from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.denoiser import LabelEncoder, UNetConfig, build_denoiser, fold
 from protloc.diffusion.edit import edit
-from protloc.diffusion.filter import Judge, TrainingImages, label_fidelity
+from protloc.diffusion.filter import Judge, TrainingImages, image_fidelity
 from protloc.diffusion.generate import PLANS, GenerateConfig, draw_block, generate, match_plan, plan_labels
 from protloc.diffusion.objective import ObjectiveConfig, make_scheduler, to_images, to_signal
 from protloc.diffusion.pipeline import SCHEDULERS, LabelConditionedPipeline, _start, generators_for, guided, with_scheduler
@@ -300,7 +300,7 @@ def test_batch_size_changes_next_to_nothing(drawn, tmp_path):
 
 def test_fidelity():
     p, labels = np.array([[.9, .2, .4], [.1, .2, .3], [.9, .8, .7]]), np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1]])
-    assert np.allclose(label_fidelity(p, labels), [(.9+.7)/2, .8, .8])
+    assert np.allclose(image_fidelity(p, labels), [(.9+.7)/2, .8, .8])
 
 
 def brightness(images): return np.stack([images.mean((1, 2, 3))/255]*3, 1)

@@ -154,13 +154,13 @@ def _go_on(self:ResumableWriter):
 
 @patch
 def _leave(self:ResumableWriter, kind, error, trace):
-    "Give the folder its name, sweep it after an error, or leave it to the next process after an interruption"
+    "Give the folder its name, sweep it after bad input or a full disk, or leave it to the next process"
     for f in (self.file, self.log):
         with contextlib.suppress(OSError): f.close()
     if kind is None:
         for name in ('log.jsonl', 'settings.json', '.lock'): remove(self.folder/name)
         os.replace(self.folder, self.path)
-    elif issubclass(kind, Exception): remove(self.folder)
+    elif issubclass(kind, (InputError, OSError)): remove(self.folder)
     self._hold.__exit__(None, None, None)
 
 # %% ../../nbs/data/00_store.ipynb #b841b8fa

@@ -12,10 +12,10 @@ from ..data.duplicates import Likeness, fingerprints, hashed_channel, hashes, tu
 from ..data.store import ImageStore
 
 # %% auto #0
-__all__ = ['label_fidelity', 'TrainingImages', 'Judge']
+__all__ = ['image_fidelity', 'TrainingImages', 'Judge']
 
 # %% ../../nbs/diffusion/05_filter.ipynb #545298d8
-def label_fidelity(
+def image_fidelity(
     probabilities:np.ndarray, # (N, K), a classifier's
     labels:np.ndarray, # (N, K) multi-hot, what was to be drawn
 )->np.ndarray: # (N,) in [0, 1]; 1 where the classifier is sure of just these labels, about .5 where it cannot tell
@@ -78,6 +78,6 @@ class Judge:
         labels:np.ndarray, # (N, K) multi-hot, what was to be drawn
     )->tuple[np.ndarray,np.ndarray]: # (N,) fidelity, nan without a classifier; (N,) 'low fidelity', 'copy' or '' to keep
         "Judge a block of images"
-        fidelity = label_fidelity(self.score(images), labels) if self.score else np.full(len(images), np.nan)
+        fidelity = image_fidelity(self.score(images), labels) if self.score else np.full(len(images), np.nan)
         copy = self.known.likeness(images) >= self.known.c.similarity if self.known else np.zeros(len(images), bool)
         return fidelity,np.where(copy, 'copy', np.where(fidelity < self.min_fidelity, 'low fidelity', ''))

@@ -189,12 +189,6 @@ def _better(old, new):
     return {k: np.where(up.reshape(-1, *[1]*(v.ndim-1)), new[k], v) for k,v in old.items()}
 
 # %% ../../nbs/diffusion/04_generate.ipynb #fd13c05d
-class _BlockWriter(ResumableWriter):
-    "Keeps what was drawn after any error but bad input and a full disk, such as another process's end"
-    def _leave(self, kind, error, trace):
-        keep = kind and not issubclass(kind, (InputError, OSError))
-        super()._leave(KeyboardInterrupt if keep else kind, error, trace)
-
 class _Assembly:
     "Blocks, in order, into a store"
     def __init__(self, writer, labels, c, describe):
@@ -244,7 +238,7 @@ def generate(
         todo,store = [None],None
         if me.is_main_process:
             settings = dict(made, labels=sha256(labels.tobytes()), base=sha256(np.asarray(base[1]).tobytes()) if base else '')
-            store = _Assembly(stack.enter_context(_BlockWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings)), labels, c, describe)
+            store = _Assembly(stack.enter_context(ResumableWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings)), labels, c, describe)
             store.append()
             todo = [store.todo()]
         for i in broadcast_object_list(todo)[0][me.process_index::me.num_processes]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import html, inspect
 from collections.abc import Sequence
 import diffusers, torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import InputError, derive_seed, lookup
-from .denoiser import Denoiser, LabelEncoder, fold, unfold
+from .denoiser import Denoiser, fold, unfold
 from .objective import to_images, to_signal
 from ..labels import Vocabulary
 from ..plots import details
@@ -35,8 +35,10 @@ def with_scheduler(
     scheduler, # the scheduler that the model was trained with
     name:str, # a short name, or the name of a diffusers class
 ): # a scheduler of that kind with the same noise schedule and target
-    "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target"
+    "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
     kind,zero = getattr(diffusers, lookup('scheduler', name, known_schedulers())),torch.zeros(1, 1, 1, 1)
+    if scheduler.config.get('rescale_betas_zero_snr') and 'rescale_betas_zero_snr' not in inspect.signature(kind.__init__).parameters:
+        raise InputError(f"the scheduler '{name}' does not know the zero-terminal noise schedule of this model: choose another one, such as dpm++")
     try:
         trial = kind.from_config(scheduler.config)
         trial.set_timesteps(2)
@@ -89,8 +91,8 @@ def guidance_scales(
 class LabelConditionedPipeline(DiffusionPipeline):
     "Generate N-channel images for sets of labels"
     def __init__(self,
-        unet:UNet2DModel, # on folded images, `class_embed_type='identity'`
-        label_encoder:LabelEncoder, # from multi-hot rows to the U-Net's time embedding
+        unet:ModelMixin, # on folded images: a `UNet2DModel` with `class_embed_type='identity'`, or one called like it
+        label_encoder:ModelMixin, # from multi-hot rows to the U-Net's time embedding, a `LabelEncoder` or one called like it
         scheduler, # any diffusers scheduler
         classes:list[str]=(), # class names
         channels:list[str]=(), # channel names

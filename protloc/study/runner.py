@@ -14,7 +14,7 @@ from ..core import Config, InputError, atomic_path, derive_seed, exclusive, vers
 from ..data.hpa import labelled_fields, prepare
 from ..data.simulate import oracle_store, simulate_store
 from ..data.store import ImageStore
-from ..diffusion.generate import generate, match_plan
+from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
 from .arms import ArmConfig, StudyConfig
 
@@ -111,7 +111,7 @@ def synthetic_images(
     folder:Path, # of the run
 )->dict[str,ImageStore]: # by source: 'generator' and 'oracle', those that arms use
     "Train the generator and draw the synthetic store; simulate the oracle's"
-    plan = match_plan(real.labels[real.rows('train')], c.generate.images, c.seed)
+    plan = plan_labels(c.generate.plan, real.labels[real.rows('train')], real.vocab, c.generate.images, c.seed)
     make = dict(generator=lambda path: _draw(c, real, folder, plan, path),
         oracle=lambda path: stage(folder, 'simulate oracle images', lambda: oracle_store(path, real, plan, derive_seed(c.seed, 'oracle'))))
     paths = {s: folder/dict(generator='synthetic').get(s, s) for s in sorted({a.source for a in c.arms if 'synthetic' in a.uses})}
