@@ -73,13 +73,13 @@ def _pool(process, threads): return ThreadPoolExecutor(threads)
 
 def _by_plane(images, which, boxes):
     "`turn_and_crop` on a processor"
-    images,out,threads = images.numpy(),torch.empty_like(images, memory_format=torch.contiguous_format),torch.get_num_threads()
-    filled,edge = out.numpy(),images.shape[-1]
+    images,out,edge = images.numpy(),torch.empty_like(images, memory_format=torch.contiguous_format),images.shape[-1]
+    filled,threads = out.numpy(),torch.get_num_threads() if (boxes[:, 2:] < edge).any() else 1
     def some(first):
         for i in range(first, len(images), threads):
             y,x,h,w = boxes[i]
             for plane,to in zip(images[i], filled[i]): cv2.resize(SYMMETRIES[which[i]](plane)[y:y+h, x:x+w], (edge, edge), to, interpolation=cv2.INTER_LINEAR)
-    list(_pool(os.getpid(), threads).map(some, range(threads)))
+    list(map(some, range(1)) if threads == 1 else _pool(os.getpid(), threads).map(some, range(threads)))
     return out
 
 # %% ../../nbs/data/05_loading.ipynb #5b1e7a90

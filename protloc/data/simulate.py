@@ -553,7 +553,7 @@ def organizing_center(c, rng):
 def centrosome(c, rng):
     "One or two tiny points by the nucleus"
     yx = c.at(c.side+rng.normal(0, .04, 2), c.line.mtoc+.02+rng.normal(0, .03, 2))[:rng.integers(1, 3)]
-    return spots(yx, .013, c.g) + .02*c.in_cell
+    return spots(yx, .011, c.g) + .02*c.in_cell
 
 # %% ../../nbs/data/01_simulate.ipynb #daa9c97e
 def plasma_membrane(c, rng):
