@@ -117,14 +117,17 @@ class Module:
             elif ast.get_docstring(n): self.add_function(n, node.name); symbol.members += [f'{node.name}.{n.name}'] if f'{node.name}.{n.name}' in self.symbols else []
 
     def field(self, node) -> Item:
-        "A field of a dataclass or of settings; limits given to pydantic are part of its type"
+        "A field of a dataclass or of settings; limits given to pydantic, or to the simulator's `parameter`, are part of its type"
         kind, value = self.qualified(node.annotation), node.value
-        limits = ''
+        limits, about = '', self.comments.get(node.end_lineno, '')
         if isinstance(value, ast.Call) and ast.unparse(value.func) in ('pydantic.Field', 'field'):
             signs = dict(ge='≥', gt='>', le='≤', lt='<')
             limits = ', '.join(f'{signs[k.arg]} {ast.unparse(k.value)}' for k in value.keywords if k.arg in signs)
             value = value.args[0] if value.args else None
-        return Item(node.target.id, f'{kind}, {limits}' if limits else kind, ast.unparse(value) if value else '', self.comments.get(node.end_lineno, ''))
+        elif isinstance(value, ast.Call) and ast.unparse(value.func) == 'parameter':
+            value, low, high, unit, meaning = value.args
+            limits, about = f'{ast.unparse(low)} to {ast.unparse(high)}', f'{meaning.value} ({unit.value})'
+        return Item(node.target.id, f'{kind}, {limits}' if limits else kind, ast.unparse(value) if value else '', about)
 
 
 def written(params: list[Item], returns: Item | None) -> str:

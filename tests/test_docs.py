@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 from adapter import DocsError, Symbols, adapt, callouts
-from api import Module
+from api import Module, read_package
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = 'https://lab.example/cells'
@@ -77,6 +77,12 @@ def test_classes_have_fields_methods_and_patches(symbols):
     assert found['Camera'].members == ['Camera.shoot'] and found['Camera'].signature == '(gain: float = 1.0)'
     assert found['Camera.shoot'].signature == '(optics: lab.optics.Optics) -> Tensor'
     assert found['Camera.close'].kind == 'method' and found['Camera.close'].signature == '()'
+
+
+def test_simulator_parameters_have_ranges_and_units():
+    fields = read_package(ROOT/'protloc')['protloc.data.simulate']['CellLine'].fields
+    photons = next(f for f in fields if f.name == 'photons')
+    assert (photons.type, photons.default) == ('float, 40.0 to 200.0', '120.0') and photons.about.endswith('(photons)')
 
 
 def test_show_doc_becomes_an_entry(symbols):
