@@ -206,7 +206,7 @@ def _judge(pipe, real, classifier, min_fidelity, drop_copies):
     import torch
     from protloc.classify.predict import check_input, load_classifier
     from protloc.core import sha256
-    from protloc.diffusion.filter import Judge, TrainingImages
+    from protloc.diffusion.filter import Judge, KnownImages
     from protloc.diffusion.generate import check_kind
     if not (classifier or drop_copies or min_fidelity): return None
     check_kind(pipe, real)
@@ -215,7 +215,7 @@ def _judge(pipe, real, classifier, min_fidelity, drop_copies):
         check_input(card, real, labelled=True)
     @torch.no_grad()
     def score(images): return model(torch.from_numpy(images).to(model.mean.device).contiguous(memory_format=torch.channels_last)).sigmoid().float().cpu().numpy()
-    known = TrainingImages(real, real.rows('train')) if drop_copies else None
+    known = KnownImages(real, real.rows('train')) if drop_copies else None
     return Judge(score if classifier else None, min_fidelity, known, sha256(classifier/'classifier.safetensors')[:16] if classifier else '')
 
 @app.command()

@@ -10,7 +10,7 @@ from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.denoiser import LabelEncoder, UNetConfig, build_denoiser, fold
 from protloc.diffusion.edit import edit
-from protloc.diffusion.filter import Judge, TrainingImages, image_fidelity
+from protloc.diffusion.filter import Judge, KnownImages, image_fidelity
 from protloc.diffusion.generate import PLANS, GenerateConfig, draw_block, generate, match_plan, plan_labels
 from protloc.diffusion.objective import ObjectiveConfig, make_scheduler, to_images, to_signal
 from protloc.diffusion.pipeline import SCHEDULERS, LabelConditionedPipeline, _start, generators_for, guided, with_scheduler
@@ -325,7 +325,7 @@ def test_judge_drops_counts_and_keeps_the_best(drawn, tmp_path):
 
 def test_copies_are_found_turned_or_not(real):
     rows = real.rows('train')
-    known, images = TrainingImages(real, rows), real.images[rows]
+    known, images = KnownImages(real, rows), real.images[rows]
     for change in (lambda x: x, lambda x: np.rot90(x, 1, (2, 3)), lambda x: x[..., ::-1], lambda x: x//2):
         assert (known.likeness(change(images)) > .98).all()
     assert (known.likeness(real.images[real.rows('test')]) < .99).all()

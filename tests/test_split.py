@@ -46,7 +46,7 @@ def test_noisy_copies_are_found_and_turned_ones_where_asked(planted):
 
 def test_blank_images_are_no_copies_of_each_other(tmp_path):
     blank = write_store(tmp_path/'blank', np.full((5, 4, 16, 16), 7, np.uint8), pd.DataFrame(dict(id=list('abcde'), target='0')), STAINS, HPA)
-    assert not fingerprints(blank).any() and len(near_duplicates(blank)) == 0
+    assert not fingerprints(blank.images).any() and len(near_duplicates(blank)) == 0
 
 
 def test_a_store_of_nothing_but_copies_is_refused(tmp_path, monkeypatch):

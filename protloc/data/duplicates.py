@@ -19,15 +19,15 @@ __all__ = ['MOST_PAIRS', 'fingerprints', 'hashes', 'turned', 'Likeness', 'hashed
 
 # %% ../../nbs/data/02b_duplicates.ipynb #50e2d81b
 def fingerprints(
-    store:ImageStore,
+    images:np.ndarray, # (N, C, S, S) uint8, e.g. of a store, memory-mapped
     k:int=12, # frequencies along each axis
     pixels:int=2**24, # read at a time
 )->np.ndarray: # (N, C, k, k) float32, of length 1 an image
     "The coarse structure of every image"
-    basis,images = dct(np.eye(store.size), axis=0, norm='ortho')[:k].astype(np.float32),store.images
-    found = np.zeros((len(store), len(store.channels), len(basis), len(basis)), np.float32)
-    block = max(pixels//(len(store.channels)*store.size**2), 1)
-    for i in tqdm(range(0, len(store), block), desc='fingerprints', unit='block', leave=False):
+    n,channels,size,_ = images.shape
+    basis = dct(np.eye(size), axis=0, norm='ortho')[:k].astype(np.float32)
+    found,block = np.zeros((n, channels, len(basis), len(basis)), np.float32),max(pixels//(channels*size**2), 1)
+    for i in tqdm(range(0, n, block), desc='fingerprints', unit='block', leave=False, disable=n <= block):
         some = np.asarray(images[i:i+block])
         found[i:i+block] = basis @ some.astype(np.float32) @ basis.T
         found[i:i+block][some.min((-2, -1)) == some.max((-2, -1))] = 0
@@ -92,7 +92,7 @@ def near_duplicates(
     c:Likeness=Likeness(),
 )->pd.DataFrame: # columns first, second (row numbers, first < second) and similarity
     "Pairs of images that are copies of each other; raises `InputError` where nearly all images are"
-    f,channel,found = fingerprints(store),hashed_channel(store, c.channel),[np.zeros((0, 3))]
+    f,channel,found = fingerprints(store.images),hashed_channel(store, c.channel),[np.zeros((0, 3))]
     rows = np.flatnonzero(f[:, channel].any((1, 2)))
     mine = hashes(f[rows, channel])
     for s in range(8 if c.symmetries else 1):

@@ -12,7 +12,7 @@ from ..data.duplicates import Likeness, fingerprints, hashed_channel, hashes, tu
 from ..data.store import ImageStore
 
 # %% auto #0
-__all__ = ['image_fidelity', 'TrainingImages', 'Judge']
+__all__ = ['image_fidelity', 'KnownImages', 'Judge']
 
 # %% ../../nbs/diffusion/05_filter.ipynb #545298d8
 def image_fidelity(
@@ -26,31 +26,22 @@ def image_fidelity(
     return np.where((n == 0) | (n == there.shape[1]), halves.sum(0), halves.mean(0))
 
 # %% ../../nbs/diffusion/05_filter.ipynb #e1bc699e
-@dataclass
-class _Block:
-    "As much of a store as `fingerprints` reads"
-    images:np.ndarray
-    channels:tuple
-    def __len__(self): return len(self.images)
-    @property
-    def size(self): return self.images.shape[-1]
-
-class TrainingImages:
+class KnownImages:
     "Fingerprints of the images that must not come back"
     def __init__(self,
         store:ImageStore,
         rows:np.ndarray, # (n,) positions, usually `store.rows('train')`
         c:Likeness=Likeness(symmetries=True), # when two images count as copies
     ):
-        self.c,self.channels,self.channel = c,store.channels,hashed_channel(store, c.channel)
-        self.fingerprints = fingerprints(store)[rows]
+        self.c,self.channel = c,hashed_channel(store, c.channel)
+        self.fingerprints = fingerprints(store.images)[rows]
         self.hashes = hashes(self.fingerprints[:, self.channel])
         self.settings = dict(c.model_dump(), store=store.manifest['sha256']['images'])
     def likeness(self,
         images:np.ndarray, # (N, C, H, W) uint8
     )->np.ndarray: # (N,) largest correlation with a training image of near hash; 0 where there is none
         "How much each image is like a training image"
-        f,best = fingerprints(_Block(images, self.channels)),np.zeros(len(images))
+        f,best = fingerprints(images),np.zeros(len(images))
         for s in range(8 if self.c.symmetries else 1):
             mine = turned(f, s)
             a,b = np.nonzero(np.bitwise_count(hashes(mine[:, self.channel])[:, None] ^ self.hashes) <= self.c.distance)
@@ -64,7 +55,7 @@ class Judge:
     "Says how faithful each image is, and why it is dropped"
     score:Callable|None = None # score(images (N, C, H, W) uint8) -> (N, K) probabilities; None to look for copies only
     min_fidelity:float = 0. # images below are dropped, in [0, 1]
-    known:TrainingImages|None = None # near-copies of these are dropped; None to keep them
+    known:KnownImages|None = None # near-copies of these are dropped; None to keep them
     name:str = '' # of the classifier, for the manifest
     def __post_init__(self):
         if not 0 <= self.min_fidelity <= 1: raise InputError(f'min_fidelity must lie between 0 and 1, got {self.min_fidelity}')
