@@ -218,6 +218,7 @@ def _judge(pipe, real, classifier, min_fidelity, drop_copies):
     known = KnownImages(real, real.rows('train')) if drop_copies else None
     return Judge(score if classifier else None, min_fidelity, known, sha256(classifier/'classifier.safetensors')[:16] if classifier else '')
 
+# %% ../nbs/05_cli.ipynb #cdf9b2f9
 @app.command()
 def generate(
     generator:Annotated[Path, typer.Argument(help='Folder of a trained generator.')],

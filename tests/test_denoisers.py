@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from protloc.core import InputError, read_config
 from protloc.data.simulate import simulate_store
 from protloc.diffusion.denoiser import PRESETS, Denoiser, PaperOriginal, UNetConfig, build_denoiser, fold
-from protloc.diffusion.objective import ObjectiveConfig, diffusion_loss, losses_by_noise, make_scheduler, noisify, step_weights, to_images, to_signal
+from protloc.diffusion.objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, noisify, step_weights, to_images, to_signal
 from protloc.diffusion.pipeline import SCHEDULERS, with_scheduler
 from protloc.diffusion.train import RECIPES, GeneratorConfig, TrainingImages, balance_weights, generator_loss, open_pipeline, preview_rows, train_generator
 from protloc.plots import show_cells
@@ -125,7 +125,7 @@ def test_min_snr_asks_the_same_of_every_target():
         s = make_scheduler(ObjectiveConfig(prediction_type=target))
         a = s.alphas_cumprod[steps].view(-1, 1, 1, 1)
         guess = lambda x, t: dict(sample=clean+.1, epsilon=(x-a.sqrt()*(clean+.1))/(1-a).sqrt(), v_prediction=(a.sqrt()*x-(clean+.1))/(1-a).sqrt())[target]
-        found.append(diffusion_loss(guess, clean, noise, steps, s, 'min_snr').item())
+        found.append(image_losses(guess, clean, noise, steps, s, 'min_snr').mean().item())
     assert found == pytest.approx([found[0]]*3, rel=1e-3) and found[0] > 0
 
 

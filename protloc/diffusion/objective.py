@@ -14,7 +14,7 @@ from ..core import Config, InputError
 
 # %% auto #0
 __all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'noisify', 'step_weights', 'image_losses',
-           'diffusion_loss', 'losses_by_noise']
+           'losses_by_noise']
 
 # %% ../../nbs/diffusion/01_objective.ipynb #0297a7f3
 SignalKind = Literal['sqrt', 'symmetric', 'unit']
@@ -100,18 +100,6 @@ def image_losses(
     noisy,target = noisify(clean, noise, steps, scheduler)
     error = (predict(noisy, steps).float()-target).square().flatten(1).mean(1)
     return step_weights(steps, scheduler, weighting, gamma)*error
-
-def diffusion_loss(
-    predict, # predict(noisy, steps) -> like clean
-    clean:Tensor, # (N, C, H, W), as `to_signal` gives it
-    noise:Tensor, # like clean, standard normal
-    steps:Tensor, # (N,) diffusion steps
-    scheduler, # a diffusers scheduler
-    weighting:str='snr_plus_one', # see `step_weights`
-    gamma:float=20., # cap of the weights of the clean image's error
-)->Tensor: # scalar
-    "Weighted mean squared error of the prediction"
-    return image_losses(predict, clean, noise, steps, scheduler, weighting, gamma).mean()
 
 # %% ../../nbs/diffusion/01_objective.ipynb #d1e76de7
 def losses_by_noise(
