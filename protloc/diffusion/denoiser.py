@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import Config, InputError, lookup
+from ..labels import HPA
 
 # %% auto #0
 __all__ = ['PRESETS', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'ClassEncoder', 'PaperSimplified',
@@ -175,8 +176,8 @@ class PaperOriginal(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self,
         sample_size:int, # height and width of the images in pixels
+        num_classes:int, # K
         in_channels:int=4, # C
-        num_classes:int=28, # K
         num_hiddens:int=128, # channels at every level
         num_train_timesteps:int=300, # T, diffusion steps
     ):
@@ -236,7 +237,7 @@ def build_denoiser(
     if c.preset == 'paper_original':
         _check_size(size, 4, 'halved twice')
         if c.widths[0]%8: raise InputError(f'the width of paper_original must be a multiple of 8, not {c.widths[0]}')
-        return Denoiser(PaperOriginal(size, channels, num_classes, *c.widths, num_train_timesteps), MultiHotEncoder(num_classes))
+        return Denoiser(PaperOriginal(size, num_classes, channels, *c.widths, num_train_timesteps), MultiHotEncoder(num_classes))
     unet = build_unet(channels, size, c)
     return Denoiser(unet, LabelEncoder(num_classes, unet.time_embedding.linear_2.out_features))
 
@@ -245,7 +246,7 @@ def denoiser_cost(
     c:UNetConfig,
     size:int=64, # height and width of the images in pixels
     channels:int=4, # C
-    num_classes:int=28, # K
+    num_classes:int=len(HPA), # K
 )->dict[str,int]: # parameters, and multiply_adds of one image
     "How large a denoiser is, and how much it computes"
     with torch.device('meta'):
