@@ -1,4 +1,4 @@
-"""Generators under the same training time: distance to real images, precision, recall, and whether the labels can be read.
+"""Generators under the same training time: distance to real images, precision, recall, coverage, and whether the labels can be read.
 
     python benchmarks/generator_quality.py [--minutes 15] [--recipes paper_simplified paper_original ours] [--out runs/quality]
 

@@ -230,6 +230,7 @@ def generate(
     guidance_rescale:Annotated[float, typer.Option(help='0 to 1: how much of the contrast added by guidance is taken back.')]=0.,
     guidance_interval:Annotated[tuple[float, float], typer.Option(metavar='LOW HIGH', help='Shares of the noise schedule between which guidance acts.')]=(0., 1.),
     negative:Annotated[Optional[list[str]], typer.Option(metavar='CLASS', help='A class to lead away from; may be repeated.')]=None,
+    condition:Annotated[str, typer.Option(help='One of the conditions that the generator was trained with, e.g. a cell line; any of them if not given.')]='',
     steps:Annotated[int, typer.Option(help='Solver steps.')]=15,
     scheduler:Annotated[str, typer.Option(help='Solver: ddpm, ddim, dpm++, unipc, euler, heun or a diffusers class.')]='dpm++',
     edit:Annotated[Optional[float], typer.Option(metavar='STRENGTH', help='Edit training images instead of drawing from noise: near 0 hardly, 1 wholly. They keep their labels unless --plan is given.')]=None,
@@ -249,7 +250,7 @@ def generate(
     from protloc.diffusion.generate import GenerateConfig, generate, plan_labels
     from protloc.diffusion.train import open_pipeline
     config = read_config(GenerateConfig, dict(images=images, plan=plan or 'match', guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
-        negative_labels=negative or (), num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, **({} if edit is None else dict(strength=edit))), 'generate')
+        negative_labels=negative or (), condition=condition, num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, **({} if edit is None else dict(strength=edit))), 'generate')
     real,pipe = ImageStore(like),open_pipeline(generator)
     if list(real.vocab) != pipe.config.classes: raise InputError(f'{like} and {generator} have different classes')
     if half: pipe.to(torch.bfloat16)

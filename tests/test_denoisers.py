@@ -1,10 +1,13 @@
 """Denoisers by name, what they see and what they ignore, their weights and schedules, and each recipe trained for a few steps."""
-import json, math
-import numpy as np, pytest, torch
+import json, math, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch, yaml
+from safetensors.torch import load_file
 
-from protloc.core import InputError, read_config
+from protloc.core import InputError, read_config, read_yaml
 from protloc.data.simulate import simulate_store
 from protloc.diffusion.denoiser import PRESETS, Denoiser, PaperOriginal, UNetConfig, build_denoiser, fold
+from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, noisify, step_weights, to_images, to_signal
 from protloc.diffusion.pipeline import SCHEDULERS, with_scheduler
 from protloc.diffusion.train import RECIPES, GeneratorConfig, TrainingImages, balance_weights, generator_loss, open_pipeline, preview_rows, train_generator
@@ -244,15 +247,89 @@ def test_interrupted_and_continued_it_is_the_same(cells, tmp_path, monkeypatch):
         assert (tmp_path/'cut'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
 
 
+TRAIN = """
+import os, signal, sys
+from pathlib import Path
+from protloc.core import read_config, read_yaml
+from protloc.data.store import ImageStore
+from protloc.diffusion.train import GeneratorConfig, TrainingImages, train_generator
+store, settings, out, die, rank = *map(Path, sys.argv[1:4]), int(sys.argv[4]), os.environ.get('RANK', '0')
+plain = TrainingImages.__getitem__
+def cut(self, step):
+    if step == die and rank == '1': os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, step)
+TrainingImages.__getitem__ = cut
+train_generator(ImageStore(store), out, read_config(GeneratorConfig, read_yaml(settings)), seed=3)
+"""
+
+
+@pytest.fixture(scope='module')
+def apart(cells, tmp_path_factory):
+    "A generator trained by one process, and a way to train it by several"
+    folder = tmp_path_factory.mktemp('apart')
+    c = GeneratorConfig(unet=dict(widths=(16, 32)), balance=.5, condition='cell_line', loop=dict(steps=10, batch_size=12, lr=1e-3, ema_decay=.9, checkpoint_steps=2))
+    (folder/'train.py').write_text(TRAIN)
+    (folder/'settings.yaml').write_text(yaml.safe_dump(json.loads(c.model_dump_json())))
+    train_generator(cells, folder/'one', c, seed=3)
+    def two(out, die=-1):
+        command = [Path(sys.executable).parent/'torchrun', '--nproc_per_node', '2', folder/'train.py', cells.path, folder/'settings.yaml', out, str(die)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return folder/'one', two
+
+
+def logged(folder): return [[json.loads(l)[k] for k in ('step', 'loss', 'loss_t0', 'loss_t3')] for l in (folder/'log.jsonl').read_text().splitlines()]
+
+
+def test_two_processes_train_the_same_generator(apart, tmp_path):
+    one, two = apart
+    done = two(tmp_path/'two')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert np.allclose(logged(tmp_path/'two'), logged(one), rtol=1e-4)
+    for k, v in load_file(tmp_path/'two'/'last.safetensors').items(): torch.testing.assert_close(v, load_file(one/'last.safetensors')[k], rtol=1e-3, atol=1e-4)
+    assert open_pipeline(tmp_path/'two').config.conditions
+
+
+def test_two_processes_killed_and_continued(apart, tmp_path):
+    "The second process is killed at step 7; continued by two, the weights are those of two that nobody stopped, bit for bit"
+    one, two = apart
+    assert two(tmp_path/'cut', die=7).returncode != 0
+    assert not (tmp_path/'cut'/'pipeline').exists() and (tmp_path/'cut'/'checkpoints'/'step-00000006').exists()
+    assert two(tmp_path/'cut').returncode == 0 and two(tmp_path/'whole').returncode == 0
+    assert (tmp_path/'cut'/'last.safetensors').read_bytes() == (tmp_path/'whole'/'last.safetensors').read_bytes()
+
+
+def test_accumulated_parts_train_the_same_generator(apart, cells, tmp_path):
+    c = read_config(GeneratorConfig, read_yaml(apart[0].parent/'settings.yaml'))
+    train_generator(cells, tmp_path/'parts', c.model_copy(update=dict(loop=c.loop.model_copy(update=dict(accumulate=3)))), seed=3)
+    assert np.allclose(logged(tmp_path/'parts'), logged(apart[0]), rtol=1e-4)
+
+
+def test_a_condition_is_drawn_and_noted(apart, tmp_path):
+    pipe = open_pipeline(apart[0])
+    pipe.set_progress_bar_config(disable=True)
+    lines = pipe.config.conditions
+    def draw(condition): return pipe(['Cytosol']*2, 1.5, 2, [torch.Generator().manual_seed(i) for i in range(2)], output_type='signal', condition=condition)
+    each = draw(lines[:2])
+    assert (draw(lines[0])[0]-each[0]).abs().max() < 1e-4 < (draw(lines[1])[0]-each[0]).abs().max()
+    assert (draw(None)-each).abs().max() > 1e-4
+    store = generate(pipe, tmp_path/'store', np.eye(3, dtype=np.float32), GenerateConfig(num_inference_steps=2, condition=lines[0]))
+    assert set(store.table.cell_line.astype(str)) == {lines[0]} and store.manifest['made']['condition'] == lines[0]
+    for wrong, said in ((lines[:3], '3 conditions for 2 images'), ('nowhere', 'nowhere')):
+        with pytest.raises(InputError, match=said): draw(wrong)
+    with pytest.raises(InputError, match="no column 'slide'"): train_generator(store, tmp_path/'other', GeneratorConfig(condition='slide'))
+
+
 @pytest.mark.parametrize('name', PAPER)
 def test_paper_denoisers_learn(name):
     "On one batch with the same noise each time the loss falls"
     c = RECIPES[name].model_copy(update=dict(unet=UNetConfig(preset=name, widths=(32,))))
     with seeded(0, 'test'): d = build_denoiser(4, 3, 16, c.unet, c.objective.num_train_timesteps)
-    batch, loss = (torch.randint(0, 256, (16, 4, 16, 16), dtype=torch.uint8), torch.eye(3)[torch.arange(16) % 3]), generator_loss(c)
-    optimizer, found = torch.optim.Adam(d.parameters(), 2e-3), []
+    torch.manual_seed(0)
+    steps = torch.randint(c.objective.num_train_timesteps, (16,))
+    batch = torch.randint(0, 256, (16, 4, 16, 16), dtype=torch.uint8), torch.eye(3)[torch.arange(16) % 3], torch.randn(16, 4, 16, 16), steps, torch.zeros(16, dtype=torch.bool)
+    optimizer, found, loss = torch.optim.Adam(d.parameters(), 2e-3), [], generator_loss(c)
     for _ in range(25):
-        with seeded(0, 'noise'): value, _ = loss(d, batch)
+        value, _ = loss(d, batch)
         optimizer.zero_grad(); value.backward(); optimizer.step()
         found.append(value.item())
     assert found[-1] < .8*found[0] and all(p.grad is not None for p in d.parameters())
@@ -261,7 +338,7 @@ def test_paper_denoisers_learn(name):
 @pytest.mark.parametrize('kind,black', [('sqrt', 1), ('symmetric', 1), ('unit', 0)])
 def test_the_loss_sees_the_range_that_is_asked_for(kind, black):
     c = GeneratorConfig(unet=dict(patch_size=1), objective=dict(signal=kind, weighting='uniform'))
-    blank = (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(2, 3))
+    blank = torch.zeros(2, 4, 8, 8, dtype=torch.uint8), torch.zeros(2, 3), torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool)
     assert generator_loss(c)(lambda noisy, *rest: torch.zeros_like(noisy), blank)[0] == black
 
 

@@ -134,6 +134,7 @@ class GenerateConfig(Config):
     guidance_rescale: float = pydantic.Field(0., ge=0, le=1) # share of the spread added by guidance that is taken back
     guidance_interval: tuple[float, float] = (0., 1.) # shares of the noise schedule between which guidance acts
     negative_labels: tuple[str, ...] = () # class names to lead away from
+    condition: str = '' # one of the generator's conditions, e.g. a cell line; any of them if empty
     strength: float = pydantic.Field(.5, gt=0, le=1) # of edits, see `edit`: the share of the solver steps that is taken
     best_of: int = pydantic.Field(1, ge=1) # candidates for each image, of which the judge keeps one
     batch_size: int = pydantic.Field(64, ge=1) # images at a time; changes nothing but speed and memory
@@ -173,7 +174,7 @@ def draw_block(
     real:np.ndarray|None=None, # (n, C, H, W) uint8, images to edit
 )->dict[str,np.ndarray]: # images, fidelity, reason
     "Draw one image a row, the best of its candidates"
-    how = dict(guidance_rescale=c.guidance_rescale, guidance_interval=c.guidance_interval, negative_labels=[c.negative_labels] if c.negative_labels else None)
+    how = dict(guidance_rescale=c.guidance_rescale, guidance_interval=c.guidance_interval, negative_labels=[c.negative_labels] if c.negative_labels else None, condition=c.condition or None)
     if real is not None: how.update(images=torch.from_numpy(real), strength=c.strength)
     best = None
     for k in range(c.best_of):
@@ -232,7 +233,7 @@ def generate(
     "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
     if c.best_of > 1 and not judge: raise InputError(f'best_of {c.best_of} needs something to tell the best: give a classifier')
     labels,me,path = pipe.vocab.multi_hot(labels),this_process(),Path(path)
-    made,describe = _made(pipe, c, seed, judge, base),_describer(pipe, labels, base)
+    made,describe = _made(pipe, c, seed, judge, base),_describer(pipe, labels, c, base)
     _ready(pipe, c, me.device)
     with contextlib.ExitStack() as stack:
         todo,store = [None],None
@@ -266,10 +267,10 @@ def _made(pipe, c, seed, judge, base):
     return dict(kind='synthetic', generator=generator_hash(pipe), dtype=str(pipe.unet.dtype).removeprefix('torch.'), seed=seed, **c.model_dump(exclude=unused),
         **(dict(edited=base[0].manifest['sha256']['images']) if base else {}), **(dict(filter=judge.settings) if judge else {}))
 
-def _describer(pipe, labels, base):
+def _describer(pipe, labels, c, base):
     "What the table says of image i"
     if base: ids,groups = base[0].table.id.to_numpy()[base[1]],base[0].table.group.to_numpy()[base[1]]
     def describe(i):
-        row = dict(id=f'synthetic{i:06d}', target=pipe.vocab.decode(labels[i]), split='train', source='synthetic')
+        row = dict(id=f'synthetic{i:06d}', target=pipe.vocab.decode(labels[i]), split='train', source='synthetic', **({pipe.config.condition: c.condition} if c.condition else {}))
         return {**row, 'id': f'edited{i:06d}', 'group': groups[i], 'edited': ids[i]} if base else row
     return describe

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import html, inspect
 from collections.abc import Sequence
-import diffusers, torch
+import diffusers, numpy as np, torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -98,12 +98,14 @@ class LabelConditionedPipeline(DiffusionPipeline):
         channels:list[str]=(), # channel names
         patch_size:int=1, # edge of the folded patches
         signal:str='sqrt', # how images become floats, a kind that `to_signal` knows
+        condition:str='', # what it may be told besides the labels, e.g. 'cell_line'
+        conditions:list[str]=(), # its values
     ):
         super().__init__()
         if channels and len(channels)*patch_size**2 != unet.config.in_channels:
             raise InputError(f'{len(channels)} channels in patches of {patch_size} need a U-Net with {len(channels)*patch_size**2} input channels, this one has {unet.config.in_channels}')
         self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)
-        self.register_to_config(classes=list(classes), channels=list(channels), patch_size=patch_size, signal=signal)
+        self.register_to_config(classes=list(classes), channels=list(channels), patch_size=patch_size, signal=signal, condition=condition, conditions=list(conditions))
     @property
     def vocab(self)->Vocabulary:
         "The classes it can draw"
@@ -123,14 +125,22 @@ def _check_settings(guidance_scale, num_inference_steps, output_type, guidance_r
     if not 0 < strength <= 1: raise InputError(f'strength must be above 0 and at most 1, got {strength}')
     lookup('output type', output_type, dict.fromkeys(('uint8', 'signal')))
 
-def _checked_rows(pipe, labels, negative_labels, generator):
+def _told(pipe, rows, condition):
+    "Append the condition to (N, K) rows, on the pipeline's device"
+    names = pipe.config.conditions
+    if condition is not None and not names: raise InputError('this generator was trained without a condition: leave it out')
+    told = np.zeros((1, len(names)), np.float32) if condition is None else Vocabulary(names).multi_hot(condition)
+    if len(told) not in (1, len(rows)): raise InputError(f'{len(told)} conditions for {len(rows)} images: give one an image, or one for all')
+    return torch.from_numpy(np.hstack([rows, np.broadcast_to(told, (len(rows), len(names)))])).to(pipe.device)
+
+def _checked_rows(pipe, labels, negative_labels, generator, condition):
     "Turn labels, and the negative ones, into rows"
-    rows = torch.from_numpy(pipe.vocab.multi_hot(labels)).to(pipe.device)
+    rows = pipe.vocab.multi_hot(labels)
     if isinstance(generator, list) and len(generator) != len(rows): raise InputError(f'{len(generator)} generators for {len(rows)} images')
-    if negative_labels is None: return rows,None
-    negative = torch.from_numpy(pipe.vocab.multi_hot(negative_labels)).to(pipe.device)
+    if negative_labels is None: return _told(pipe, rows, condition),None
+    negative = pipe.vocab.multi_hot(negative_labels)
     if len(negative) not in (1, len(rows)): raise InputError(f'{len(negative)} rows of negative_labels for {len(rows)} images: give one an image, or one for all')
-    return rows,negative
+    return _told(pipe, rows, condition),_told(pipe, np.broadcast_to(negative, rows.shape), condition)
 
 def _checked_images(pipe, images, n):
     "Check real images that are to be edited"
@@ -169,10 +179,11 @@ def __call__(self:LabelConditionedPipeline,
     negative_labels=None, # what to lead away from, as labels: one row an image, or one for all
     images:Tensor|None=None, # (N, C, H, W) uint8, real images to edit
     strength:float=1., # of an edit, in (0, 1]: the share of the solver steps that is taken, at least one
+    condition:str|list[str]|None=None, # one of the pipeline's `conditions`, for all images or one an image; any unless given
 )->Tensor: # (N, C, H, W)
     "Images for labels; raises `InputError` for labels outside the vocabulary, images of another kind, or a solver that diverges"
     _check_settings(guidance_scale, num_inference_steps, output_type, guidance_rescale, guidance_interval, strength)
-    rows,negative = _checked_rows(self, labels, negative_labels, generator)
+    rows,negative = _checked_rows(self, labels, negative_labels, generator, condition)
     denoiser,kind = Denoiser(self.unet, self.label_encoder).eval(),self.config.signal
     x,steps = _start(self, len(rows), num_inference_steps, generator, images, strength)
     scales = guidance_scales(steps, self.scheduler, guidance_scale, guidance_interval)
@@ -191,7 +202,7 @@ def _repr_html_(self:LabelConditionedPipeline)->str: # HTML
     c,n = self.config,len(self.vocab)
     unet,encoder = (f'{sum(p.numel() for p in m.parameters()):,}' for m in (self.unet, self.label_encoder))
     lines = [f'draws {n} classes as images of {self.size} px with {len(c.channels)} channels: {", ".join(c.channels)}',
-        f'U-Net {unet} parameters, label encoder {encoder}',
+        *([f'told the {c.condition}: {", ".join(c.conditions)}'] if c.conditions else []), f'U-Net {unet} parameters, label encoder {encoder}',
         f'{type(self.scheduler).__name__}, {self.scheduler.config.num_train_timesteps} diffusion steps, prediction type {self.scheduler.config.prediction_type}']
     call = f'pipe([{c.classes[0]!r}, ...], guidance_scale=1.5, num_inference_steps=15)'
     return (f'<div><b>{type(self).__name__}</b> {"<br>".join(map(html.escape, lines))}<br><code>{html.escape(call)}</code> gives (N, {len(c.channels)}, {self.size}, {self.size}) uint8'

@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pydantic, torch, yaml
 from fastcore.basics import patch
-from ..core import Config, InputError, atomic_path, hold_settings, rng_for, versions, write_json
+from torch import Tensor
+from ..core import Config, InputError, atomic_path, derive_seed, hold_settings, rng_for, versions, write_json
 from ..data.loading import AugmentConfig, Batches
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
@@ -18,8 +19,8 @@ from ..plots import show_cells
 from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 
 # %% auto #0
-__all__ = ['RECIPES', 'GeneratorConfig', 'balance_weights', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
-           'previews', 'model_card', 'train_generator', 'open_pipeline']
+__all__ = ['RECIPES', 'GeneratorConfig', 'balance_weights', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss',
+           'pipeline_of', 'preview_rows', 'previews', 'model_card', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -28,6 +29,7 @@ class GeneratorConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
     augment: AugmentConfig = AugmentConfig() # of training images
     balance: float = pydantic.Field(0., ge=0) # how often images with rare classes are shown, see `balance_weights`; 0 = all alike
+    condition: str = '' # a column of the store's table, such as cell_line, that it is told besides the labels; none if empty
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995) # length, rate, moving average
     gradient_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, slower
     preview_every: int = pydantic.Field(0, ge=0) # steps between pictures of the same few images; 0 = none
@@ -35,6 +37,7 @@ class GeneratorConfig(Config):
     def _checkpointable(self):
         if self.gradient_checkpointing and self.unet.preset.startswith('paper'):
             raise InputError(f"the denoiser '{self.unet.preset}' has no gradient_checkpointing: leave it off, it is small")
+        if self.condition and self.unet.preset.startswith('paper'): raise InputError(f"the denoiser '{self.unet.preset}' knows labels only: leave out condition")
         return self
 
 # %% ../../nbs/diffusion/03_train.ipynb #634393c5
@@ -56,21 +59,42 @@ def balance_weights(
     weights = rarest**-float(balance)
     return weights/weights.sum()
 
+# %% ../../nbs/diffusion/03_train.ipynb #9ee481fe
+def draw_noise(
+    shape:tuple[int,...], # of one image
+    numbers:range, # the images' numbers in the whole batch
+    seed:int, # of the training
+    step:int, # from 0
+    device='cpu', # where it is wanted; devices of different kinds draw different numbers
+)->Tensor: # (n, *shape) float32
+    "Gaussian noise, each image's from its own seed"
+    noise,generator = torch.empty(len(numbers), *shape, device=device),torch.Generator(device)
+    for x,i in zip(noise, numbers): x.normal_(generator=generator.manual_seed(derive_seed(seed, 'noise', step, i)))
+    return noise
+
+# %% ../../nbs/diffusion/03_train.ipynb #02ff507c
+def conditions_of(
+    store:ImageStore, # with a part 'train'
+    column:str, # of its table; '' for none
+)->list[str]: # sorted
+    "The values of a condition among the training images; raises `InputError` where there is no such column"
+    if not column: return []
+    if column not in store.table: raise InputError(f"{store.path} has no column '{column}' for a condition: it has {', '.join(store.table)}")
+    return sorted(store.table[column].iloc[store.rows('train')].astype(str).unique())
+
 # %% ../../nbs/diffusion/03_train.ipynb #746b37ed
 class TrainingImages(Batches):
-    "`Batches` that may show rare classes more often, and that know how far the training is"
+    "`Batches` with noise, that may show rare classes more often and tell a condition, and that know how far the training is"
     def __init__(self,
         store:ImageStore, # its part 'train' is read
         c:GeneratorConfig,
-        seed:int=0, # of order and augmentation
+        seed:int=0, # of order, augmentation and noise
     ):
         super().__init__(store, store.rows('train'), c.loop.batch_size, seed, c.augment)
         self.edges = balance_weights(store.labels[self.rows], c.balance).cumsum() if c.balance else None
-        self.progress = dict(steps=0) # shared with the copies that `shard` makes
-    def augmented(self, batch, step:int):
-        "The images of a step, augmented; notes the step"
-        self.progress['steps'] = step+1
-        return super().augmented(batch, step)
+        self.c,self.progress = c,dict(steps=0) # progress is shared with the copies that `shard` makes
+        names = conditions_of(store, c.condition)
+        self.conditions = torch.from_numpy(store.table[c.condition].astype(str).to_numpy()[:, None] == np.array(names)).float() if names else None
 
 @patch
 def rows_at(self:TrainingImages,
@@ -81,18 +105,31 @@ def rows_at(self:TrainingImages,
     drawn = rng_for(self.seed, 'balance', step).random(self.batch_size)*self.edges[-1]
     return self.rows[np.searchsorted(self.edges, drawn, side='right')]
 
+@patch
+def augmented(self:TrainingImages,
+    batch, # images (n, C, S, S) uint8 and labels (n, K) of `self[step]`, on any device
+    step:int, # from 0
+)->tuple[Tensor,...]: # images; labels and condition (n, K+M); noise (n, C', s, s); steps (n,) integers; drop (n,) bool
+    "The images of a step, augmented, and all that is drawn for them; notes the step"
+    self.progress['steps'] = step+1
+    (images,labels),p,o = Batches.augmented(self, batch, step),self.c.unet.patch_size,self.c.objective
+    level,drop,hide = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)[:, self.mine]
+    def there(values): return torch.as_tensor(values, device=images.device)
+    if self.conditions is not None:
+        told = self.conditions[self.rows_at(step)[self.mine]]*torch.from_numpy(hide >= o.label_dropout)[:, None]
+        labels = torch.cat([labels, there(told)], 1)
+    noise = draw_noise((images.shape[1]*p*p, images.shape[2]//p, images.shape[3]//p), range(*self.mine.indices(self.batch_size)), self.seed, step, images.device)
+    return images,labels,noise,there((level*o.num_train_timesteps).astype(np.int64).clip(max=o.num_train_timesteps-1)),there(drop < o.label_dropout)
+
 # %% ../../nbs/diffusion/03_train.ipynb #3a529d5b
 def generator_loss(
     c:GeneratorConfig,
-): # loss(denoiser, (images uint8, labels)) -> scalar, and the loss of each band of noise levels
+): # loss(denoiser, a batch of `TrainingImages`) -> scalar, and the loss of each band of noise levels
     "The loop's view of the diffusion objective"
     scheduler,o = make_scheduler(c.objective),c.objective
     def loss(denoiser, batch):
-        images,labels = batch
+        images,labels,noise,steps,drop = batch
         clean = fold(to_signal(images, o.signal), c.unet.patch_size).contiguous(memory_format=torch.channels_last)
-        noise,n = torch.randn_like(clean),len(clean)
-        steps = torch.randint(o.num_train_timesteps, (n,), device=clean.device)
-        drop = torch.rand(n, device=clean.device) < o.label_dropout
         losses = image_losses(lambda x,t: denoiser(x, t, labels, drop), clean, noise, steps, scheduler, o.weighting, o.gamma)
         return losses.mean(),losses_by_noise(losses, steps, o.num_train_timesteps)
     return loss
@@ -105,7 +142,7 @@ def pipeline_of(
 )->LabelConditionedPipeline:
     "A denoiser as a pipeline with a fast solver"
     return LabelConditionedPipeline(denoiser.unet, denoiser.label_encoder, with_scheduler(make_scheduler(c.objective), 'dpm++'),
-        list(store.vocab), list(store.channels), c.unet.patch_size, c.objective.signal)
+        list(store.vocab), list(store.channels), c.unet.patch_size, c.objective.signal, c.condition, conditions_of(store, c.condition))
 
 # %% ../../nbs/diffusion/03_train.ipynb #68f42858
 def preview_rows(
@@ -142,7 +179,7 @@ _CARD = """---
 {head}---
 # {size} px images of {n_classes} protein locations
 
-Draws images with the channels {channels} for sets of labels; made with protloc {version}.
+Draws images with the channels {channels} for sets of labels{conditions}; made with protloc {version}.
 
 ## Data
 {images} training images of a store with these SHA-256: {hashes}.
@@ -185,7 +222,7 @@ def model_card(
     head = dict(library_name='diffusers', pipeline_tag='unconditional-image-generation', tags=['protloc', 'fluorescence-microscopy', 'protein-localization'])
     labels,o,hashes = store.labels[store.rows('train')],c.objective,store.manifest['sha256']
     return _CARD.format(head=yaml.safe_dump(head, sort_keys=False), size=store.size, n_classes=len(store.vocab), channels=', '.join(store.channels),
-        version=versions()['protloc'], images=len(labels), hashes=', '.join(f'`{k}` {v}' for k,v in hashes.items()),
+        conditions=f', of each {c.condition}: '+', '.join(conditions_of(store, c.condition)) if c.condition else '', version=versions()['protloc'], images=len(labels), hashes=', '.join(f'`{k}` {v}' for k,v in hashes.items()),
         counts=_rows(dict(zip(store.vocab, labels.sum(0).astype(int)))), steps=log[-1]['step'], batch_size=c.loop.batch_size, seed=seed,
         ema=c.loop.ema_decay or c.loop.ema_length or 'none', preset=c.unet.preset, widths=', '.join(map(str, c.unet.widths)), parameters=sum(p.numel() for p in denoiser.parameters()),
         target=o.prediction_type, schedule=o.beta_schedule, T=o.num_train_timesteps, weighting=o.weighting, signal=o.signal,
@@ -213,7 +250,8 @@ def train_generator(
 )->LabelConditionedPipeline:
     "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
     folder,loop,evaluate = Path(folder),c.loop,None
-    with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), len(store.vocab), store.size, c.unet, c.objective.num_train_timesteps)
+    inputs = len(store.vocab)+len(conditions_of(store, c.condition))
+    with seeded(seed, 'generator'): denoiser = build_denoiser(len(store.channels), inputs, store.size, c.unet, c.objective.num_train_timesteps)
     if this_process().is_main_process: hold_settings(folder, _settings(store, c, seed))
     if (folder/'pipeline').exists(): return open_pipeline(folder)
     if c.gradient_checkpointing: denoiser.unet.enable_gradient_checkpointing()

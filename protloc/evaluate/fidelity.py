@@ -16,8 +16,8 @@ from ..data.store import ImageStore
 from ..metrics import scores
 
 # %% auto #0
-__all__ = ['features', 'frechet_distance', 'kernel_distance', 'covered', 'precision_recall', 'label_fidelity', 'mean_interval',
-           'measure']
+__all__ = ['features', 'frechet_distance', 'kernel_distance', 'reach', 'covered', 'precision_recall', 'coverage',
+           'label_fidelity', 'mean_interval', 'measure']
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #45262246
 @torch.no_grad()
@@ -56,14 +56,20 @@ def kernel_distance(
     return poly_mmd(real[:n].double(), synthetic[:n].double()).item()
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #bb2242e7
+def reach(
+    points:Tensor, # (n, F) features
+    k:int=3, # neighbours
+)->Tensor: # (n,)
+    "Distance of each point to its k-th neighbour among them"
+    return torch.cdist(points, points).kthvalue(k+1, dim=1).values
+
 def covered(
     points:Tensor, # (n, F) features
     by:Tensor, # (m, F) features of the set that spans the region
     k:int=3, # neighbours
 )->float: # in [0, 1]
-    "Share of points within the reach of some member of a set: its distance to its k-th neighbour there"
-    reach = torch.cdist(by, by).kthvalue(k+1, dim=1).values
-    return (torch.cdist(points, by) <= reach).any(1).float().mean().item()
+    "Share of points within the reach of some member of a set"
+    return (torch.cdist(points, by) <= reach(by, k)).any(1).float().mean().item()
 
 def precision_recall(
     real:Tensor, # (n, F) features
@@ -72,6 +78,15 @@ def precision_recall(
 )->tuple[float,float]: # both in [0, 1]
     "Share of synthetic images that look real, share of real ones that the synthetic set covers (Kynkäänniemi et al. 2019)"
     return covered(synthetic, real, k),covered(real, synthetic, k)
+
+# %% ../../nbs/evaluate/01_fidelity.ipynb #a647b7ed
+def coverage(
+    real:Tensor, # (n, F) features
+    synthetic:Tensor, # (m, F) features
+    k:int=3, # neighbours
+)->float: # in [0, 1]
+    "Share of real images that have a synthetic one within their reach (Naeem et al. 2020)"
+    return (torch.cdist(real, synthetic) <= reach(real, k)[:, None]).any(1).float().mean().item()
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #2ad550b7
 def label_fidelity(
@@ -101,13 +116,13 @@ def measure(
     synthetic:tuple[Tensor,Tensor,np.ndarray], # the same of synthetic ones
     blocks:int=5, # of synthetic images
 )->pd.DataFrame: # a row a measure: mean, low, high
-    "Distances, precision, recall and label fidelity of synthetic images, over blocks of them"
+    "Distances, precision, recall, coverage and label fidelity of synthetic images, over blocks of them"
     def one(part):
         f,p,y = (x[part] for x in synthetic)
         n = min(len(f), len(real[0]))
         precision,recall = precision_recall(real[0][:n], f[:n])
         fidelity = label_fidelity(p.numpy(), y, real[1].numpy(), real[2])
-        return dict(frechet=frechet_distance(real[0][:n], f[:n]), kernel=kernel_distance(real[0], f), precision=precision, recall=recall,
+        return dict(frechet=frechet_distance(real[0][:n], f[:n]), kernel=kernel_distance(real[0], f), precision=precision, recall=recall, coverage=coverage(real[0][:n], f[:n]),
             **{f'fidelity_{k}': v for k,v in fidelity.items()})
     found = pd.DataFrame([one(part) for part in np.array_split(np.arange(len(synthetic[0])), blocks)])
     return pd.DataFrame([mean_interval(found[c]) for c in found], index=found.columns, columns=['mean', 'low', 'high'])
