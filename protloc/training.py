@@ -13,7 +13,7 @@ import numpy as np, pydantic, safetensors.torch, torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from .core import Config, InputError, atomic_path, derive_seed, remove, sha256, 
 from .data.loading import loader
 
 # %% auto #0
-__all__ = ['RUNTIME', 'LoopConfig', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average', 'save_weights',
-           'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'accelerator_for', 'to_device',
-           'train_step', 'averaged', 'enough_memory', 'fit']
+__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA',
+           'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint',
+           'this_process', 'accelerator_for', 'to_device', 'finished', 'train_step', 'use_average', 'averaged',
+           'enough_memory', 'fit']
 
 # %% ../nbs/04_training.ipynb #ab6a87c2
 class LoopConfig(Config):
@@ -35,10 +36,16 @@ class LoopConfig(Config):
     lr: float = pydantic.Field(1e-3, gt=0) # peak learning rate
     weight_decay: float = pydantic.Field(.01, ge=0) # of AdamW
     warmup: int = pydantic.Field(0, ge=0) # steps of linear warm-up
-    schedule: Literal['constant', 'cosine'] = 'cosine' # after the warm-up; cosine ends at 0
+    schedule: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine' # of the rate; cosine ends at 0
+    lr_factor: float = pydantic.Field(.1, gt=0, lt=1) # by which 'step' and 'plateau' lower the rate
+    lr_every: int = pydantic.Field(1000, ge=1) # steps between two drops of 'step'
+    plateau_patience: int = pydantic.Field(5, ge=1) # validations without a better score before 'plateau' lowers the rate
+    plateau_mode: Literal['max', 'min'] = 'max' # which scores are better to 'plateau'; 'min' repeats a slip of published code
+    patience: int|None = pydantic.Field(None, ge=1) # validations without a better score before training stops; None to go on
     max_grad_norm: float = pydantic.Field(1., gt=0) # gradients are clipped to this norm
     ema_decay: float|None = pydantic.Field(None, gt=0, lt=1) # moving average of the weights; None for none
     ema_length: float|None = pydantic.Field(None, gt=0, lt=.28) # instead of ema_decay: width of a power-law average, a share of the training
+    swa_start: float|None = pydantic.Field(None, ge=0, lt=1) # instead of both: share of the training after which all steps weigh the same
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # bf16 on GPUs; slower on CPUs
     compile: bool = False # torch.compile: minutes before the first step, shorter steps on GPUs
     workers: int = pydantic.Field(0, ge=0) # loader processes
@@ -49,19 +56,37 @@ class LoopConfig(Config):
     trackers: tuple[Literal['tensorboard', 'wandb'], ...] = () # log.jsonl is written in any case
     @pydantic.model_validator(mode='after')
     def _one_average(self):
-        if self.ema_decay and self.ema_length: raise InputError('ema_decay and ema_length are two kinds of moving average: set one of them')
+        kinds = [k for k in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, k) is not None]
+        if len(kinds) > 1: raise InputError(f"{' and '.join(kinds)} are {len(kinds)} kinds of averages: set one of them")
         return self
 
 RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep', 'trackers'} # settings that may change when a run is continued
+
+# %% ../nbs/04_training.ipynb #bb9889d2
+def plateaus(
+    scores, # of the validations so far, in order
+    patience:int, # validations without a better score that make a plateau
+    mode:str='max', # 'max' or 'min': which scores are better
+)->int:
+    "How often the score has stood still; after each time the count begins anew, as in torch's ReduceLROnPlateau"
+    best,waited,found = -math.inf,0,0
+    for s in scores:
+        s = s if mode == 'max' else -s
+        best,waited = (s, 0) if s > best else (best, waited+1)
+        if waited == patience: found,waited = found+1,0
+    return found
 
 # %% ../nbs/04_training.ipynb #e2011ea4
 def lr_at(
     step:int, # from 0
     c:LoopConfig,
+    scores=(), # of the validations so far, for 'plateau'
 )->float: # learning rate of the step
-    "Linear warm-up, then constant or cosine"
-    if step < c.warmup: return c.lr*(step+1)/c.warmup
-    if c.schedule == 'constant': return c.lr
+    "Linear warm-up, then the schedule; 'step' and 'plateau' lower the rate during the warm-up too"
+    drops = step//c.lr_every if c.schedule == 'step' else plateaus(scores, c.plateau_patience, c.plateau_mode) if c.schedule == 'plateau' else 0
+    lr = c.lr*c.lr_factor**drops
+    if step < c.warmup: return lr*(step+1)/c.warmup
+    if c.schedule != 'cosine': return lr
     return c.lr*.5*(1+math.cos(math.pi*(step-c.warmup)/max(c.steps-c.warmup, 1)))
 
 # %% ../nbs/04_training.ipynb #ebba1fd1
@@ -104,15 +129,17 @@ def moving_average(
 )->EMAModel|None: # None where none is wanted
     "The moving average that the settings ask for"
     if c.ema_length: return PowerEMA(parameters, c.ema_length)
+    if c.swa_start is not None: return EMAModel(parameters, decay=1., update_after_step=int(c.swa_start*c.steps), use_ema_warmup=True, inv_gamma=1, power=1, foreach=True)
     if c.ema_decay: return EMAModel(parameters, decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3/4, foreach=True)
 
 # %% ../nbs/04_training.ipynb #2c0911db
 def save_weights(
     model:nn.Module, # on any device
     path:str|Path, # a .safetensors file
+    without:str='', # weights with this in their names are left out; all are written unless given
 ):
     "Write a model's weights atomically"
-    weights = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    weights = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if not without or without not in k}
     with atomic_path(path) as p: p.write_bytes(safetensors.torch.save(weights))
 
 def load_weights(
@@ -135,6 +162,8 @@ class Run:
     step: int = 0 # optimizer steps done
     best: float = -math.inf # best validation score
     log: list = field(default_factory=list) # a dict a line of log.jsonl
+    score: str = '' # the number in the log that is maximised
+    scores: list = field(default_factory=list) # its values so far
     scaler: torch.amp.GradScaler|None = None # of the gradients, with fp16
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8]) # by which trackers know the run
 
@@ -175,6 +204,7 @@ def load_checkpoint(
     load_weights(run.model, path/'model.safetensors')
     state = torch.load(path/'state.pt', weights_only=True, map_location='cpu')
     run.step,run.best,run.log,run.id = (state[k] for k in ('step', 'best', 'log', 'id'))
+    run.scores = [line[run.score] for line in run.log if run.score in line]
     for k in ('optimizer', 'ema', 'scaler'):
         if getattr(run, k): getattr(run, k).load_state_dict(state[k])
     if run.ema: run.ema.to(next(run.model.parameters()).device)
@@ -215,6 +245,15 @@ def to_device(
     batch = batch.to(device, non_blocking=True)
     return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
+def finished(
+    batches, # of the training
+    batch, # `batches[step]`, wherever it is
+    step:int, # from 0
+    device, # a torch device
+): # as the loss takes it
+    "A batch on its device, augmented there"
+    return to_device(batches.augmented(send_to_device(batch, device, non_blocking=True), step), device)
+
 # %% ../nbs/04_training.ipynb #e5ceed06
 def _slice(batch, i, n):
     "Part i of n of every tensor in nested dicts and tuples"
@@ -234,7 +273,7 @@ def train_step(
 )->dict[str,Tensor]: # the loss, and what it adds: (accumulate,) each, detached, on the device
     "One optimizer step; a function of the run's state, the batch, the seed and the step"
     group,n,found = run.optimizer.param_groups[0],c.accumulate,[]
-    group['lr'] = lr_at(run.step, c)
+    group['lr'] = lr_at(run.step, c, run.scores)
     torch.manual_seed(derive_seed(seed, 'step', run.step, accelerator.process_index))
     for i in range(n):
         with contextlib.nullcontext() if i == n-1 else accelerator.no_sync(objective):
@@ -247,26 +286,53 @@ def train_step(
     run.step += 1
     return {k: torch.stack([f[k] for f in found]) for k in found[0]}
 
+# %% ../nbs/04_training.ipynb #6b099703
+BATCHNORM_STEPS = 16 # training batches that averaged weights see for their BatchNorm statistics
+
+def use_average(
+    run:Run, # with a moving average, or without; its model is changed in place
+    objective:nn.Module, # the loss as a module, not wrapped
+    batches, # of the training
+    accelerator:Accelerator,
+    c:LoopConfig,
+    seed:int, # of the whole training
+):
+    "Give the model its averaged weights, if it has any, and BatchNorm statistics that belong to them"
+    if not run.ema: return
+    run.ema.copy_to(run.model.parameters())
+    def parts():
+        first = max(run.step-BATCHNORM_STEPS, 0)
+        for step,batch in enumerate(loader(batches, first, run.step), first):
+            batch = finished(batches, batch, step, accelerator.device)
+            yield from ((_slice(batch, i, c.accumulate),) for i in range(c.accumulate))
+    with seeded(seed, 'batchnorm', run.step), accelerator.autocast(): torch.optim.swa_utils.update_bn(parts(), objective)
+
 # %% ../nbs/04_training.ipynb #248d801f
 @contextlib.contextmanager
 def averaged(
     run:Run, # with a moving average, or without
+    use:Callable|None=None, # use(): gives the model its averaged weights; they are only copied unless given
 ):
     "Inside the block the model has its averaged weights, if it has any, and is in eval mode"
-    if run.ema: run.ema.store(run.model.parameters()); run.ema.copy_to(run.model.parameters())
+    if run.ema:
+        run.ema.store(run.model.parameters()); buffers = [b.clone() for b in run.model.buffers()]
+        use() if use else run.ema.copy_to(run.model.parameters())
     run.model.eval()
     try: yield run.model
     finally:
         run.model.train()
-        if run.ema: run.ema.restore(run.model.parameters())
+        if run.ema:
+            run.ema.restore(run.model.parameters())
+            for b,was in zip(run.model.buffers(), buffers): b.copy_(was)
 
 # %% ../nbs/04_training.ipynb #2c8236fe
-def _validate(run, evaluate, score, main):
-    "Evaluate the averaged weights, keep the best"
-    with averaged(run) as model, torch.no_grad():
-        found = {k: float(v) for k,v in evaluate(model).items()}
-        if score and found[score] > run.best:
-            run.best = found[score]
+def _validate(run, evaluate, use, main):
+    "Evaluate the averaged weights, keep the best; all processes go by what the main one found"
+    with averaged(run, use) as model, torch.no_grad():
+        found = broadcast_object_list([{k: float(v) for k,v in evaluate(model).items()}])[0]
+        if run.score: run.scores.append(found[run.score])
+        if run.score and found[run.score] > run.best:
+            run.best = found[run.score]
             if main: save_weights(model, run.folder/'best.safetensors')
     return found
 
@@ -280,7 +346,7 @@ def _line(run, found, started, c, accelerator):
         raise InputError(f'the loss is not finite at step {bad} of {run.folder}: lower the learning rate ({c.lr}) or use mixed_precision: no')
     rate = len(found)*c.batch_size/(time.time()-started)
     extra = {k: v for k,v in zip([*found[0]][1:], values[:, 1:].nanmean((0, 2)).tolist()) if math.isfinite(v)}
-    return dict(step=run.step, loss=values[:, 0].mean().item(), **extra, lr=lr_at(run.step-1, c), images_per_second=round(rate, 1))
+    return dict(step=run.step, loss=values[:, 0].mean().item(), **extra, lr=run.optimizer.param_groups[0]['lr'], images_per_second=round(rate, 1))
 
 def _lines(log): return ''.join(json.dumps(line)+'\n' for line in log)
 
@@ -298,6 +364,12 @@ def _check_trackers(c):
     "Raise `InputError` for a tracker that is not installed"
     for t in c.trackers:
         if t not in map(str, get_available_trackers()): raise InputError(f"the tracker {t} is not installed: run `pip install {t}`, or leave it out of trackers")
+
+# %% ../nbs/04_training.ipynb #d58860af
+def _check_score(c, score):
+    "Raise `InputError` where the rate or the end depends on a score that there is none of"
+    for name,wants in (('schedule: plateau', c.schedule == 'plateau'), ('patience', c.patience)):
+        if wants and not score: raise InputError(f'{name} needs a validation score, which this training has not: leave it out')
 
 # %% ../nbs/04_training.ipynb #e711c9e1
 @contextlib.contextmanager
@@ -321,39 +393,44 @@ def fit(
     evaluate:Callable|None=None, # evaluate(model) -> dict of numbers
     score:str='', # the number to maximise
     name:str='train', # shown beside the progress bar
+    unused:bool=False, # whether a step may leave parameters out, which several processes have to know
 )->Run: # finished; the model has its averaged weights
     "Train, or continue, or find that all is done; raises `InputError` where the loss stops being a number or memory runs out"
-    _check_trackers(c)
-    folder = Path(folder)
-    accelerator = accelerator_for(c.mixed_precision, log_with=[*c.trackers] or None, project_dir=folder/'tensorboard', dynamo_backend='inductor' if c.compile else None)
+    _check_trackers(c); _check_score(c, evaluate and score)
+    folder,plain = Path(folder),_Objective(model, loss)
+    accelerator = accelerator_for(c.mixed_precision, log_with=[*c.trackers] or None, project_dir=folder/'tensorboard', dynamo_backend='inductor' if c.compile else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
     model.to(accelerator.device, memory_format=torch.channels_last).train()
-    objective,optimizer = accelerator.prepare(_Objective(model, loss), torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True))
-    run = Run(model, optimizer, moving_average(model.parameters(), c), folder, scaler=accelerator.scaler)
+    objective,optimizer = accelerator.prepare(plain, torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True))
+    run = Run(model, optimizer, moving_average(model.parameters(), c), folder, scaler=accelerator.scaler, score=score)
     if _is_done(run): return run
+    batches = batches.shard(accelerator.process_index, accelerator.num_processes)
+    def use(): use_average(run, plain, batches, accelerator, c, seed)
     with fork_rng(), enough_memory(c), _tracked(accelerator, run, c, name):
-        _steps(run, objective, batches.shard(accelerator.process_index, accelerator.num_processes), c, seed, evaluate, score, name, accelerator)
-    if run.ema: run.ema.copy_to(model.parameters())
+        _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator)
+        use()
     if accelerator.is_main_process: save_weights(model, folder/'last.safetensors'); remove(folder/'checkpoints')
     accelerator.wait_for_everyone()
     return run
 
 # %% ../nbs/04_training.ipynb #5cc3013b
-def _steps(run, objective, batches, c, seed, evaluate, score, name, accelerator):
-    "From the run's step to the last one"
+def _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator):
+    "From the run's step to the last one, or to where the score stands still for too long"
     main,saved,started,found = accelerator.is_main_process,time.time(),time.time(),[]
     if main: write_text(run.folder/'log.jsonl', _lines(run.log))
     bar = tqdm(total=c.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
     for batch in loader(batches, run.step, c.steps, c.workers, accelerator.device.type == 'cuda'):
-        batch = to_device(batches.augmented(send_to_device(batch, accelerator.device, non_blocking=True), run.step), accelerator.device)
+        batch = finished(batches, batch, run.step, accelerator.device)
         found.append(train_step(objective, batch, run, accelerator, c, seed))
         bar.update()
         last,due = run.step == c.steps,bool(c.checkpoint_steps) and run.step%c.checkpoint_steps == 0
         evaluates = bool(evaluate) and (run.step%c.evaluate_every == 0 or last)
         if not (evaluates or due or last or len(found) == 20): continue
         run.log.append(_line(run, found, started, c, accelerator))
-        if evaluates: run.log[-1].update(_validate(run, evaluate, score, main))
+        if evaluates: run.log[-1].update(_validate(run, evaluate, use, main))
         if main: _tell(run, bar, accelerator)
-        if main and not last and (due or time.time()-saved > c.checkpoint_seconds): save_checkpoint(run, c.keep); saved = time.time()
+        if last or (evaluates and c.patience and plateaus(run.scores, c.patience)): break
+        if main and (due or time.time()-saved > c.checkpoint_seconds): save_checkpoint(run, c.keep); saved = time.time()
         started,found = time.time(),[]
     bar.close()
 

@@ -292,3 +292,102 @@ def test_settings_of_the_runtime_change_nothing(tmp_path):
     fit(build(), loss, Noise(), other, tmp_path/'cut')
     one, two = (weights(tmp_path/n/'last.safetensors') for n in ('whole', 'cut'))
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=1e-4, atol=1e-5)
+
+
+SCORES = [.1, .4, .3, .2, .4, .5, .1, .45, .5, .2, .6, .1]
+
+
+def scored(values=SCORES):
+    "An evaluation that says these numbers, whatever the weights, by the step that the run has come to"
+    return lambda m: dict(score=values[int(m[-1].steps)//5-1])
+
+
+class Counted(torch.nn.Linear):
+    "Counts the training steps in a buffer, so that a continued run knows where it is"
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer('steps', torch.tensor(0))
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled(): self.steps += 1
+        return super().forward(x)
+
+
+def counted(*between):
+    with seeded(0, 'model'): return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), *between, torch.nn.SiLU(), torch.nn.Flatten(), Counted(288, 1))
+
+
+@pytest.mark.parametrize('how', [dict(schedule='step', lr_every=7), dict(schedule='plateau', plateau_patience=2, warmup=8), dict(schedule='plateau', plateau_mode='min', plateau_patience=2),
+    dict(schedule='plateau', plateau_patience=2, patience=4, swa_start=.3)])
+def test_schedules_that_look_back_are_continued_bit_for_bit(tmp_path, how):
+    c = LoopConfig(steps=60, batch_size=16, lr=.01, lr_factor=.5, evaluate_every=5, checkpoint_steps=4, **how)
+    def run(name, function=loss): return fit(counted(torch.nn.BatchNorm2d(8)), function, Noise(), c, tmp_path/name, evaluate=scored(), score='score')
+    whole = run('whole')
+    for step in (13, 9, 15):
+        with pytest.raises(PowerCut): run('cut', cut_at(step))
+    cut = run('cut')
+    for f in ('best.safetensors', 'last.safetensors'): assert sha256(tmp_path/'whole'/f) == sha256(tmp_path/'cut'/f)
+    def said(run): return [{k: v for k, v in line.items() if k != 'images_per_second'} for line in run.log]
+    assert said(whole) == said(cut) and whole.scores == cut.scores
+    rates = [line['lr'] for line in whole.log if 'score' in line]
+    drops = dict(step=[(5*k+4)//7 for k in range(12)], max=[0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3], min=[0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
+    expected = [.01*.5**n for n in drops['step' if c.schedule == 'step' else c.plateau_mode]][:len(rates)]
+    assert rates[2:] == pytest.approx(expected[2:]) and len(rates) == (10 if c.patience else 12)
+    if c.patience: assert whole.step == 50 and not (tmp_path/'whole'/'checkpoints').exists()
+
+
+@pytest.mark.parametrize('how', [dict(ema_decay=.95), dict(ema_length=.1), dict(swa_start=.5)])
+def test_averaged_weights_have_batchnorm_statistics_of_their_own(tmp_path, how):
+    "Those of one cumulative pass over the last batches; the ones of the weights in training are untouched by a validation"
+    c, seen = LoopConfig(steps=24, batch_size=16, lr=.02, evaluate_every=8, schedule='constant', **how), []
+    def run(name, evaluate=None):
+        model = build(torch.nn.BatchNorm2d(8))
+        fit(model, loss, Noise(), c, tmp_path/name, evaluate=evaluate, score='score' if evaluate else '')
+        return model
+    run('without')
+    model = run('with', lambda m: seen.append(m[1].running_mean.clone()) or dict(score=float(len(seen))))
+    assert sha256(tmp_path/'with'/'last.safetensors') == sha256(tmp_path/'without'/'last.safetensors') == sha256(tmp_path/'with'/'best.safetensors')
+    assert (seen[-1] == model[1].running_mean).all()
+    between = torch.stack([model[0](Noise()[step][0]) for step in range(24-training.BATCHNORM_STEPS, 24)])
+    torch.testing.assert_close(model[1].running_mean, between.mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var, between.var((1, 3, 4)).mean(0), rtol=1e-3, atol=1e-6)
+
+
+def test_swa_is_the_mean_of_the_last_weights(tmp_path):
+    c, seen = LoopConfig(steps=10, batch_size=16, lr=.01, schedule='constant', swa_start=.6), []
+    model = build()
+    fit(model, lambda m, b: seen.append([p.detach().clone() for p in m.parameters()]) or loss(m, b), Noise(), c.model_copy(update=dict(steps=11)), tmp_path/'longer')
+    fit(again := build(), loss, Noise(), c, tmp_path/'run')
+    for i, p in enumerate(again.parameters()): torch.testing.assert_close(p.data, torch.stack([s[i] for s in seen[7:11]]).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_looks_at_a_score_needs_one(tmp_path):
+    for how in (dict(patience=2), dict(schedule='plateau')):
+        with pytest.raises(InputError, match='needs a validation score'): fit(build(), loss, Noise(), LoopConfig(**how), tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+    with pytest.raises(ValueError, match='ema_decay and swa_start are 2 kinds of averages'): LoopConfig(ema_decay=.9, swa_start=0)
+
+
+TOGETHER = '''
+import sys
+from pathlib import Path
+from accelerate.utils import gather_object
+c = LoopConfig(steps=60, batch_size=16, lr=.003, evaluate_every=5, schedule='plateau', plateau_patience=1, patience=3)
+found = []
+def evaluate(m):
+    found.append(0)
+    return dict(score=float([5, 6, 6, 6, 6, 9, 9, 9, 9, 9, 9, 9][len(found)-1] if torch.distributed.get_rank() == 0 else len(found)))
+run = fit(build(nn.BatchNorm2d(8)), loss, Noise(), c, Path(sys.argv[1])/'run', evaluate=evaluate, score='score')
+told = gather_object([(run.step, run.scores, [line['lr'] for line in run.log])])
+assert len(told) == 2 and told[0] == told[1] and told[0][:2] == (25, [5, 6, 6, 6, 6]), told
+class Two(nn.Module):
+    def __init__(self): super().__init__(); self.a, self.b = build(), build()
+def either(model, batch): return loss(model.a if float(batch[0].mean()) < 9 else model.b, batch)
+fit(Two(), either, Noise(), LoopConfig(steps=3, batch_size=16), Path(sys.argv[1])/'two', unused=True)
+'''
+
+
+def test_two_processes_stop_together(tmp_path):
+    "Each finds other scores; both go by the main one's. A step that leaves parameters out is possible"
+    command = [Path(sys.executable).parent/'torchrun', '--nproc_per_node', '2', script(tmp_path, TOGETHER), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]

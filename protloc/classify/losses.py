@@ -4,18 +4,163 @@
 
 # %% ../../nbs/classify/01_losses.ipynb #ed72980f
 from __future__ import annotations
+import inspect, math, warnings
+from collections.abc import Sequence
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+from ..core import InputError, lookup, nearest
 
 # %% auto #0
-__all__ = ['CRITERIA', 'bce']
+__all__ = ['LARGEST_WEIGHT', 'CRITERIA', 'HARD', 'RANGES', 'bce', 'positive_weights', 'focal', 'asymmetric', 'arcface',
+           'Criterion', 'criterion', 'check_targets', 'check_head']
 
 # %% ../../nbs/classify/01_losses.ipynb #48500c1d
+def _exact(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def bce(
     logits:Tensor, # (N, K)
     targets:Tensor, # (N, K) in [0, 1]
+    pos_weight:Tensor|None=None, # (K,) or a single number, above 0; see `positive_weights`
+    label_smoothing:float=0., # e in [0, 1): targets become (1 - e) * targets + e / 2
 )->Tensor: # (N,) loss of each image, mean over classes
     "Binary cross-entropy"
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction='none').mean(1)
+    if label_smoothing: targets = (1-label_smoothing)*targets+label_smoothing/2
+    return F.binary_cross_entropy_with_logits(_exact(logits), targets, pos_weight=pos_weight, reduction='none').mean(1)
 
-CRITERIA = {'bce': bce}
+# %% ../../nbs/classify/01_losses.ipynb #a5c653eb
+LARGEST_WEIGHT = 20.
+
+def _balanced(labels):
+    "Absent over present images of each class, at most `LARGEST_WEIGHT`"
+    if labels is None: raise InputError('pos_weight: balanced is computed from the training labels, and there are none: give them, or numbers')
+    labels = torch.as_tensor(labels, dtype=torch.float32)
+    present = labels.sum(0)
+    never = (present == 0).nonzero().flatten().tolist()
+    if never: warnings.warn(f"no training image has the class(es) number {', '.join(map(str, never))}: their pos_weight is 1")
+    weight = ((len(labels)-present)/present.clamp(min=1e-6)).clamp(max=LARGEST_WEIGHT)
+    return torch.where(present == 0, 1., weight.clamp(min=1/LARGEST_WEIGHT))
+
+# %% ../../nbs/classify/01_losses.ipynb #269b2634
+def positive_weights(
+    weight:float|Sequence[float]|str|None, # a number, K numbers, 'balanced', or None for none
+    labels=None, # (N, K) of the training images, an array or a tensor
+)->Tensor|None: # (K,), or () for a single number
+    "Weights of present classes; raises `InputError` where they are not above 0 or not one a class"
+    if weight is None: return None
+    if isinstance(weight, str):
+        lookup('pos_weight', weight, {'balanced': _balanced})
+        return _balanced(labels)
+    try: w = torch.as_tensor(weight, dtype=torch.float32)
+    except (TypeError, ValueError): raise InputError(f"pos_weight must be a number, a number a class, or balanced, not {weight}") from None
+    if w.dim() > 1 or not (w > 0).all() or not w.isfinite().all(): raise InputError(f'pos_weight must be above 0, one number or one a class, not {weight}')
+    if w.dim() and labels is not None and len(w) != np.shape(labels)[1]: raise InputError(f'pos_weight has {len(w)} numbers for {np.shape(labels)[1]} classes: give one a class')
+    return w
+
+# %% ../../nbs/classify/01_losses.ipynb #e23afa74
+def focal(
+    logits:Tensor, # (N, K)
+    targets:Tensor, # (N, K) in [0, 1]
+    gamma:float=2., # 0, or 1 and more; 0 is binary cross-entropy
+    alpha:float=-1., # weight of present classes in [0, 1], 1 - alpha that of absent ones; -1 for none
+)->Tensor: # (N,) loss of each image, mean over classes
+    "Focal loss (Lin et al. 2017, equation 5), linear in soft targets"
+    x = _exact(logits)
+    present,absent = (sigmoid_focal_loss(x, torch.full_like(x, t), alpha, gamma) for t in (1., 0.))
+    return (targets*present+(1-targets)*absent).mean(1)
+
+# %% ../../nbs/classify/01_losses.ipynb #995531f6
+def asymmetric(
+    logits:Tensor, # (N, K)
+    targets:Tensor, # (N, K) in [0, 1]
+    gamma_pos:float=0., # exponent of present classes, 0 or more
+    gamma_neg:float=4., # exponent of absent classes, 0 or more
+    clip:float=.05, # taken off the probability of absent classes, in [0, 1)
+)->Tensor: # (N,) loss of each image, mean over classes
+    "Asymmetric loss (Ridnik et al. 2021), linear in soft targets"
+    x = _exact(logits)
+    present = -F.logsigmoid(x)*torch.exp(gamma_pos*F.logsigmoid(-x))
+    no = torch.log((torch.sigmoid(-x)+clip).clamp(max=1)) if clip else F.logsigmoid(-x)
+    absent = -no*(x.sigmoid()-clip).clamp(min=1e-8)**gamma_neg
+    return (targets*present+(1-targets)*absent).mean(1)
+
+# %% ../../nbs/classify/01_losses.ipynb #09f4aebb
+def arcface(
+    logits:Tensor, # (N, K) scale * cosine, of a cosine head
+    targets:Tensor, # (N, K), 0 or 1
+    margin:float=.5, # radians, in [0, pi/2]; 0 is binary cross-entropy
+    scale:float=30., # of the cosine head
+)->Tensor: # (N,) loss of each image, mean over classes
+    "Additive angular margin (Deng et al. 2019, equation 3) for present classes, then binary cross-entropy"
+    x = _exact(logits)
+    cos = x/scale
+    further = cos*math.cos(margin)-(1-cos**2).clamp(min=1e-12).sqrt()*math.sin(margin)
+    further = torch.where(cos > -math.cos(margin), further, cos-1+math.cos(margin))
+    return bce(torch.where(targets > .5, scale*further, x), targets)
+
+# %% ../../nbs/classify/01_losses.ipynb #d760cfb2
+CRITERIA = {'bce': bce, 'focal': focal, 'arcface': arcface, 'asymmetric': asymmetric}
+HARD = {'arcface'} # defined for targets of 0 and 1 only
+RANGES = dict(label_smoothing=(0, .99), gamma=(0, 10), alpha=(-1, 1), gamma_pos=(0, 10), gamma_neg=(0, 10), clip=(0, .9), margin=(0, math.pi/2), scale=(1, 1000))
+
+def _check_options(name, options):
+    "Raise `InputError` for an option that the criterion does not take, or not so"
+    known = [*inspect.signature(CRITERIA[name]).parameters][2:]
+    for k,v in options.items():
+        if k not in known:
+            near = nearest(k, known)
+            raise InputError(f"the criterion '{name}' does not take {k}" + (f': did you mean {near}?' if near else f", only {', '.join(known)}"))
+        if k not in RANGES: continue
+        low,high = RANGES[k]
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= high: raise InputError(f"{k} of the criterion '{name}' must be a number from {low} to {high:.4g}, not {v}")
+        if k == 'gamma' and 0 < v < 1: raise InputError(f'gamma must be 0, or 1 and more, not {v}')
+        if k == 'alpha' and -1 < v < 0: raise InputError(f'alpha must be -1 for none, or lie in [0, 1], not {v}')
+
+# %% ../../nbs/classify/01_losses.ipynb #00f9f25d
+class Criterion:
+    "A loss with its options"
+    def __init__(self,
+        name:str, # in `CRITERIA`
+        options:dict, # of that loss, checked
+    ):
+        self.name,self.options,self.soft = name,options,name not in HARD
+    def __call__(self,
+        logits:Tensor, # (N, K)
+        targets:Tensor, # (N, K) in [0, 1]; 0 or 1 unless `soft`
+    )->Tensor: # (N,) loss of each image; not a number where a logit is not
+        "The loss of each image; weights follow the logits to their device once"
+        w = self.options.get('pos_weight')
+        if w is not None and w.device != logits.device: self.options['pos_weight'] = w.to(logits.device)
+        return CRITERIA[self.name](logits, targets, **self.options)
+
+def criterion(
+    name:str, # in `CRITERIA`
+    labels=None, # (N, K) of the training images, an array or a tensor, for pos_weight: balanced
+    **options, # of that loss, e.g. gamma
+)->Criterion: # criterion(logits, targets) -> (N,)
+    "A loss by name; raises `InputError` for an unknown one or options that it does not take"
+    lookup('criterion', name, CRITERIA)
+    _check_options(name, options)
+    if 'pos_weight' in options: options['pos_weight'] = positive_weights(options['pos_weight'], labels)
+    return Criterion(name, options)
+
+# %% ../../nbs/classify/01_losses.ipynb #4460ac8d
+def check_targets(
+    criterion:Criterion,
+    targets:Tensor, # (N, K)
+):
+    "Raise `InputError` for targets that a criterion is not defined for"
+    if not ((targets >= 0) & (targets <= 1)).all(): raise InputError('labels must lie between 0 and 1')
+    if not criterion.soft and ((targets > 0) & (targets < 1)).any():
+        raise InputError(f"the criterion '{criterion.name}' takes labels of 0 and 1 only, and these are mixed: use bce, focal or asymmetric, or a strategy that does not mix labels")
+
+def check_head(
+    criterion:Criterion,
+    head:torch.nn.Module, # of a classifier
+):
+    "Raise `InputError` where ArcFace does not get the cosines it is made for"
+    if criterion.name != 'arcface': return
+    scale,its = criterion.options.get('scale', 30.),next((m.scale for m in head.modules() if hasattr(m, 'scale')), None)
+    if its is None: raise InputError("the criterion 'arcface' is made for angles: use the head cosine or mlp_cosine")
+    if its != scale: raise InputError(f'arcface has scale {scale:g} and the cosine head {its:g}: make them equal')

@@ -4,84 +4,267 @@
 
 # %% ../../nbs/classify/02_mixing.ipynb #0e9ef1b4
 from __future__ import annotations
-import torch
-from torch import Tensor
-from ..core import lookup
+from typing import ClassVar, Literal
+import numpy as np, pydantic, torch
+from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from ..core import Config, InputError, lookup, read_config
 
 # %% auto #0
-__all__ = ['STRATEGIES', 'Strategy', 'Real', 'Synthetic', 'Concat', 'mix_shares', 'MixLoss', 'MixRepresentation', 'strategy']
+__all__ = ['ALIGNMENTS', 'STRATEGIES', 'Strategy', 'coral', 'mmd', 'Real', 'Synthetic', 'Concat', 'DuplicateReal', 'mix_shares',
+           'Paired', 'MixLoss', 'MixRepresentation', 'InputMixup', 'cut_boxes', 'CutMix', 'PretrainFinetune',
+           'Weighted', 'TailOnly', 'SoftLabels', 'strategy']
 
 # %% ../../nbs/classify/02_mixing.ipynb #43a9f816
-class Strategy:
-    "What to do with a real and a synthetic batch"
-    uses = ('real', 'synthetic')
-    pairs = False # whether a real and a synthetic image are mixed one to one
-    def loss(self,
-        classifier, # `features(images)`, `head(features)`, and `head(features(images))` as a call
-        criterion, # criterion(logits, targets) -> (N,)
-        real:tuple[Tensor,Tensor]|None, # images (N, C, H, W) uint8, labels (N, K)
-        synthetic:tuple[Tensor,Tensor]|None, # likewise
-    )->Tensor: # scalar
-        "The loss of one step"
-        raise NotImplementedError
+class Strategy(Config):
+    "What to do with a real and a synthetic batch; its fields are its options"
+    uses: ClassVar[tuple[str, ...]] = ('real', 'synthetic') # batches it wants
+    extra: ClassVar[str] = 'synthetic' # the store that the second batch comes from
+    pairs: ClassVar[bool] = False # whether images of both batches are mixed one to one
+    apart: ClassVar[bool] = True # whether a step has features of real and of synthetic images, each for itself
+    soft: ClassVar[bool] = False # whether it makes targets between 0 and 1
+    teacher: ClassVar[bool] = False # whether a teacher's probabilities are to replace the synthetic labels
+    aux_bn: bool = False # synthetic images have BatchNorm statistics of their own
+    align: float = pydantic.Field(0., ge=0) # weight of the distance between real and synthetic features; 0 for none
+    alignment: Literal['coral', 'mmd'] = 'coral' # which distance, see `ALIGNMENTS`
+    @pydantic.model_validator(mode='after')
+    def _possible(self):
+        kinds = {self.extra if k == 'synthetic' else k for k in self.uses}
+        if self.aux_bn and len(kinds) < 2: raise InputError('aux_bn keeps real and synthetic images apart, and this strategy has one kind only: leave it out')
+        if self.align and not self.apart: raise InputError('align compares real with synthetic images, and this strategy never has both, unmixed, in one step: leave it out')
+        return self
+
+# %% ../../nbs/classify/02_mixing.ipynb #abd9aba4
+@patch
+def loss(self:Strategy,
+    classifier, # `features(images, real)`, `head(features)`, and `head(features(images))` as a call
+    criterion, # criterion(logits, targets) -> (N,)
+    real:tuple[Tensor,Tensor]|None, # images (N, C, H, W), uint8 or float from 0 to 255, labels (N, K)
+    synthetic:tuple[Tensor,Tensor]|None, # likewise, of `extra`
+    progress:Tensor|None=None, # scalar in [0, 1]: share of the training that is done
+)->Tensor: # scalar
+    "The loss of one step; every strategy has its own"
+    raise NotImplementedError
+
+@patch
+def sources_at(self:Strategy,
+    progress:float, # in [0, 1]: share of the training that is done
+)->tuple[str, ...]: # some of `uses`
+    "Which batches the step at this time wants"
+    return self.uses
+
+@patch
+def rows(self:Strategy,
+    real_labels:np.ndarray, # (N, K) of the real training images
+    synthetic_labels:np.ndarray, # (M, K)
+)->np.ndarray: # (M,) bool
+    "Which synthetic images may be used"
+    return np.ones(len(synthetic_labels), bool)
+
+# %% ../../nbs/classify/02_mixing.ipynb #219db93b
+@patch
+def one_pass(self:Strategy,
+    classifier,
+    images:Tensor, # (N, C, H, W), real ones first
+    real:int, # how many of them are real
+)->Tensor: # (N, F)
+    "Features of images that pass as one batch"
+    return classifier.features(images, real=real) if self.aux_bn else classifier.features(images)
+
+@patch
+def each(self:Strategy,
+    classifier,
+    real:Tensor, # (N, C, H, W)
+    synthetic:Tensor, # (M, C, H, W)
+)->tuple[Tensor, ...]: # (N, F), (M, F)
+    "Features of both kinds, each normalised by its own statistics: one pass where the network allows that, else two"
+    if not self.aux_bn and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules()): return classifier.features(real),classifier.features(synthetic)
+    return self.one_pass(classifier, torch.cat([real, synthetic]), len(real)).tensor_split([len(real)])
+
+# %% ../../nbs/classify/02_mixing.ipynb #e25bc5ad
+def coral(
+    a:Tensor, # (N, F)
+    b:Tensor, # (M, F)
+)->Tensor: # scalar, at least 0
+    "Squared difference of covariances (Sun and Saenko 2016, eq. 1); raises `InputError` for single images"
+    if min(len(a), len(b)) < 2: raise InputError(f'coral needs two images of each kind a step and process, not {len(a)} and {len(b)}: raise batch_size or the ratio, or use alignment: mmd')
+    def covariance(x): return (x-x.mean(0)).T @ (x-x.mean(0))/(len(x)-1)
+    return (covariance(a)-covariance(b)).square().sum()/(4*a.shape[1]**2)
+
+def mmd(
+    a:Tensor, # (N, F)
+    b:Tensor, # (M, F)
+    widths:tuple[float, ...]=(.25, .5, 1, 2, 4), # of the kernels, times the median distance
+)->Tensor: # scalar, at least 0
+    "Squared maximum mean discrepancy of Gaussian kernels (Gretton et al. 2012, eq. 5)"
+    x,n = torch.cat([a, b]),len(a)
+    distance = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')/F.pdist(x.detach()).median().clamp(min=1e-6)
+    kernel = sum((-distance.square()/(2*w**2)).exp() for w in widths)/len(widths)
+    return kernel[:n, :n].mean()+kernel[n:, n:].mean()-2*kernel[:n, n:].mean()
+
+ALIGNMENTS = {'coral': coral, 'mmd': mmd}
+
+# %% ../../nbs/classify/02_mixing.ipynb #e598307b
+@patch
+def aligned(self:Strategy,
+    loss:Tensor, # scalar
+    real:Tensor, # (N, F)
+    synthetic:Tensor, # (M, F)
+)->Tensor: # scalar
+    "The loss with the penalty, in full precision; the loss itself where `align` is 0"
+    if not self.align: return loss
+    with torch.autocast(loss.device.type, enabled=False): return loss+self.align*ALIGNMENTS[self.alignment](real.float(), synthetic.float())
 
 # %% ../../nbs/classify/02_mixing.ipynb #0b0c57b6
 class Real(Strategy):
     "Train on real images only"
-    uses = ('real',)
-    def loss(self, classifier, criterion, real, synthetic=None): return criterion(classifier(real[0]), real[1]).mean()
+    uses,apart = ('real',),False
+    def loss(self, classifier, criterion, real, synthetic=None, progress=None): return criterion(classifier(real[0]), real[1]).mean()
 
 class Synthetic(Strategy):
-    "Train on synthetic images only"
-    uses = ('synthetic',)
-    def loss(self, classifier, criterion, real, synthetic): return criterion(classifier(synthetic[0]), synthetic[1]).mean()
+    "Train on synthetic images only (Ravuri and Vinyals 2019)"
+    uses,apart = ('synthetic',),False
+    def loss(self, classifier, criterion, real, synthetic, progress=None): return criterion(classifier(synthetic[0]), synthetic[1]).mean()
 
 # %% ../../nbs/classify/02_mixing.ipynb #c5ee44da
 class Concat(Strategy):
-    "Train on both in one batch"
-    def loss(self, classifier, criterion, real, synthetic):
-        return criterion(classifier(torch.cat([real[0], synthetic[0]])), torch.cat([real[1], synthetic[1]])).mean()
+    "Train on both in one batch, every image counted once"
+    def loss(self, classifier, criterion, real, synthetic, progress=None):
+        (x,y),n = (torch.cat(b) for b in zip(real, synthetic)),len(real[0])
+        features = self.one_pass(classifier, x, n)
+        return self.aligned(self.average(criterion(classifier.head(features), y), n, progress), features[:n], features[n:])
+    def average(self,
+        losses:Tensor, # (N+M,) one an image, real ones first
+        real:int, # N
+        progress:Tensor|None=None, # scalar in [0, 1]
+    )->Tensor: # scalar
+        "The mean"
+        return losses.mean()
+
+class DuplicateReal(Concat):
+    "The control of concat: as many further real images in place of the synthetic ones"
+    extra,apart = 'real',False
 
 # %% ../../nbs/classify/02_mixing.ipynb #76aaa144
 def mix_shares(
     n:int, # images in the batch
-    alpha:float=.3, # both parameters of the Beta distribution
+    alpha:float=.3, # both parameters of the Beta distribution, above 0
     device=None, # where the images are
 )->Tensor: # (n,) share of the real image in each pair, in [0, 1]
     "Draw how much of each real image to keep, lambda ~ Beta(alpha, alpha) (Lin and Cao 2025)"
-    return torch.distributions.Beta(alpha, alpha).sample((n,)).to(device)
+    return torch.distributions.Beta(alpha, alpha, validate_args=False).sample((n,)).to(device, non_blocking=True)
+
+class Paired(Strategy):
+    "A strategy that mixes a real with a synthetic image"
+    pairs = True
+    alpha: float = pydantic.Field(.3, gt=0) # both parameters of the Beta distribution, see `mix_shares`
 
 # %% ../../nbs/classify/02_mixing.ipynb #cd8a3f20
-class MixLoss(Strategy):
-    "lambda * loss(real) + (1 - lambda) * loss(synthetic), lambda an image"
-    pairs = True
-    def __init__(self,
-        alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
-    ):
-        self.alpha = alpha
-    def loss(self, classifier, criterion, real, synthetic):
+class MixLoss(Paired):
+    "lambda * loss(real) + (1 - lambda) * loss(synthetic), lambda an image (Lin and Cao 2025)"
+    as_released: bool = False # average each loss over the batch before the shares weigh it
+    def loss(self, classifier, criterion, real, synthetic, progress=None):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)
-        return (share*criterion(classifier(real[0]), real[1])+(1-share)*criterion(classifier(synthetic[0]), synthetic[1])).mean()
+        f,g = self.each(classifier, real[0], synthetic[0])
+        a,b = criterion(classifier.head(f), real[1]),criterion(classifier.head(g), synthetic[1])
+        if self.as_released: a,b = a.mean(),b.mean()
+        return self.aligned((share*a+(1-share)*b).mean(), f, g)
 
 # %% ../../nbs/classify/02_mixing.ipynb #5e06bb0c
-class MixRepresentation(Strategy):
-    "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda an image"
-    pairs = True
-    def __init__(self,
-        alpha:float=.3, # both parameters of the Beta distribution, see `mix_shares`
-    ):
-        self.alpha = alpha
-    def loss(self, classifier, criterion, real, synthetic):
+class MixRepresentation(Paired):
+    "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda an image (Lin and Cao 2025)"
+    soft = True
+    def loss(self, classifier, criterion, real, synthetic, progress=None):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)[:, None]
-        features = share*classifier.features(real[0])+(1-share)*classifier.features(synthetic[0])
-        return criterion(classifier.head(features), share*real[1]+(1-share)*synthetic[1]).mean()
+        f,g = self.each(classifier, real[0], synthetic[0])
+        return self.aligned(criterion(classifier.head(share*f+(1-share)*g), share*real[1]+(1-share)*synthetic[1]).mean(), f, g)
+
+# %% ../../nbs/classify/02_mixing.ipynb #96c44715
+class InputMixup(Paired):
+    "Train on lambda * real + (1 - lambda) * synthetic, labels likewise, lambda an image (Zhang et al. 2018)"
+    soft,apart = True,False
+    def mix(self,
+        real:tuple[Tensor,Tensor], # images (N, C, H, W), labels (N, K)
+        synthetic:tuple[Tensor,Tensor], # likewise
+    )->tuple[Tensor,Tensor]: # mixed images, float from 0 to 255, and labels
+        "An image and its labels for each pair"
+        share = mix_shares(len(real[0]), self.alpha, real[0].device)
+        return synthetic[0].float().lerp(real[0].float(), share.view(-1, 1, 1, 1)),synthetic[1].lerp(real[1], share[:, None])
+    def loss(self, classifier, criterion, real, synthetic, progress=None):
+        x,y = self.mix(real, synthetic)
+        if self.aux_bn: x,y = torch.cat([real[0].to(x.dtype), x]),torch.cat([real[1], y])
+        return criterion(classifier.head(self.one_pass(classifier, x, len(real[0]))), y).mean()
+
+# %% ../../nbs/classify/02_mixing.ipynb #9354b698
+def cut_boxes(
+    share:Tensor, # (n,) of the area that a box leaves, in [0, 1], before it is cut off at the edges
+    centre:Tensor, # (n, 2) of the box, row and column, as shares of the edges
+    height:int, # pixels
+    width:int, # pixels
+)->Tensor: # (n, 1, height, width) bool, True in the box
+    "A box of whole pixels for each image (Yun et al. 2019, eq. 2)"
+    def inside(at, edge):
+        half,pixel = (1-share).sqrt()/2,torch.arange(edge, device=share.device)
+        low,high = (((at+d)*edge).round()[:, None] for d in (-half, half))
+        return (pixel >= low) & (pixel < high)
+    return (inside(centre[:, 0], height)[:, :, None] & inside(centre[:, 1], width)[:, None])[:, None]
+
+class CutMix(InputMixup):
+    "Train on real images with a box of a synthetic one pasted in, labels by area (Yun et al. 2019)"
+    alpha: float = pydantic.Field(1., gt=0) # both parameters of the Beta distribution; 1 draws all shares alike
+    def mix(self, real, synthetic):
+        (n,_,*edges),device = real[0].shape,real[0].device
+        box = cut_boxes(mix_shares(n, self.alpha, device), torch.rand(n, 2).to(device, non_blocking=True), *edges)
+        return torch.where(box, synthetic[0], real[0]),real[1].lerp(synthetic[1], box.float().mean((2, 3)))
+
+# %% ../../nbs/classify/02_mixing.ipynb #eca12f4a
+class PretrainFinetune(Strategy):
+    "Train on synthetic images first, then on real ones only"
+    apart = False
+    share: float = pydantic.Field(.5, gt=0, lt=1) # of the steps, for synthetic images
+    def sources_at(self, progress): return ('synthetic',) if progress < self.share else ('real',)
+    def loss(self, classifier, criterion, real, synthetic, progress=None):
+        (x,y), = (b for b in (real, synthetic) if b is not None)
+        return criterion(classifier.head(self.one_pass(classifier, x, 0 if real is None else len(x))), y).mean()
+
+# %% ../../nbs/classify/02_mixing.ipynb #da5f653b
+class Weighted(Concat):
+    "Train on both, with less weight on synthetic images (Shao et al. 2024)"
+    weight: float = pydantic.Field(.5, ge=0, le=1) # of a synthetic image, a real one has 1; at the start
+    final_weight: float|None = pydantic.Field(None, ge=0, le=1) # at the end, linear between; as at the start unless given
+    def weight_at(self,
+        progress:Tensor|float|None, # in [0, 1]: share of the training that is done; None is the start
+    )->Tensor|float:
+        "The weight at this time"
+        return self.weight if progress is None or self.final_weight is None else self.weight+(self.final_weight-self.weight)*progress
+    def average(self, losses, real, progress=None): return (losses[:real].sum()+self.weight_at(progress)*losses[real:].sum())/real
+
+# %% ../../nbs/classify/02_mixing.ipynb #3d73e5cd
+class TailOnly(Concat):
+    "Train on real images and on synthetic ones that show a rare class (Hemmat et al. 2023)"
+    below: float = pydantic.Field(.02, gt=0) # classes with fewer real training images are rare: a number, or a share if under 1
+    def rows(self, real_labels, synthetic_labels):
+        least = self.below if self.below >= 1 else self.below*len(real_labels)
+        rare = real_labels.sum(0) < least
+        if not rare.any(): raise InputError(f'no class has fewer than {least:g} real training images: raise below ({self.below:g})')
+        found = (synthetic_labels[:, rare] > 0).any(1)
+        if not found.any(): raise InputError(f'no synthetic image shows one of the {rare.sum()} classes with fewer than {least:g} real training images: generate some, or raise below ({self.below:g})')
+        return found
+
+# %% ../../nbs/classify/02_mixing.ipynb #53f4b5ec
+class SoftLabels(Concat):
+    "Train on both, synthetic images labelled with the probabilities of a real-trained teacher (Hinton et al. 2015)"
+    teacher,soft = True,True
 
 # %% ../../nbs/classify/02_mixing.ipynb #0531d781
-STRATEGIES = {'real': Real, 'synthetic': Synthetic, 'concat': Concat, 'mix_loss': MixLoss, 'mix_representation': MixRepresentation}
+STRATEGIES = {'real': Real, 'synthetic': Synthetic, 'concat': Concat, 'mix_loss': MixLoss, 'mix_representation': MixRepresentation,
+    'duplicate_real': DuplicateReal, 'input_mixup': InputMixup, 'cutmix': CutMix, 'pretrain_finetune': PretrainFinetune,
+    'weighted': Weighted, 'tail_only': TailOnly, 'soft_labels': SoftLabels}
 
 def strategy(
     name:str, # a name in `STRATEGIES`
     **options, # of that strategy, e.g. alpha
 )->Strategy:
-    "A strategy by name; raises `InputError` for an unknown one"
-    return lookup('strategy', name, STRATEGIES)(**options)
+    "A strategy by name; raises `InputError` for an unknown one, and for options that it does not have"
+    return read_config(lookup('strategy', name, STRATEGIES), options, f"the strategy '{name}'")

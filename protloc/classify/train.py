@@ -4,31 +4,44 @@
 
 # %% ../../nbs/classify/04_train.ipynb #128e0431
 from __future__ import annotations
+import warnings
 from pathlib import Path
-import pydantic
-from .backbone import BACKBONES, Classifier, standardise
-from .losses import CRITERIA
+from typing import Literal
+import numpy as np, pydantic, torch
+from torch import Tensor
+from .backbone import HEADS, POOLINGS, Classifier, load_pretrained, lookup_backbone, standardise, with_aux_bn
+from .losses import check_head, criterion
 from .mixing import Strategy, strategy
-from .predict import load_classifier, probabilities, save_classifier
-from ..core import Config, InputError, derive_seed, hold_settings, lookup
-from ..data.loading import KINDS, AugmentConfig, Batches, Pairs, Partners, in_order
+from .predict import check_input, load_classifier, probabilities, save_classifier
+from ..core import Config, InputError, atomic_path, derive_seed, hold_settings, lookup, sha256
+from ..data.loading import KINDS, AugmentConfig, Batches, Pairs, Partners, balance_weights, in_order
 from ..data.store import ImageStore
 from ..metrics import scores
 from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
 
 # %% auto #0
-__all__ = ['ClassifierConfig', 'check_partners', 'sources', 'train_classifier']
+__all__ = ['SAMPLERS', 'ClassifierConfig', 'check_partners', 'second_store', 'sources', 'check_labels', 'teacher_labels',
+           'build_classifier', 'criterion_for', 'train_classifier']
 
 # %% ../../nbs/classify/04_train.ipynb #5878f8f8
+SAMPLERS = {'uniform': 0, 'balanced': 1, 'tail': .5} # name -> exponent of `balance_weights`
+
 class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
-    backbone: str = 'resnet18' # a name in `BACKBONES`
+    backbone: str = 'resnet18' # see `lookup_backbone`
+    weights: str = 'none' # to begin with: none, imagenet, a file, or the folder of a trained classifier
+    pooling: str = 'avg' # a name in `POOLINGS`
+    head: str = 'linear' # a name in `HEADS`
     criterion: str = 'bce' # a name in `CRITERIA`
+    criterion_options: dict = {} # of that criterion
     augment: AugmentConfig = AugmentConfig() # of training images, real and synthetic
+    sampler: Literal['uniform', 'balanced', 'tail'] = 'uniform' # how often images with rare classes are shown, real and synthetic
+    keep: Literal['best', 'last'] = 'best' # the weights with the best validation macro-F1, or the last ones
     loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50) # length and rate
     @pydantic.model_validator(mode='after')
     def _known(self):
-        lookup('backbone', self.backbone, BACKBONES); lookup('criterion', self.criterion, CRITERIA)
+        lookup_backbone(self.backbone); lookup('pooling', self.pooling, POOLINGS); lookup('head', self.head, HEADS)
+        criterion(self.criterion, np.eye(2, dtype=np.float32), **self.criterion_options)
         return self
 
 # %% ../../nbs/classify/04_train.ipynb #6cefc388
@@ -42,28 +55,104 @@ def check_partners(
     if ratio <= 0: raise InputError(f'the ratio of synthetic to real images must be above 0, not {ratio}')
     if ratio != 1 and (s.pairs or partners != 'any'): raise InputError(f"a ratio of {ratio} leaves images without a partner: use 1, or partners 'any' and a strategy that does not mix them one to one")
 
+# %% ../../nbs/classify/04_train.ipynb #57a74e85
+def second_store(
+    s:Strategy, # says whether it wants one
+    real:ImageStore,
+    synthetic:ImageStore|None,
+)->ImageStore|None: # the store of its second batch, None where it has none
+    "Where the second batch comes from; raises `InputError` where synthetic images are missing or of another kind"
+    if 'synthetic' not in s.uses: return None
+    if s.extra == 'real': return real
+    if synthetic is None: raise InputError(f"the strategy '{type(s).__name__}' needs synthetic images: name a store with --synthetic")
+    if not len(synthetic): raise InputError(f'{synthetic.path} holds no image: make some with `protloc generate`')
+    synthetic.check_like(real)
+    return synthetic
+
 # %% ../../nbs/classify/04_train.ipynb #4015bb03
 def sources(
     s:Strategy, # says which batches it wants
     real:ImageStore, # with a part 'train'
-    synthetic:ImageStore|None, # needed by all strategies but 'real'
+    synthetic:ImageStore|None, # needed where a strategy takes its second batch from it
     c:ClassifierConfig,
     seed:int, # of order and augmentation
     partners:str='any', # which synthetic image stands beside a real one, one of `KINDS`
     ratio:float=1., # synthetic images for each real one; 1 where they are mixed one to one
 )->Pairs:
     "The batches a strategy uses; raises `InputError` where synthetic images are missing or of another kind"
-    if 'synthetic' in s.uses:
-        if synthetic is None: raise InputError(f"the strategy '{type(s).__name__}' needs synthetic images: name a store with --synthetic")
-        synthetic.check_like(real)
+    second,train,size = second_store(s, real, synthetic),real.rows('train'),c.loop.batch_size
     check_partners(s, partners, ratio)
-    size = c.loop.batch_size
-    one = Batches(real, real.rows('train'), size, derive_seed(seed, 'real'), c.augment)
+    def some(store, rows, size, purpose):
+        weights = balance_weights(store.labels[rows], SAMPLERS[c.sampler]) if SAMPLERS[c.sampler] else None
+        return Batches(store, rows, size, derive_seed(seed, purpose), c.augment, weights)
+    one = some(real, train, size, 'real')
     def other():
-        shared = derive_seed(seed, 'synthetic'),c.augment
-        if partners != 'any': return Partners(synthetic, synthetic.rows('train'), one, partners, *shared)
-        return Batches(synthetic, synthetic.rows('train'), max(round(size*ratio), 1), *shared)
-    return Pairs(real=one if 'real' in s.uses else None, synthetic=other() if 'synthetic' in s.uses else None)
+        rows = second.rows('train')
+        if second is synthetic: rows = rows[s.rows(real.labels[train], synthetic.labels[rows])]
+        if partners != 'any': return Partners(second, rows, one, partners, derive_seed(seed, 'synthetic'), c.augment)
+        return some(second, rows, max(round(size*ratio), 1), 'synthetic')
+    return Pairs(c.loop.steps, s.sources_at, real=one if 'real' in s.uses else None, synthetic=other() if second else None)
+
+# %% ../../nbs/classify/04_train.ipynb #d59fbce7
+def check_labels(
+    batches:Pairs, # of the training
+    real:ImageStore, # with a part 'val'
+):
+    "Raise `InputError` where there is nothing to learn or to validate; warn of classes that no training image shows"
+    labels,vocab = sum(b.labels[b.rows].sum(0) for b in batches.sources.values()),real.vocab.names
+    if not labels.any(): raise InputError(f'no training image of {real.path} has a label: fill the column target of its table, or choose other images')
+    if not real.labels[real.rows('val')].any(): raise InputError(f"no image in the part 'val' of {real.path} has a label, so the best weights cannot be found: label some, or split anew")
+    never = [vocab[k] for k in np.flatnonzero(labels == 0)]
+    if never: warnings.warn(f"no training image shows {', '.join(never)}: the classifier will never name them")
+
+# %% ../../nbs/classify/04_train.ipynb #cae2dc94
+def teacher_labels(
+    teacher:str|Path, # folder of a trained classifier
+    synthetic:ImageStore, # images of the kind that it was trained on
+    folder:str|Path, # where its answers are kept
+)->Tensor: # (M, K) probabilities for all images of the store
+    "What a teacher says to synthetic images; raises `InputError` where they are of another kind or vocabulary"
+    model,card = load_classifier(teacher)
+    check_input(card, synthetic, labelled=True)
+    path = Path(folder)/f"teacher-{sha256(Path(teacher)/'classifier.safetensors')[:16]}-{synthetic.manifest['sha256']['images'][:16]}.npy"
+    with this_process().main_process_first():
+        if not path.exists():
+            with atomic_path(path) as p, open(p, 'wb') as f: np.save(f, probabilities(model, synthetic, synthetic.rows(), progress='teacher'))
+    return torch.from_numpy(np.load(path))
+
+# %% ../../nbs/classify/04_train.ipynb #b3e277ca
+def build_classifier(
+    real:ImageStore, # with a part 'train'
+    c:ClassifierConfig,
+    s:Strategy, # says whether synthetic images have BatchNorm statistics of their own
+    seed:int, # of the weights
+)->Classifier:
+    "An untrained classifier for a store; raises `InputError` for weights that do not fit, and for constant images"
+    with seeded(seed, 'classifier'): model = Classifier(c.backbone, len(real.channels), len(real.vocab), real.size, c.pooling, c.head)
+    load_pretrained(model, c.weights, real.channels, real.vocab.names)
+    train = real.rows('train')
+    standardise(model, in_order(real, train[::-(-len(train)//4096)])) # some thousands are enough
+    flat = [name for name,std in zip(real.channels, model.std) if std <= 1]
+    if len(flat) == len(real.channels): raise InputError(f'the training images of {real.path} are constant, there is nothing to see in them: prepare them anew')
+    if flat: warnings.warn(f"the channel {', '.join(flat)} is constant in the training images of {real.path}")
+    return with_aux_bn(model) if s.aux_bn else model
+
+def criterion_for(
+    c:ClassifierConfig,
+    s:Strategy, # says whether it makes soft targets
+    labels, # (N, K) of the training images
+): # criterion(logits, targets) -> (N,)
+    "The criterion; raises `InputError` where it is not defined for the strategy's targets"
+    found = criterion(c.criterion, labels, **c.criterion_options)
+    if s.soft and not found.soft: raise InputError(f"the criterion '{c.criterion}' is defined for labels of 0 and 1 only, and the strategy '{type(s).__name__}' makes soft ones: choose another criterion, e.g. bce, or another strategy")
+    return found
+
+# %% ../../nbs/classify/04_train.ipynb #cf6657d9
+def _settings(real, synthetic, c, **more):
+    "What decides a classifier's weights; of files their hashes too"
+    def hashed(path): return sha256(path) if path.is_file() else sha256(path/'classifier.safetensors') if (path/'classifier.safetensors').is_file() else None
+    files = {k: p and hashed(Path(p)) for k,p in (('weights', c.weights), ('teacher', more.pop('teacher')))}
+    return dict(config=c.model_dump(exclude={'loop': RUNTIME}), **more, **files, stores=[x and x.manifest['sha256'] for x in (real, synthetic)])
 
 # %% ../../nbs/classify/04_train.ipynb #01607b7b
 def train_classifier(
@@ -75,19 +164,24 @@ def train_classifier(
     seed:int=0, # of weights, batches and mixing
     partners:str='any', # see `sources`
     ratio:float=1., # synthetic images for each real one a step
+    teacher:str|Path|None=None, # folder of a trained classifier, for a strategy that wants one
     **options, # of the strategy, e.g. alpha
-)->Classifier: # with the best weights, in eval mode
+)->Classifier: # with the weights that are kept, in eval mode
     "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
-    folder,s,criterion = Path(folder),strategy(strategy_name, **options),lookup('criterion', c.criterion, CRITERIA)
-    batches,val = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val')
-    if this_process().is_main_process: hold_settings(folder, dict(config=c.model_dump(exclude={'loop': RUNTIME}), strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, stores=[x and x.manifest['sha256'] for x in (real, synthetic)]))
-    if (folder/'classifier.json').exists(): return load_classifier(folder)[0]
-    with seeded(seed, 'classifier'): model = Classifier(c.backbone, len(real.channels), len(real.vocab))
-    train = real.rows('train')
-    standardise(model, in_order(real, train[::-(-len(train)//4096)])) # some thousands are enough
-    def loss(m, batch): return s.loss(m, criterion, batch.get('real'), batch.get('synthetic'))
+    folder,s = Path(folder),strategy(strategy_name, **options)
+    if s.teacher != (teacher is not None): raise InputError(f"the strategy '{strategy_name}' {'needs a teacher: name the folder of a classifier trained on real images' if s.teacher else 'takes no teacher: leave it out'}")
+    batches,val,costs = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val'),criterion_for(c, s, real.labels[real.rows('train')])
+    check_labels(batches, real)
+    def hold():
+        if this_process().is_main_process: hold_settings(folder, _settings(real, synthetic, c, strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, teacher=teacher))
+    if (folder/'classifier.json').exists(): hold(); return load_classifier(folder)[0]
+    model = build_classifier(real, c, s, seed)
+    check_head(costs, model.head)
+    if s.teacher: batches.sources['synthetic'].labels = teacher_labels(teacher, synthetic, folder)
+    hold()
+    def loss(m, batch): return s.loss(m, costs, batch.get('real'), batch.get('synthetic'), batch['progress'])
     def evaluate(m): return {f'val_{k}': v for k,v in scores(probabilities(m, real, val), real.labels[val]).items()}
-    fit(model, loss, batches, c.loop, folder, seed, evaluate, 'val_macro_f1', name=strategy_name)
-    load_weights(model, folder/'best.safetensors')
-    if this_process().is_main_process: save_classifier(model, folder, c.backbone, real)
+    fit(model, loss, batches, c.loop, folder, seed, evaluate, 'val_macro_f1', strategy_name, s.aux_bn)
+    load_weights(model, folder/f'{c.keep}.safetensors')
+    if this_process().is_main_process: save_classifier(model, folder, real)
     return model.eval()

@@ -5,7 +5,7 @@
 # %% ../../nbs/data/05_loading.ipynb #a2c0c02f
 from __future__ import annotations
 import copy, html, os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 import cv2, numpy as np, pydantic, torch
@@ -17,7 +17,7 @@ from ..labels import Vocabulary
 
 # %% auto #0
 __all__ = ['SYMMETRIES', 'KINDS', 'order_of', 'AugmentConfig', 'draw_boxes', 'turn_and_crop', 'scale_channels', 'augment_images',
-           'Batch', 'Batches', 'Pairs', 'Partners', 'loader', 'in_order']
+           'Batch', 'balance_weights', 'Batches', 'Pairs', 'Partners', 'loader', 'in_order']
 
 # %% ../../nbs/data/05_loading.ipynb #52ddb6fe
 def order_of(
@@ -149,6 +149,16 @@ class Batch(tuple):
         line = html.escape(repr(self))+(', the first 16 shown' if len(self[0]) > 16 else '')
         return f'<div>{line}{thumbnails(self[0][:16].numpy(), self.channels, captions)}</div>'
 
+# %% ../../nbs/data/05_loading.ipynb #32febaf5
+def balance_weights(
+    labels:np.ndarray, # (N, K) multi-hot
+    balance:float, # exponent; 0 = all alike
+)->np.ndarray: # (N,) probabilities
+    "How often each image is to be shown, by its rarest class; one without a label counts as the most common"
+    rarest = np.where(labels > 0, labels.sum(0), len(labels)).min(1, initial=len(labels))
+    weights = rarest**-float(balance)
+    return weights/weights.sum()
+
 # %% ../../nbs/data/05_loading.ipynb #d0e39f03
 class Batches(torch.utils.data.Dataset):
     "`batches[step]` -> (images, labels): part of a store, shuffled; `augmented` turns and crops them"
@@ -158,11 +168,12 @@ class Batches(torch.utils.data.Dataset):
         batch_size:int, # images a step, over all processes
         seed:int=0, # of order and augmentation
         augment:AugmentConfig=AugmentConfig(),
+        weights:np.ndarray|None=None, # (len(rows),) how often each is drawn; all once an epoch unless given
     ):
         if batch_size < 1: raise InputError(f'the batch size must be at least 1, not {batch_size}')
         self.store,self.rows,self.batch_size,self.seed,self.augment = store,np.asarray(rows),batch_size,seed,augment
         self.images,self.labels = store.images,torch.from_numpy(store.labels)
-        self.rank,self.world = 0,1
+        self.rank,self.world,self.edges = 0,1,None if weights is None else np.cumsum(weights)
     def shard(self, rank:int, world:int):
         "A copy that yields only the slice of process `rank` among `world`"
         new = copy.copy(self); new.rank,new.world = rank,world
@@ -178,7 +189,9 @@ def rows_at(self:Batches,
     step:int, # from 0
 )->np.ndarray: # (batch_size,) positions in the store
     "Which images the whole batch of a step holds"
-    return self.rows[order_of(len(self.rows), step*self.batch_size, self.batch_size, self.seed)]
+    if self.edges is None: return self.rows[order_of(len(self.rows), step*self.batch_size, self.batch_size, self.seed)]
+    drawn = rng_for(self.seed, 'balance', step).random(self.batch_size)*self.edges[-1]
+    return self.rows[np.searchsorted(self.edges, drawn, side='right')]
 
 @patch
 def __getitem__(self:Batches,
@@ -199,20 +212,24 @@ def augmented(self:Batches,
 
 # %% ../../nbs/data/05_loading.ipynb #3dacfeaf
 class Pairs(torch.utils.data.Dataset):
-    "`pairs[step]` -> dict of (images, labels) by source: real, and synthetic where there are any"
+    "`pairs[step]` -> dict of (images, labels) by source: real, and synthetic where there are any; and `progress`"
     def __init__(self,
+        steps:int=0, # of the training; `progress`, the share of it that is done, is given where this is
+        sources_at:Callable|None=None, # sources_at(progress) -> names of the sources that are read; all unless given
         **sources:Batches|None, # name -> its batches; None where it is not used
     ):
-        self.sources = {k: b for k,b in sources.items() if b is not None}
+        self.steps,self.sources_at,self.sources = steps,sources_at,{k: b for k,b in sources.items() if b is not None}
     def shard(self, rank:int, world:int):
         "A copy that yields only the slices of process `rank` among `world`"
-        return Pairs(**{k: b.shard(rank, world) for k,b in self.sources.items()})
-    def __getitem__(self, step:int)->dict[str,Batch]:
-        "The step's batch of each source"
-        return {k: b[step] for k,b in self.sources.items()}
-    def augmented(self, batch:dict, step:int)->dict[str,Batch]:
+        return Pairs(self.steps, self.sources_at, **{k: b.shard(rank, world) for k,b in self.sources.items()})
+    def __getitem__(self, step:int)->dict[str,Batch|Tensor]:
+        "The step's batch of each source that is wanted"
+        wanted = self.sources_at(step/self.steps) if self.sources_at else self.sources
+        progress = dict(progress=torch.tensor(step/self.steps)) if self.steps else {}
+        return {**{k: b[step] for k,b in self.sources.items() if k in wanted}, **progress}
+    def augmented(self, batch:dict, step:int)->dict[str,Batch|Tensor]:
         "Each source's batch, augmented"
-        return {k: b.augmented(batch[k], step) for k,b in self.sources.items()}
+        return {k: self.sources[k].augmented(b, step) if k in self.sources else b for k,b in batch.items()}
 
 # %% ../../nbs/data/05_loading.ipynb #2d1e80ba
 KINDS = ('any', 'same', 'shared', 'other') # how a synthetic partner's labels relate to the real image's

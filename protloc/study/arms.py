@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 import pydantic, yaml
-from ..classify.mixing import STRATEGIES
+from ..classify.mixing import STRATEGIES, strategy
 from ..classify.train import ClassifierConfig, check_partners
 from ..core import Config, InputError, lookup, read_config, read_yaml
 from ..data.split import Fractions
@@ -16,8 +16,8 @@ from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
 
 # %% auto #0
-__all__ = ['SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset',
-           'with_overrides', 'study_config']
+__all__ = ['PARTS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset',
+           'commands_of', 'with_overrides', 'study_config', 'part_config', 'arm_of']
 
 # %% ../../nbs/study/00_arms.ipynb #47cda5a5
 class SimulateConfig(Config):
@@ -47,7 +47,7 @@ class ArmConfig(Config):
     "One way to use real and synthetic images"
     name: str # in the report and as a folder
     strategy: str = '' # a name in `STRATEGIES`; the arm's own name if empty
-    options: dict[str, float] = {} # of the strategy, e.g. alpha
+    options: dict[str, bool|float|str] = {} # of the strategy, e.g. alpha
     source: Literal['generator', 'oracle'] = 'generator' # of its synthetic images; the oracle simulates them, perfectly
     partners: str = 'any' # which synthetic image stands beside a real one, see `Partners`
     ratio: float = 1. # synthetic images for each real one a step; 1 where they are mixed one to one
@@ -56,10 +56,7 @@ class ArmConfig(Config):
     def _short(cls, value): return {'name': value} if isinstance(value, str) else value
     @pydantic.model_validator(mode='after')
     def _known(self):
-        kind = lookup('strategy', self.kind, STRATEGIES)
-        try: kind(**self.options)
-        except TypeError: raise InputError(f"the strategy '{self.kind}' does not take {', '.join(self.options)}") from None
-        check_partners(kind, self.partners, self.ratio)
+        check_partners(strategy(self.kind, **self.options), self.partners, self.ratio)
         return self
     @property
     def kind(self)->str:
@@ -68,7 +65,12 @@ class ArmConfig(Config):
     @property
     def uses(self)->tuple[str,...]:
         "Which images it wants: 'real', 'synthetic'"
-        return STRATEGIES[self.kind].uses
+        s = STRATEGIES[self.kind]
+        return s.uses if s.extra == 'synthetic' else ('real',)
+    @property
+    def taught(self)->bool:
+        "Whether it needs a teacher, the arm 'real' of the same seed"
+        return STRATEGIES[self.kind].teacher
 
 # %% ../../nbs/study/00_arms.ipynb #43ac586d
 class StudyConfig(Config):
@@ -80,7 +82,7 @@ class StudyConfig(Config):
     generator: GeneratorConfig = GeneratorConfig() # how it is trained
     generate: GenerateConfig = GenerateConfig() # how many synthetic images, and how they are drawn
     classifier: ClassifierConfig = ClassifierConfig() # of all arms
-    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=n) for n in STRATEGIES) # what is compared; 'real' is among them
+    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=n) for n in ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')) # what is compared; 'real' is among them
     @pydantic.field_validator('arms')
     def _baseline(cls, arms):
         names = [a.name for a in arms]
@@ -90,15 +92,28 @@ class StudyConfig(Config):
         return arms
 
 # %% ../../nbs/study/00_arms.ipynb #32d7fdb8
+def _yaml_files(folder, above=''):
+    "Name and content of every YAML file in a folder of assets and the folders in it"
+    for f in sorted(folder.iterdir(), key=lambda f: (f.is_dir(), f.name)):
+        if f.is_dir(): yield from _yaml_files(f, f'{above}{f.name}/')
+        elif f.name.endswith('.yaml'): yield above+f.name.removesuffix('.yaml'),yaml.safe_load(f.read_text())
+
 def presets()->dict[str,dict]: # name -> settings
     "The presets that come with protloc"
-    return {Path(f.name).stem: yaml.safe_load(f.read_text()) for f in sorted((files('protloc')/'assets'/'presets').iterdir(), key=lambda f: f.name)}
+    return dict(_yaml_files(files('protloc')/'assets'/'presets'))
 
 def read_preset(
     name:str, # of a preset, or the path of a YAML file
 )->dict:
     "Settings by name or path, not yet validated; raises `InputError` for an unknown one"
     return read_yaml(name) if name.endswith(('.yaml', '.yml')) else lookup('preset', name, presets())
+
+def commands_of(
+    values:dict, # of a preset
+)->list[str]: # 'run', 'train-generator', 'train-classifier'
+    "Which commands a preset has settings for"
+    parts = [p for p in ('generator', 'classifier') if p in values]
+    return [*(['run'] if len(parts) == 2 else []), *(f'train-{p}' for p in parts)]
 
 # %% ../../nbs/study/00_arms.ipynb #7a36ca20
 def with_overrides(
@@ -120,5 +135,29 @@ def study_config(
 )->StudyConfig:
     "The validated settings of a study; raises `InputError` for the first mistake"
     values = with_overrides(read_preset(preset), overrides)
+    if (told := commands_of(values)) and 'run' not in told: raise InputError(f"the preset '{preset}' is no whole study: use it with `protloc {told[0]} --preset {preset}`")
     if data: values = {**values, 'data': {**values.get('data', {}), 'folder': str(Path(data).resolve())}}
     return read_config(StudyConfig, values, f"preset '{preset}'")
+
+# %% ../../nbs/study/00_arms.ipynb #75438821
+PARTS = dict(generator=GeneratorConfig, classifier=ClassifierConfig)
+
+def part_config(
+    part:str, # 'generator' or 'classifier'
+    preset:str='', # a preset or a YAML file; protloc's defaults unless given
+    overrides:list[str]=(), # 'a.b=value', within the part
+)->GeneratorConfig|ClassifierConfig:
+    "The validated settings of one part; raises `InputError` for a preset that has none, or for the first mistake"
+    values = read_preset(preset) if preset else {part: {}}
+    if part not in values: raise InputError(f"the preset '{preset}' has no {part}: use it with `protloc {commands_of(values)[0]}`")
+    return read_config(PARTS[part], with_overrides(values[part], overrides), f"preset '{preset}'" if preset else '--set')
+
+def arm_of(
+    preset:str='', # a preset or a YAML file
+    name:str='', # of the arm, or of a strategy where the preset has no such arm; the preset's only one, or 'real', unless given
+)->ArmConfig:
+    "The arm that a single classifier is trained in; raises `InputError` where it is not clear"
+    given = [a if isinstance(a, dict) else dict(name=a) for a in read_preset(preset).get('arms', ())] if preset else []
+    if not name and len(given) > 1: raise InputError(f"the preset '{preset}' has the arms {', '.join(a['name'] for a in given)}: choose one with --strategy")
+    chosen = [a for a in given if a['name'] == name or not name]
+    return read_config(ArmConfig, chosen[0] if chosen else dict(name=name or 'real'), 'arm')

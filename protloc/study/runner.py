@@ -141,7 +141,8 @@ def train_arm(
 ):
     "One classifier: train, predict validation and test"
     here = run_folder(folder, arm.name, seed)
-    model = train_classifier(real, here, c.classifier, arm.kind, synthetic[arm.source] if 'synthetic' in arm.uses else None, derive_seed(c.seed, 'arm', seed), arm.partners, arm.ratio, **arm.options)
+    model = train_classifier(real, here, c.classifier, arm.kind, synthetic[arm.source] if 'synthetic' in arm.uses else None, derive_seed(c.seed, 'arm', seed), arm.partners, arm.ratio,
+        run_folder(folder, 'real', seed) if arm.taught else None, **arm.options)
     for part in ('val', 'test'):
         with atomic_path(here/f'{part}.npy') as p, open(p, 'wb') as f: np.save(f, probabilities(model, real, real.rows(part)))
 
@@ -162,12 +163,14 @@ def train_arms(
     folder:Path, # of the run
     jobs:int=1, # processes; the cores are shared out
 ):
-    "All classifiers that are not done yet"
+    "All classifiers that are not done yet; those that want a teacher come after the teachers, the arm 'real'"
     todo = [(a, s) for s in range(c.seeds) for a in c.arms if not (run_folder(folder, a.name, s)/'test.npy').exists()]
     def work():
-        each = (joblib.delayed(_train_arm_with)(max(cores()//jobs, 1), jobs > 1, c, a, s, real, synthetic, folder) for a,s in todo)
-        done = joblib.Parallel(jobs, return_as='generator_unordered')(each)
-        for _ in tqdm(done, total=len(todo), desc='all classifiers', unit='classifier'): pass
+        bar = tqdm(total=len(todo), desc='all classifiers', unit='classifier')
+        for taught in (False, True):
+            each = (joblib.delayed(_train_arm_with)(max(cores()//jobs, 1), jobs > 1, c, a, s, real, synthetic, folder) for a,s in todo if a.taught == taught)
+            for _ in joblib.Parallel(jobs, return_as='generator_unordered')(each): bar.update()
+        bar.close()
     if todo: stage(folder, f'train {len(todo)} classifiers: {len(c.arms)} arms, {c.seeds} seeds', work)
 
 # %% ../../nbs/study/01_runner.ipynb #34590797
