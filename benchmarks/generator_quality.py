@@ -15,13 +15,12 @@ import numpy as np, torch
 
 from protloc.classify.predict import load_classifier
 from protloc.classify.train import ClassifierConfig, train_classifier
-from protloc.core import read_config
 from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
-from protloc.diffusion.train import RECIPES, GeneratorConfig, train_generator
+from protloc.diffusion.train import train_generator
 from protloc.evaluate.fidelity import features, measure
-from protloc.study.arms import with_overrides
+from protloc.study.arms import part_config
 from protloc.training import LoopConfig
 
 JUDGE = ClassifierConfig(backbone='resnet10', loop=LoopConfig(steps=1500, batch_size=64, lr=3e-3, warmup=50, evaluate_every=250))
@@ -38,8 +37,7 @@ def images(folder, size, train, val):
 
 def configured(recipe, steps, overrides):
     "A recipe's settings for some steps"
-    values = with_overrides(json.loads(GeneratorConfig.model_validate(RECIPES.get(recipe, {})).model_dump_json()), [f'loop.steps={steps}', *overrides])
-    return read_config(GeneratorConfig, values, recipe)
+    return part_config('generator', f"paper/generator_{recipe.removeprefix('paper_')}" if recipe.startswith('paper_') else '', [f'loop.steps={steps}', *overrides])
 
 
 def plan_for(recipe, labels):

@@ -13,6 +13,10 @@ from .labels import Vocabulary
 __all__ = ['scores', 'per_class']
 
 # %% ../nbs/02_metrics.ipynb #f76e2c7f
+def _decisions(probabilities, labels, threshold):
+    "Truth and decisions, with a further class that never occurs: scikit-learn takes a single class for two"
+    return (np.pad(x, ((0, 0), (0, 1))) for x in (labels > .5, probabilities > threshold))
+
 def scores(
     probabilities:np.ndarray, # (N, K) in [0, 1]
     labels:np.ndarray, # (N, K) multi-hot
@@ -20,7 +24,7 @@ def scores(
 )->dict[str,float]: # macro_f1, micro_f1, map, all in [0, 1]
     "The headline numbers of one part"
     if probabilities.shape != labels.shape: raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
-    truth,said = labels > .5,probabilities > threshold
+    truth,said = _decisions(probabilities, labels, threshold)
     occurs = np.flatnonzero(truth.any(0))
     if not len(occurs): raise InputError('no image of this part has a label, so there is no score')
     return dict(
@@ -36,8 +40,8 @@ def per_class(
     threshold:float|np.ndarray=.5, # one for all classes, or (K,)
 )->pd.DataFrame: # a row a class: precision, recall, f1, images
     "Precision, recall and F1 of each class; empty where the class does not occur"
-    truth,said = labels > .5,probabilities > threshold
-    precision,recall,f1,n = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
+    found = precision_recall_fscore_support(*_decisions(probabilities, labels, threshold), average=None, zero_division=0)
+    precision,recall,f1,n = (x[:-1] for x in found)
     table = pd.DataFrame(dict(precision=precision, recall=recall, f1=f1), index=pd.Index(vocab.names, name='class'))
     table[n == 0] = np.nan
     return table.assign(images=n)

@@ -54,6 +54,8 @@ class LoopConfig(Config):
     checkpoint_steps: int|None = pydantic.Field(None, ge=1) # steps between further checkpoints; None for none
     keep: int = pydantic.Field(1, ge=1) # checkpoints on disk, the newest ones
     trackers: tuple[Literal['tensorboard', 'wandb'], ...] = () # log.jsonl is written in any case
+    @pydantic.field_validator('mixed_precision', mode='before')
+    def _yaml_no(cls, value): return 'no' if value is False else value # YAML reads no as false
     @pydantic.model_validator(mode='after')
     def _one_average(self):
         kinds = [k for k in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, k) is not None]

@@ -10,11 +10,14 @@ from protloc.diffusion.denoiser import PRESETS, Denoiser, PaperOriginal, UNetCon
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, noisify, step_weights, to_images, to_signal
 from protloc.diffusion.pipeline import SCHEDULERS, with_scheduler
-from protloc.diffusion.train import RECIPES, GeneratorConfig, TrainingImages, balance_weights, generator_loss, open_pipeline, preview_rows, train_generator
+from protloc.data.loading import balance_weights
+from protloc.diffusion.train import GeneratorConfig, TrainingImages, generator_loss, open_pipeline, preview_rows, train_generator
 from protloc.plots import show_cells
+from protloc.study.arms import part_config
 from protloc.training import seeded
 
 PAPER = [n for n in PRESETS if n.startswith('paper')]
+RECIPES = {'ours': GeneratorConfig(), **{n: part_config('generator', n.replace('paper_', 'paper/generator_')) for n in PAPER}}
 
 
 def answer(denoiser, step, labels, size=16, **kw):
@@ -175,7 +178,7 @@ def test_defaults_are_what_they_were():
     o = ObjectiveConfig()
     assert (o.signal, o.rescale_betas_zero_snr, o.weighting, o.gamma, o.prediction_type) == ('sqrt', False, 'snr_plus_one', 20, 'sample')
     assert not make_scheduler().config.rescale_betas_zero_snr and make_scheduler().config.timestep_spacing == 'leading'
-    assert RECIPES['ours'] == GeneratorConfig() and GeneratorConfig().unet.widths == (32, 64, 64)
+    assert GeneratorConfig().unet.widths == (32, 64, 64)
 
 
 def test_recipes_are_the_papers():

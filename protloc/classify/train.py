@@ -41,7 +41,8 @@ class ClassifierConfig(Config):
     @pydantic.model_validator(mode='after')
     def _known(self):
         lookup_backbone(self.backbone); lookup('pooling', self.pooling, POOLINGS); lookup('head', self.head, HEADS)
-        criterion(self.criterion, np.eye(2, dtype=np.float32), **self.criterion_options)
+        some = np.eye(2, dtype=np.float32) if self.criterion_options.get('pos_weight') == 'balanced' else None
+        criterion(self.criterion, some, **self.criterion_options)
         return self
 
 # %% ../../nbs/classify/04_train.ipynb #6cefc388

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt, numpy as np, pydantic, torch, yaml
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import Config, InputError, atomic_path, derive_seed, hold_settings, rng_for, versions, write_json
-from ..data.loading import AugmentConfig, Batches
+from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
@@ -19,8 +19,8 @@ from ..plots import show_cells
 from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 
 # %% auto #0
-__all__ = ['RECIPES', 'GeneratorConfig', 'balance_weights', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss',
-           'pipeline_of', 'preview_rows', 'previews', 'model_card', 'train_generator', 'open_pipeline']
+__all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
+           'previews', 'model_card', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -28,7 +28,7 @@ class GeneratorConfig(Config):
     unet: UNetConfig = UNetConfig(widths=(32, 64, 64)) # size of the denoiser
     objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
     augment: AugmentConfig = AugmentConfig() # of training images
-    balance: float = pydantic.Field(0., ge=0) # how often images with rare classes are shown, see `balance_weights`; 0 = all alike
+    balance: float = pydantic.Field(0., ge=0) # exponent, how often images with rare classes are shown, see `balance_weights`; 0 = all alike, 1 = every class about equally
     condition: str = '' # a column of the store's table, such as cell_line, that it is told besides the labels; none if empty
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=.995) # length, rate, moving average
     gradient_checkpointing: bool = False # compute activations twice instead of keeping them: less memory, slower
@@ -39,25 +39,6 @@ class GeneratorConfig(Config):
             raise InputError(f"the denoiser '{self.unet.preset}' has no gradient_checkpointing: leave it off, it is small")
         if self.condition and self.unet.preset.startswith('paper'): raise InputError(f"the denoiser '{self.unet.preset}' knows labels only: leave out condition")
         return self
-
-# %% ../../nbs/diffusion/03_train.ipynb #634393c5
-_paper = dict(augment=dict(crop_scale=(.8, 1), crop_ratio=(.9, 1.1)),
-    loop=dict(steps=30*437, batch_size=64, lr=1e-4, weight_decay=0, schedule='constant', max_grad_norm=1e9))
-_epsilon = dict(signal='unit', beta_schedule='linear', prediction_type='epsilon')
-
-RECIPES = {'ours': GeneratorConfig(),
-    'paper_simplified': GeneratorConfig(unet=dict(preset='paper_simplified'), objective=dict(**_epsilon, weighting='uniform', label_dropout=0), **_paper),
-    'paper_original': GeneratorConfig(unet=dict(preset='paper_original'), objective=dict(**_epsilon, weighting='cosine', num_train_timesteps=300), **_paper)}
-
-# %% ../../nbs/diffusion/03_train.ipynb #a51ae9cf
-def balance_weights(
-    labels:np.ndarray, # (N, K) multi-hot
-    balance:float, # exponent; 0 = all alike
-)->np.ndarray: # (N,) probabilities
-    "How often each image is to be shown, by its rarest class; one without a label counts as the most common"
-    rarest = np.where(labels > 0, labels.sum(0), len(labels)).min(1, initial=len(labels))
-    weights = rarest**-float(balance)
-    return weights/weights.sum()
 
 # %% ../../nbs/diffusion/03_train.ipynb #9ee481fe
 def draw_noise(
@@ -84,26 +65,17 @@ def conditions_of(
 
 # %% ../../nbs/diffusion/03_train.ipynb #746b37ed
 class TrainingImages(Batches):
-    "`Batches` with noise, that may show rare classes more often and tell a condition, and that know how far the training is"
+    "`Batches` with noise, that may tell a condition, and that know how far the training is"
     def __init__(self,
         store:ImageStore, # its part 'train' is read
         c:GeneratorConfig,
         seed:int=0, # of order, augmentation and noise
     ):
-        super().__init__(store, store.rows('train'), c.loop.batch_size, seed, c.augment)
-        self.edges = balance_weights(store.labels[self.rows], c.balance).cumsum() if c.balance else None
+        rows = store.rows('train')
+        super().__init__(store, rows, c.loop.batch_size, seed, c.augment, balance_weights(store.labels[rows], c.balance) if c.balance else None)
         self.c,self.progress = c,dict(steps=0) # progress is shared with the copies that `shard` makes
         names = conditions_of(store, c.condition)
         self.conditions = torch.from_numpy(store.table[c.condition].astype(str).to_numpy()[:, None] == np.array(names)).float() if names else None
-
-@patch
-def rows_at(self:TrainingImages,
-    step:int, # from 0
-)->np.ndarray: # (batch_size,) positions in the store
-    "Which images the whole batch of a step holds; a function of the seed and the step"
-    if self.edges is None: return Batches.rows_at(self, step)
-    drawn = rng_for(self.seed, 'balance', step).random(self.batch_size)*self.edges[-1]
-    return self.rows[np.searchsorted(self.edges, drawn, side='right')]
 
 @patch
 def augmented(self:TrainingImages,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 from ..classify.backbone import Classifier
+from ..classify.predict import walk
 from ..core import InputError
-from ..data.loading import in_order
 from ..data.store import ImageStore
 from ..metrics import scores
 
@@ -20,7 +20,6 @@ __all__ = ['features', 'frechet_distance', 'kernel_distance', 'reach', 'covered'
            'label_fidelity', 'mean_interval', 'measure']
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #45262246
-@torch.no_grad()
 def features(
     classifier:Classifier, # on any device
     store:ImageStore, # images of the kind that it was trained on
@@ -28,13 +27,10 @@ def features(
     batch_size:int=256, # images at a time
 )->tuple[Tensor,Tensor]: # (n, F) pooled features, (n, K) probabilities; float32 on the CPU
     "What the classifier sees in the images and what it says about them, in eval mode; its mode is restored"
-    was,device,found = classifier.training,classifier.mean.device,[]
-    classifier.eval()
-    for images,_ in in_order(store, rows, batch_size):
-        f = classifier.features(images.to(device).contiguous(memory_format=torch.channels_last))
-        found.append((f.float().cpu(), classifier.head(f).sigmoid().float().cpu()))
-    classifier.train(was)
-    return tuple(torch.cat(x) for x in zip(*found))
+    def both(images):
+        f = classifier.features(images)
+        return f,classifier.head(f).sigmoid()
+    return walk(classifier, store, rows, both, batch_size)
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #0fb268bf
 def frechet_distance(
