@@ -85,15 +85,13 @@ def main():
             per = seconds_per_step(recipe, real, here, overrides)
             (here/'plan.json').write_text(json.dumps(dict(ms_per_step=1000*per, steps=max(int(60*a.minutes/per), 1))))
         plan = json.loads((here/'plan.json').read_text())
-        start = time.perf_counter()
         pipe = train_generator(real, here/'generator', configured(recipe, plan['steps'], overrides))
-        minutes, start = (time.perf_counter()-start)/60, time.perf_counter()
         how = GenerateConfig(**{**dict(images=a.images, batch_size=100), **DRAW.get(recipe, {})})
         if not (here/'synthetic').exists(): generate(pipe, here/'synthetic', plan_for(recipe, real.labels[real.rows('val')][:a.images]), how)
         synthetic = ImageStore(here/'synthetic')
         rows = np.random.default_rng(0).permutation(len(synthetic))
-        told(here.name, measure(unseen, seen(synthetic, rows), a.blocks), minutes=round(minutes, 1), steps=plan['steps'], ms_per_step=round(plan['ms_per_step'], 1),
-            parameters=sum(p.numel() for p in pipe.unet.parameters()), drawing_s=round(time.perf_counter()-start), threads=torch.get_num_threads())
+        told(here.name, measure(unseen, seen(synthetic, rows), a.blocks), minutes=a.minutes, steps=plan['steps'], ms_per_step=round(plan['ms_per_step'], 1),
+            parameters=sum(p.numel() for p in pipe.unet.parameters()), threads=torch.get_num_threads())
 
 
 if __name__ == '__main__':
