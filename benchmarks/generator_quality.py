@@ -63,7 +63,7 @@ def main():
     parser.add_argument('--recipes', nargs='+', default=['paper_simplified', 'paper_original', 'ours'])
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--train', type=int, default=8000)
-    parser.add_argument('--images', type=int, default=1000, help='drawn from each; as many validation images are real')
+    parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')
     parser.add_argument('--blocks', type=int, default=4, help='of synthetic images, for the intervals')
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help='settings of ours, e.g. loop.lr=0.002')
     parser.add_argument('--name', default='', help='of ours with these settings')
@@ -71,6 +71,7 @@ def main():
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     real, judge = images(a.out, a.size, a.train, a.images)
+    if len(real.rows('val')) != a.images: parser.error(f"{a.out} holds {len(real.rows('val'))} validation images: use --images with that number, or another --out")
     def seen(store, rows): return (*features(judge, store, rows), store.labels[rows])
     unseen = seen(real, real.rows('val'))
     def told(recipe, found, **more):
@@ -83,8 +84,9 @@ def main():
         here.mkdir(exist_ok=True)
         if not (here/'plan.json').exists():
             per = seconds_per_step(recipe, real, here, overrides)
-            (here/'plan.json').write_text(json.dumps(dict(ms_per_step=1000*per, steps=max(int(60*a.minutes/per), 1))))
+            (here/'plan.json').write_text(json.dumps(dict(ms_per_step=1000*per, steps=max(int(60*a.minutes/per), 1), minutes=a.minutes)))
         plan = json.loads((here/'plan.json').read_text())
+        if plan['minutes'] != a.minutes: parser.error(f"{here} was begun with --minutes {plan['minutes']}: choose another --out")
         pipe = train_generator(real, here/'generator', configured(recipe, plan['steps'], overrides))
         how = GenerateConfig(**{**dict(images=a.images, batch_size=100), **DRAW.get(recipe, {})})
         if not (here/'synthetic').exists(): generate(pipe, here/'synthetic', plan_for(recipe, real.labels[real.rows('val')][:a.images]), how)

@@ -1,16 +1,17 @@
 """What buys quality in the same training time on a small machine: one setting of the generator changed at a time.
 
-    python benchmarks/recipes.py [--minutes 1] [--out runs/quality]
+    python benchmarks/recipes.py [--minutes 0.75] [--out runs/quality]
 
 Prints JSON, a line a trial. Data, judge and measures are those of generator_quality.py, whose folder is used. Each trial
 trains for as many steps as fit into the time: the milliseconds of its step are the defaults' times a ratio, the median
 over some rounds in which the two take turns, so that a busy machine does not decide. One training each, with the same
 seed: intervals are over blocks of synthetic images and say nothing of other seeds. Run it again to continue."""
-import argparse, json, statistics
+import argparse, json, statistics, time
 from pathlib import Path
 import numpy as np
 
-from generator_quality import configured, images, seconds_per_step
+from generator_quality import configured, images
+from protloc.core import remove
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
@@ -26,19 +27,29 @@ TRIALS = {
     'uniform weights': ['objective.weighting=uniform'], 'no square root': ['objective.signal=symmetric'], 'balance .5': ['balance=0.5']}
 
 
-def steps_for(name, real, folder, minutes, rounds=3):
-    "How many steps of a trial fit into the time; measured once"
+def seconds(changes, real, folder, steps=20):
+    "A step's, over the later half of a short training, so that the start does not count"
+    c = configured('ours', 2*steps, changes)
+    here = folder/f'timed-{time.time_ns()}'
+    train_generator(real, here, c)
+    line = json.loads((here/'log.jsonl').read_text().splitlines()[-1])
+    remove(here)
+    return c.loop.batch_size/line['images_per_second']
+
+
+def steps_for(name, real, folder, minutes, rounds=2):
+    "How many steps of a trial fit into the time; measured once, beside the defaults"
     path = folder/'plan.json'
     if not path.exists():
-        turns = [[seconds_per_step('ours', real, folder, changes, steps=15) for changes in (TRIALS['defaults'], TRIALS[name])] for _ in range(rounds)]
-        path.write_text(json.dumps(dict(ratio=1. if name == 'defaults' else statistics.median(b/a for a, b in turns), ms=1000*min(a for a, _ in turns))))
+        turns = [[seconds(changes, real, folder) for changes in (TRIALS['defaults'], TRIALS[name])] for _ in range(1 if name == 'defaults' else rounds)]
+        path.write_text(json.dumps(dict(ratio=statistics.median(b/a for a, b in turns) if name != 'defaults' else 1., ms=1000*min(a for a, _ in turns))))
     plan, base = (json.loads((f/'plan.json').read_text()) for f in (folder, folder.parent/'defaults'))
     return plan['ratio'], max(int(6e4*minutes/base['ms']/plan['ratio']), 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--minutes', type=float, default=1, help='of training, for each')
+    parser.add_argument('--minutes', type=float, default=.75, help='of training, for each')
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--train', type=int, default=8000)
     parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')
@@ -49,11 +60,12 @@ def main():
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     real, judge = images(a.out, a.size, a.train, a.images)
-    folders = {name: a.out/'recipes'/name for name in a.trials}
+    folders = {name: a.out/'recipes'/name for name in dict.fromkeys(['defaults', *a.trials])}
     for folder in folders.values(): folder.mkdir(parents=True, exist_ok=True)
     steps = {name: steps_for(name, real, folder, a.minutes) for name, folder in folders.items()}
     if a.plan: return print(json.dumps(steps))
     val = real.rows('val')
+    if len(val) < a.images: parser.error(f'{a.out} holds {len(val)} validation images: ask for no more with --images')
     unseen = *features(judge, real, val), real.labels[val]
     for name, (ratio, n) in steps.items():
         folder = folders[name]

@@ -25,7 +25,7 @@ def main():
     except InputError as e: sys.exit(_say(f'protloc: {e}', 2))
     except KeyboardInterrupt: sys.exit(_say('\nprotloc: stopped; the same command continues where it was', 130))
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM): raise
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.EACCES, errno.EROFS, errno.EPERM): raise
         where = f' ({e.filename})' if e.filename else ''
         sys.exit(_say(f'protloc: cannot write{where}: {e.strerror}; nothing half-written was left, free some space or choose another folder and run the same command again', 2))
 
@@ -229,39 +229,48 @@ def generate(
     generator:Annotated[Path, typer.Argument(help='Folder of a trained generator.')],
     out:Out,
     like:Annotated[Path, typer.Option(help='The store of real images: its training label sets are planned with, its training images edited or kept from coming back.')],
-    images:Annotated[int, typer.Option(min=1, help='How many images; for the plan fill_tail, of each class, real ones counted.')]=1000,
-    plan:Annotated[Optional[str], typer.Option(help='Which labels: match (as the training images), balance, fill_tail, novel, or a CSV file with a column Target or classes, and n.')]=None,
-    guidance_scale:Annotated[float, typer.Option(help='1 = none; larger = more typical, less diverse.')]=1.5,
-    guidance_rescale:Annotated[float, typer.Option(help='0 to 1: how much of the contrast added by guidance is taken back.')]=0.,
-    guidance_interval:Annotated[tuple[float, float], typer.Option(metavar='LOW HIGH', help='Shares of the noise schedule between which guidance acts.')]=(0., 1.),
+    preset:Preset='',
+    images:Annotated[Optional[int], typer.Option(min=1, help='How many images, 1000 if not given; for the plan fill_tail, of each class, real ones counted.')]=None,
+    plan:Annotated[Optional[str], typer.Option(help='Which labels: match (as the training images), balance, fill_tail, novel, single (one class an image), or a CSV file with a column Target or classes, and n.')]=None,
+    guidance_scale:Annotated[Optional[float], typer.Option(help='1 = none; larger = more typical, less diverse; 1.5 if not given.')]=None,
+    guidance_rescale:Annotated[Optional[float], typer.Option(help='0 to 1: how much of the contrast added by guidance is taken back.')]=None,
+    guidance_interval:Annotated[Optional[tuple[float, float]], typer.Option(metavar='LOW HIGH', help='Shares of the noise schedule between which guidance acts.')]=None,
     negative:Annotated[Optional[list[str]], typer.Option(metavar='CLASS', help='A class to lead away from; may be repeated.')]=None,
-    condition:Annotated[str, typer.Option(help='One of the conditions that the generator was trained with, e.g. a cell line; any of them if not given.')]='',
-    steps:Annotated[int, typer.Option(help='Solver steps.')]=15,
-    scheduler:Annotated[str, typer.Option(help='Solver: ddpm, ddim, dpm++, unipc, euler, heun or a diffusers class.')]='dpm++',
+    condition:Annotated[Optional[str], typer.Option(help='One of the conditions that the generator was trained with, e.g. a cell line; any of them if not given.')]=None,
+    steps:Annotated[Optional[int], typer.Option(help='Solver steps; 15 if not given.')]=None,
+    scheduler:Annotated[Optional[str], typer.Option(help='Solver: dpm++ (if not given), ddpm, ddim, unipc, euler, heun or a diffusers class.')]=None,
     edit:Annotated[Optional[float], typer.Option(metavar='STRENGTH', help='Edit training images instead of drawing from noise: near 0 hardly, 1 wholly. They keep their labels unless --plan is given.')]=None,
     classifier:Annotated[Optional[Path], typer.Option(help='Folder of a trained classifier that scores how well images show their labels.')]=None,
     min_fidelity:Annotated[float, typer.Option(help='0 to 1: drop images that the classifier scores lower.')]=0.,
-    best_of:Annotated[int, typer.Option(min=1, help='Draw so many candidates for each image and keep the best.')]=1,
+    best_of:Annotated[Optional[int], typer.Option(min=1, help='Draw so many candidates for each image and keep the best.')]=None,
     drop_copies:Annotated[bool, typer.Option('--drop-copies', help='Drop near-copies of training images, turned ones too.')]=False,
     half:Annotated[bool, typer.Option('--half', help='bfloat16: half the memory, faster on GPUs.')]=False,
-    batch_size:Annotated[int, typer.Option(help='Images at a time.')]=64,
+    batch_size:Annotated[Optional[int], typer.Option(help='Images at a time; 64 if not given.')]=None,
     seed:Seed=0,
 ):
     "Draw synthetic images into a store, or edit real ones. Run it again to continue; start it with torchrun to use several GPUs."
+    given = dict(images=images, plan=plan, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, negative_labels=negative,
+        condition=condition, num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, strength=edit)
+    _generate(generator, out, like, preset, {k: v for k,v in given.items() if v is not None}, (classifier, min_fidelity, drop_copies), half, seed)
+
+# %% ../nbs/05_cli.ipynb #fb1a48f4
+def _generate(generator, out, like, preset, given, judged, half, seed):
+    "What `generate` does with its options"
     import torch
     from protloc.core import read_config
     from protloc.data.store import ImageStore
-    from protloc.diffusion.edit import edit as edit_images
+    from protloc.diffusion.edit import edit
     from protloc.diffusion.generate import GenerateConfig, generate, plan_labels
     from protloc.diffusion.train import open_pipeline
-    config = read_config(GenerateConfig, dict(images=images, plan=plan or 'match', guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, guidance_interval=guidance_interval,
-        negative_labels=negative or (), condition=condition, num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, **({} if edit is None else dict(strength=edit))), 'generate')
+    from protloc.study.arms import read_preset
+    preset_values = read_preset(preset).get('generate') or {} if preset else {}
+    config = read_config(GenerateConfig, {**preset_values, **given}, 'generate')
     real,pipe = ImageStore(like),open_pipeline(generator)
     if list(real.vocab) != pipe.config.classes: raise InputError(f'{like} and {generator} have different classes')
     if half: pipe.to(torch.bfloat16)
-    judge = _judge(pipe, real, classifier, min_fidelity, drop_copies)
-    labels = plan_labels(config.plan, real.labels[real.rows('train')], real.vocab, images, seed) if plan or edit is None else None
-    print(generate(pipe, out, labels, config, seed, judge) if edit is None else edit_images(pipe, out, real, config, seed, labels, judge))
+    edits,judge = 'strength' in given,_judge(pipe, real, *judged)
+    labels = None if edits and 'plan' not in given else plan_labels(config.plan, real.labels[real.rows('train')], real.vocab, config.images, seed)
+    print(edit(pipe, out, real, config, seed, labels, judge) if edits else generate(pipe, out, labels, config, seed, judge))
 
 # %% ../nbs/05_cli.ipynb #94a138ba
 @app.command('train-classifier')
@@ -326,6 +335,7 @@ def thresholds(
     tta:Tta=False,
 ):
     "Choose a threshold for each class on a part of a store."
+    if (also or tta) and not out: raise InputError('these thresholds are not those of one classifier alone: name a file for them with --out')
     from protloc.classify.predict import check_input, choose_thresholds, load_classifiers, probabilities
     from protloc.data.store import ImageStore
     (models,card),images = load_classifiers([classifier, *(also or [])]),ImageStore(store)
@@ -347,8 +357,9 @@ def predict(
     skip_bad:Annotated[bool, typer.Option('--skip-bad', help='Leave out fields that cannot be used; they are listed in OUT.bad.csv either way.')]=False,
 ):
     "Predict the organelles in a folder of images and write the challenge's submission file."
-    from protloc.classify.predict import load_classifiers, predict_folder, read_thresholds, submission, write_probabilities
+    from protloc.classify.predict import check_table, load_classifiers, predict_folder, read_thresholds, submission, write_probabilities
     from protloc.core import write_text
+    if probabilities: check_table(probabilities)
     models,card = load_classifiers([classifier, *(also or [])])
     limits = read_thresholds(threshold, card['classes'])
     found = predict_folder(models, card, folder, bad_list=f'{out}.bad.csv', skip_bad=skip_bad, tta=tta)

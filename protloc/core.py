@@ -73,7 +73,7 @@ def read_yaml(
     "A YAML mapping; raises `InputError` where it is missing or malformed"
     if not Path(path).is_file(): raise InputError(f'there is no file {path}')
     try: values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except yaml.YAMLError as e: raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict): raise InputError(f'{path} must hold `name: value` lines')
     return values
 

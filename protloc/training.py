@@ -60,6 +60,8 @@ class LoopConfig(Config):
     def _one_average(self):
         kinds = [k for k in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, k) is not None]
         if len(kinds) > 1: raise InputError(f"{' and '.join(kinds)} are {len(kinds)} kinds of averages: set one of them")
+        if self.schedule == 'plateau' and self.plateau_mode == 'max' and self.patience and self.patience <= self.plateau_patience:
+            raise InputError(f'training stops after {self.patience} validations without a better score, before the plateau of {self.plateau_patience} lowers the rate: make plateau_patience smaller than patience')
         return self
 
 RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep', 'trackers'} # settings that may change when a run is continued

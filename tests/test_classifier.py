@@ -53,6 +53,9 @@ def test_every_strategy_trains_and_opens(stores, teacher, tmp_path, name, aux_bn
     if aux_bn and name in ('real', 'synthetic', 'duplicate_real'):
         with pytest.raises(InputError, match='aux_bn'): train_classifier(real, tmp_path/'run', config(), name, synthetic, aux_bn=True)
         return
+    if name in ('real', 'duplicate_real'):
+        with pytest.raises(InputError, match='uses no synthetic images'): train_classifier(real, tmp_path/'run', config(), name, synthetic)
+        synthetic = None
     how = dict(OPTIONS.get(name, {}), **dict(aux_bn=True) if aux_bn else {}, **dict(teacher=teacher) if STRATEGIES[name].teacher else {})
     model = train_classifier(real, tmp_path/'run', config(), name, synthetic, **how)
     said = probabilities(model, real, real.rows('val'))
@@ -175,7 +178,6 @@ def test_bad_input_is_told_before_anything_is_written(stores, teacher, tmp_path)
     refused('needs a teacher', real, run, config(), 'soft_labels', synthetic)
     refused('takes no teacher', real, run, config(), 'concat', synthetic, teacher=teacher)
     refused('too deep for images of 16 px', store(tmp_path/'deep', [[1, 0, 0]]*8), run, ClassifierConfig(backbone='densenet121'))
-    refused('use the head cosine', real, run, config(criterion='arcface'))
     refused("there are no weights 'imagenett'", real, run, config(weights='imagenett'))
 
 
@@ -196,7 +198,7 @@ def test_classes_and_channels_without_anything_to_learn_are_named(tmp_path):
 
 
 @pytest.mark.parametrize('values,sentence', [(dict(backbone='resnet11'), "did you mean 'resnet1"), (dict(pooling='mean'), 'there is no pooling'), (dict(head='cosin'), "did you mean 'cosine'"),
-    (dict(criterion='bce', criterion_options=dict(gama=2)), 'does not take gama'), (dict(sampler='rare'), "'sampler' is wrong"), (dict(loop=dict(schedule='plato')), "'loop.schedule' is wrong")])
+    (dict(criterion='bce', criterion_options=dict(gama=2)), 'does not take gama'), (dict(criterion='arcface'), 'use the head cosine'), (dict(sampler='rare'), "'sampler' is wrong"), (dict(loop=dict(schedule='plato')), "'loop.schedule' is wrong")])
 def test_settings_are_validated(values, sentence):
     with pytest.raises(InputError, match=sentence): read_config(ClassifierConfig, values)
 

@@ -30,10 +30,14 @@ def test_a_preset_and_its_arm(protloc, cells, tmp_path):
 
 @pytest.mark.parametrize('words,said', [
     (('--strategy', 'mixloss'), "did you mean 'mix_loss'?"), (('--strategy', 'soft_labels'), 'needs a teacher'),
-    (('--option', 'gamma=2'), "there is no setting 'gamma'"), (('--strategy', 'concat', '--ratio', '0'), 'must be above 0'),
+    (('--strategy', 'concat', '--option', 'gamma=2'), "there is no setting 'gamma'"), (('--strategy', 'concat', '--option', 'name=1'), "there is no setting 'name'"),
+    (('--strategy', 'concat', '--option', 'align=['), 'is not a value in YAML'), (('--set', 'backbone.x=1'), 'has no parts'), ((), 'leave out --synthetic'),
+    (('--strategy', 'concat', '--set', 'criterion=arcface'), 'use the head cosine'), (('--strategy', 'concat', '--set', 'loop={schedule: plateau, patience: 3}'), 'make plateau_patience smaller'),
+    (('--strategy', 'pretrain_finetune', '--set', 'loop={steps: 4, patience: 2}'), 'leave out patience'), (('--strategy', 'concat', '--set', 'criterion_options.name=x'), 'does not take name'),
+ (('--strategy', 'concat', '--ratio', '0'), 'must be above 0'),
     (('--strategy', 'mix_representation', '--set', 'criterion=arcface', '--set', 'head=cosine'), 'defined for labels of 0 and 1 only'),
-    (('--set', 'backbone=resnet81'), "did you mean 'resnet18'?"), (('--set', 'backbone=vit_b_16', '--set', 'pooling=max'), 'vit_b_16'),
-    (('--set', 'weights=nowhere.pth'), 'nowhere.pth'), (('--preset', 'paper/generator_original'), 'has no classifier')])
+    (('--set', 'backbone=resnet81'), "did you mean 'resnet18'?"), (('--strategy', 'concat', '--set', 'backbone=vit_b_16', '--set', 'pooling=max'), 'vit_b_16'),
+    (('--strategy', 'concat', '--set', 'weights=nowhere.pth'), 'nowhere.pth'), (('--preset', 'paper/generator_original'), 'has no classifier')])
 def test_mistakes(protloc, cells, tmp_path, words, said):
     code, _, err = protloc('train-classifier', cells[0], tmp_path/'model', '--synthetic', cells[1], *QUICK, *words)
     assert code == 2 and said in err and err.count('\n') == 1 and not (tmp_path/'model').exists()
@@ -43,10 +47,12 @@ def test_from_training_to_one_file(protloc, cells, tmp_path):
     "Two seeds, averaged; thresholds; scores with them; one of the two exported with its thresholds inside"
     for seed in (0, 1): assert protloc('train-classifier', cells[0], tmp_path/f'{seed}', *QUICK, '--seed', seed)[0] == 0
     both = ('--also', tmp_path/'1', '--tta')
-    code, out, err = protloc('thresholds', tmp_path/'0', cells[0], *both, '--rule', 'prevalence')
-    assert code == 0 and str(tmp_path/'0'/'thresholds.json') in out, err
+    code, out, err = protloc('thresholds', tmp_path/'0', cells[0], *both)
+    assert code == 2 and 'name a file for them with --out' in err
+    assert protloc('thresholds', tmp_path/'0', cells[0], *both, '--rule', 'prevalence', '--out', tmp_path/'both.csv')[0] == 0
+    told = [protloc('evaluate', tmp_path/'0', cells[0], *both, '--threshold', t)[1] for t in ('0.5', tmp_path/'both.csv')]
+    assert protloc('thresholds', tmp_path/'0', cells[0])[0] == 0
     limits = json.loads((tmp_path/'0'/'thresholds.json').read_text())
-    told = [protloc('evaluate', tmp_path/'0', cells[0], *both, '--threshold', t)[1] for t in ('0.5', tmp_path/'0'/'thresholds.json')]
     assert 'macro_f1' in told[0] and told[0] != told[1]
     assert protloc('export', tmp_path/'0', tmp_path/'model.onnx')[0] == 0
     predict, card = open_exported(tmp_path/'model.onnx')
@@ -70,6 +76,31 @@ def test_parquet_and_folders(protloc, challenge, tmp_path):
     code, _, err = protloc('predict', tmp_path/'model', challenge, tmp_path/'said.csv', '--tta', '--probabilities', tmp_path/'p.parquet')
     assert code == 0, err
     assert pd.read_parquet(tmp_path/'p.parquet').shape == (8, 28) and len(pd.read_csv(tmp_path/'said.csv')) == 8
+
+
+@pytest.mark.parametrize('content,said', [('backbone: resnet18', 'put its settings under `classifier:`'), ('classifier: {}\narms: 3', 'must be a list'),
+    ('classifier:\narms: [{strategy: mix_loss}]', "'name'"), ('classifier: [', 'not valid YAML')])
+def test_slips_in_ones_own_preset(protloc, cells, tmp_path, content, said):
+    (tmp_path/'mine.yaml').write_text(content)
+    code, _, err = protloc('train-classifier', cells[0], tmp_path/'model', '--preset', tmp_path/'mine.yaml', '--set', 'loop.steps=2')
+    assert code == 2 and said in err and err.count('\n') == 1, err
+
+
+def test_a_folder_where_a_file_is_wanted(protloc, cells, tmp_path):
+    assert protloc('train-classifier', cells[0], tmp_path/'model', *QUICK)[0] == 0
+    for words in (('export', tmp_path/'model', tmp_path, '--kind', 'torchscript'), ('evaluate', tmp_path/'model', cells[0], '--threshold', tmp_path), ('thresholds', tmp_path/'model', cells[0], '--out', tmp_path/'t.txt')):
+        code, _, err = protloc(*words)
+        assert code == 2 and err.splitlines()[-1].startswith('protloc: ') and 'Traceback' not in err, err
+
+
+def test_the_papers_generator_is_drawn_from_as_its_preset_says(protloc, cells, tmp_path):
+    assert protloc('train-generator', cells[0], tmp_path/'generator', '--preset', 'paper/generator_simplified', '--set', 'loop.steps=2')[0] == 0
+    draw = ('generate', tmp_path/'generator', tmp_path/'drawn', '--like', cells[0], '--preset', 'paper/generator_simplified', '--images', 7, '--steps', 3)
+    assert protloc(*draw)[0] == 0
+    store = ImageStore(tmp_path/'drawn')
+    made = store.manifest['made']
+    assert (made['scheduler'], made['guidance_scale'], made['num_inference_steps'], made['plan']) == ('ddpm', 1, 3, 'single')
+    assert (store.labels.sum(1) == 1).all() and store.labels.sum(0).tolist() == [3, 2, 2]
 
 
 def test_presets_are_a_table(protloc):

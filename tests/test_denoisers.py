@@ -315,6 +315,9 @@ def test_a_condition_is_drawn_and_noted(apart, tmp_path):
     each = draw(lines[:2])
     assert (draw(lines[0])[0]-each[0]).abs().max() < 1e-4 < (draw(lines[1])[0]-each[0]).abs().max()
     assert (draw(None)-each).abs().max() > 1e-4
+    from protloc.diffusion.pipeline import _told
+    told = _told(pipe, np.zeros((len(lines), 3), np.float32), lines)
+    assert lines != sorted(lines, key=int) and torch.equal(told[:, 3:], torch.eye(len(lines)))
     store = generate(pipe, tmp_path/'store', np.eye(3, dtype=np.float32), GenerateConfig(num_inference_steps=2, condition=lines[0]))
     assert set(store.table.cell_line.astype(str)) == {lines[0]} and store.manifest['made']['condition'] == lines[0]
     for wrong, said in ((lines[:3], '3 conditions for 2 images'), ('nowhere', 'nowhere')):

@@ -137,6 +137,7 @@ class Criterion:
 def criterion(
     name:str, # in `CRITERIA`
     labels=None, # (N, K) of the training images, an array or a tensor, for pos_weight: balanced
+    /,
     **options, # of that loss, e.g. gamma
 )->Criterion: # criterion(logits, targets) -> (N,)
     "A loss by name; raises `InputError` for an unknown one or options that it does not take"

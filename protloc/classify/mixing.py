@@ -182,7 +182,7 @@ class MixRepresentation(Paired):
 
 # %% ../../nbs/classify/02_mixing.ipynb #96c44715
 class InputMixup(Paired):
-    "Train on lambda * real + (1 - lambda) * synthetic, labels likewise, lambda an image (Zhang et al. 2018)"
+    "Train on lambda * real + (1 - lambda) * synthetic, labels likewise (Zhang et al. 2018); with aux_bn on the real images too"
     soft,apart = True,False
     def mix(self,
         real:tuple[Tensor,Tensor], # images (N, C, H, W), labels (N, K)
@@ -264,6 +264,7 @@ STRATEGIES = {'real': Real, 'synthetic': Synthetic, 'concat': Concat, 'mix_loss'
 
 def strategy(
     name:str, # a name in `STRATEGIES`
+    /,
     **options, # of that strategy, e.g. alpha
 )->Strategy:
     "A strategy by name; raises `InputError` for an unknown one, and for options that it does not have"

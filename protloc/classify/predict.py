@@ -24,7 +24,8 @@ from ..training import load_weights, save_weights, this_process
 # %% auto #0
 __all__ = ['RULES', 'EXPORTS', 'walk', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'load_classifiers',
            'check_input', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds',
-           'predict_folder', 'submission', 'write_probabilities', 'Predictor', 'open_exported', 'export_classifier']
+           'predict_folder', 'submission', 'check_table', 'write_probabilities', 'Predictor', 'open_exported',
+           'export_classifier']
 
 # %% ../../nbs/classify/03_predict.ipynb #7b573045
 def _read_ahead(batches, device):
@@ -169,6 +170,7 @@ def choose_thresholds(
     rule:str='f1', # 'f1', or 'prevalence' for that of the labels
 )->pd.Series: # index class
     "Choose a threshold for each class and write them; raises `InputError` for an unknown rule"
+    if Path(path).suffix not in ('.json', '.csv'): raise InputError(f'thresholds are written as .json or .csv, not as {path}')
     found = pd.Series(lookup('rule for thresholds', rule, RULES)(p, labels), pd.Index(classes, name='class'), name='threshold')
     with atomic_path(path) as partial:
         if Path(path).suffix == '.csv': found.to_csv(partial)
@@ -179,7 +181,7 @@ def choose_thresholds(
 def _read_table(path):
     "Class -> threshold from a file; raises `InputError` where it holds something else"
     try: return {str(k): float(v) for k,v in (json.loads(path.read_text()) if path.suffix == '.json' else pd.read_csv(path).set_index('class').threshold).items()}
-    except FileNotFoundError: raise InputError(f'there is no file {path}: give a number from 0 to 1, or a file of `choose_thresholds`') from None
+    except (FileNotFoundError, IsADirectoryError): raise InputError(f'there is no file {path}: give a number from 0 to 1, or a file of `choose_thresholds`') from None
     except (ValueError, KeyError, AttributeError, TypeError): raise InputError(f'{path} is not a table of thresholds: it must be JSON {{"class": number}} or CSV with the columns class,threshold') from None
 
 def read_thresholds(
@@ -224,13 +226,19 @@ def submission(
     return pd.DataFrame(dict(Id=found.index, Predicted=[vocab.decode(row) for row in said]))
 
 # %% ../../nbs/classify/03_predict.ipynb #6b493646
+def check_table(
+    path:str|Path, # a .csv or .parquet file
+):
+    "Raise `InputError` where a table of this kind cannot be written"
+    if Path(path).suffix == '.parquet' and not importlib.util.find_spec('pyarrow'): raise InputError(f'{path}: Parquet needs pyarrow: run `pip install pyarrow`, or write a .csv file')
+
 def write_probabilities(
     found:pd.DataFrame, # index Id, a column a class
     path:str|Path, # a .csv or .parquet file
 ):
     "Write a table of probabilities; raises `InputError` where pyarrow is missing"
     path = Path(path)
-    if path.suffix == '.parquet' and not importlib.util.find_spec('pyarrow'): raise InputError(f'{path}: Parquet needs pyarrow: run `pip install pyarrow`, or write a .csv file')
+    check_table(path)
     with atomic_path(path) as partial:
         if path.suffix == '.parquet': found.astype(np.float32).to_parquet(partial, engine='pyarrow')
         else: found.to_csv(partial, float_format='%.6f')

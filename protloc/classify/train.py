@@ -21,7 +21,7 @@ from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_proc
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'ClassifierConfig', 'check_partners', 'second_store', 'sources', 'check_labels', 'teacher_labels',
-           'build_classifier', 'criterion_for', 'train_classifier']
+           'build_classifier', 'check_strategy', 'train_classifier']
 
 # %% ../../nbs/classify/04_train.ipynb #5878f8f8
 SAMPLERS = {'uniform': 0, 'balanced': 1, 'tail': .5} # name -> exponent of `balance_weights`
@@ -41,9 +41,13 @@ class ClassifierConfig(Config):
     @pydantic.model_validator(mode='after')
     def _known(self):
         lookup_backbone(self.backbone); lookup('pooling', self.pooling, POOLINGS); lookup('head', self.head, HEADS)
-        some = np.eye(2, dtype=np.float32) if self.criterion_options.get('pos_weight') == 'balanced' else None
-        criterion(self.criterion, some, **self.criterion_options)
+        check_head(self.loss(), HEADS[self.head](2, 2))
         return self
+    def loss(self,
+        labels=np.eye(2, dtype=np.float32), # (N, K) of the training images; any will do to see whether the options fit
+    ): # criterion(logits, targets) -> (N,)
+        "The criterion with its options"
+        return criterion(self.criterion, labels if self.criterion_options.get('pos_weight') == 'balanced' else None, **self.criterion_options)
 
 # %% ../../nbs/classify/04_train.ipynb #6cefc388
 def check_partners(
@@ -53,6 +57,7 @@ def check_partners(
 ):
     "Raise `InputError` where some images would be left without a partner"
     lookup('kind of partner', partners, dict(zip(KINDS, KINDS)))
+    if partners != 'any' and 'synthetic' not in s.uses: raise InputError(f"the strategy '{type(s).__name__}' has no partners: leave out partners")
     if ratio <= 0: raise InputError(f'the ratio of synthetic to real images must be above 0, not {ratio}')
     if ratio != 1 and (s.pairs or partners != 'any'): raise InputError(f"a ratio of {ratio} leaves images without a partner: use 1, or partners 'any' and a strategy that does not mix them one to one")
 
@@ -63,6 +68,7 @@ def second_store(
     synthetic:ImageStore|None,
 )->ImageStore|None: # the store of its second batch, None where it has none
     "Where the second batch comes from; raises `InputError` where synthetic images are missing or of another kind"
+    if synthetic and ('synthetic' not in s.uses or s.extra == 'real'): raise InputError(f"the strategy '{type(s).__name__}' uses no synthetic images: leave out --synthetic, or choose another strategy")
     if 'synthetic' not in s.uses: return None
     if s.extra == 'real': return real
     if synthetic is None: raise InputError(f"the strategy '{type(s).__name__}' needs synthetic images: name a store with --synthetic")
@@ -138,15 +144,13 @@ def build_classifier(
     if flat: warnings.warn(f"the channel {', '.join(flat)} is constant in the training images of {real.path}")
     return with_aux_bn(model) if s.aux_bn else model
 
-def criterion_for(
+def check_strategy(
     c:ClassifierConfig,
-    s:Strategy, # says whether it makes soft targets
-    labels, # (N, K) of the training images
-): # criterion(logits, targets) -> (N,)
-    "The criterion; raises `InputError` where it is not defined for the strategy's targets"
-    found = criterion(c.criterion, labels, **c.criterion_options)
-    if s.soft and not found.soft: raise InputError(f"the criterion '{c.criterion}' is defined for labels of 0 and 1 only, and the strategy '{type(s).__name__}' makes soft ones: choose another criterion, e.g. bce, or another strategy")
-    return found
+    s:Strategy,
+):
+    "Raise `InputError` where a strategy cannot be trained with these settings"
+    if c.loop.patience and 'real' not in s.sources_at(0.): raise InputError(f"the strategy '{type(s).__name__}' begins without real images, and patience might stop it there: leave out patience")
+    if s.soft and not c.loss().soft: raise InputError(f"the criterion '{c.criterion}' is defined for labels of 0 and 1 only, and the strategy '{type(s).__name__}' makes soft ones: choose another criterion, e.g. bce, or another strategy")
 
 # %% ../../nbs/classify/04_train.ipynb #cf6657d9
 def _settings(real, synthetic, c, **more):
@@ -171,13 +175,13 @@ def train_classifier(
     "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
     folder,s = Path(folder),strategy(strategy_name, **options)
     if s.teacher != (teacher is not None): raise InputError(f"the strategy '{strategy_name}' {'needs a teacher: name the folder of a classifier trained on real images' if s.teacher else 'takes no teacher: leave it out'}")
-    batches,val,costs = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val'),criterion_for(c, s, real.labels[real.rows('train')])
+    batches,val,costs = sources(s, real, synthetic, c, seed, partners, ratio),real.rows('val'),c.loss(real.labels[real.rows('train')])
+    check_strategy(c, s)
     check_labels(batches, real)
     def hold():
         if this_process().is_main_process: hold_settings(folder, _settings(real, synthetic, c, strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed, teacher=teacher))
     if (folder/'classifier.json').exists(): hold(); return load_classifier(folder)[0]
     model = build_classifier(real, c, s, seed)
-    check_head(costs, model.head)
     if s.teacher: batches.sources['synthetic'].labels = teacher_labels(teacher, synthetic, folder)
     hold()
     def loss(m, batch): return s.loss(m, costs, batch.get('real'), batch.get('synthetic'), batch['progress'])

@@ -55,7 +55,7 @@ def unfold(
 
 # %% ../../nbs/diffusion/00_denoiser.ipynb #6bf47f23
 PRESETS = { # what differs from the defaults of `UNetConfig`
-    'xs': dict(),
+    'xs': dict(widths=(32, 64, 64)),
     's': dict(widths=(96, 192, 192), layers_per_block=2, attention=True, norm_groups=32),
     'm': dict(widths=(128, 256, 256, 256), layers_per_block=2, attention=True, norm_groups=32),
     'l': dict(widths=(192, 384, 384, 576), layers_per_block=3, attention=True, norm_groups=32),

@@ -129,7 +129,9 @@ def _told(pipe, rows, condition):
     "Append the condition to (N, K) rows, on the pipeline's device"
     names = pipe.config.conditions
     if condition is not None and not names: raise InputError('this generator was trained without a condition: leave it out')
-    told = np.zeros((1, len(names)), np.float32) if condition is None else Vocabulary(names).multi_hot(condition)
+    places = {name: i for i,name in enumerate(names)}
+    asked = [condition] if isinstance(condition, str) else condition or ()
+    told = np.eye(len(names), dtype=np.float32)[[lookup('condition', name, places) for name in asked]] if asked else np.zeros((1, len(names)), np.float32)
     if len(told) not in (1, len(rows)): raise InputError(f'{len(told)} conditions for {len(rows)} images: give one an image, or one for all')
     return torch.from_numpy(np.hstack([rows, np.broadcast_to(told, (len(rows), len(names)))])).to(pipe.device)
 

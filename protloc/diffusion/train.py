@@ -25,7 +25,7 @@ __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', '
 # %% ../../nbs/diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
     "Everything that decides what a generator becomes"
-    unet: UNetConfig = UNetConfig(widths=(32, 64, 64)) # size of the denoiser
+    unet: UNetConfig = UNetConfig() # size of the denoiser
     objective: ObjectiveConfig = ObjectiveConfig() # noise schedule, target, weights
     augment: AugmentConfig = AugmentConfig() # of training images
     balance: float = pydantic.Field(0., ge=0) # exponent, how often images with rare classes are shown, see `balance_weights`; 0 = all alike, 1 = every class about equally
@@ -196,7 +196,7 @@ def model_card(
     return _CARD.format(head=yaml.safe_dump(head, sort_keys=False), size=store.size, n_classes=len(store.vocab), channels=', '.join(store.channels),
         conditions=f', of each {c.condition}: '+', '.join(conditions_of(store, c.condition)) if c.condition else '', version=versions()['protloc'], images=len(labels), hashes=', '.join(f'`{k}` {v}' for k,v in hashes.items()),
         counts=_rows(dict(zip(store.vocab, labels.sum(0).astype(int)))), steps=log[-1]['step'], batch_size=c.loop.batch_size, seed=seed,
-        ema=c.loop.ema_decay or c.loop.ema_length or 'none', preset=c.unet.preset, widths=', '.join(map(str, c.unet.widths)), parameters=sum(p.numel() for p in denoiser.parameters()),
+        ema=next((f'{k} {v}' for k in ('ema_decay', 'ema_length', 'swa_start') if (v := getattr(c.loop, k)) is not None), 'none'), preset=c.unet.preset, widths=', '.join(map(str, c.unet.widths)), parameters=sum(p.numel() for p in denoiser.parameters()),
         target=o.prediction_type, schedule=o.beta_schedule, T=o.num_train_timesteps, weighting=o.weighting, signal=o.signal,
         metrics=_rows(log[-1]), example=list(store.vocab)[0])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 import pydantic, yaml
 from ..classify.mixing import STRATEGIES, strategy
-from ..classify.train import ClassifierConfig, check_partners
+from ..classify.backbone import check_size
+from ..classify.train import ClassifierConfig, check_partners, check_strategy
 from ..core import Config, InputError, lookup, read_config, read_yaml
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
@@ -90,6 +91,11 @@ class StudyConfig(Config):
         if len(names) < 2: raise InputError("a study needs at least one arm besides 'real'")
         if len(set(names)) < len(names): raise InputError(f"two arms have the same name: {', '.join(names)}")
         return arms
+    @pydantic.model_validator(mode='after')
+    def _trainable(self):
+        for a in self.arms: check_strategy(self.classifier, strategy(a.kind, **a.options))
+        if not self.data.folder and self.data.simulate: check_size(self.classifier.backbone, self.data.simulate.size)
+        return self
 
 # %% ../../nbs/study/00_arms.ipynb #32d7fdb8
 def _yaml_files(folder, above=''):
@@ -121,11 +127,15 @@ def with_overrides(
     overrides:list[str], # 'a.b=value', the value in YAML
 )->dict: # a changed copy
     "Apply `a.b=value`; raises `InputError` where the form is wrong"
+    if not isinstance(values, dict): raise InputError(f"'{overrides[0]}' sets a part of '{values}', which has no parts")
+    def value_of(text):
+        try: return yaml.safe_load(text)
+        except yaml.YAMLError: raise InputError(f"'{text}' is not a value in YAML: quote it, or close its brackets") from None
     for text in overrides:
         key,sep,value = text.partition('=')
         if not sep or not key: raise InputError(f"'{text}' is not of the form name.of.setting=value")
         first,_,rest = key.partition('.')
-        values = {**values, first: with_overrides(values.get(first) or {}, [f'{rest}={value}']) if rest else yaml.safe_load(value)}
+        values = {**values, first: with_overrides(values.get(first) or {}, [f'{rest}={value}']) if rest else value_of(value)}
     return values
 
 def study_config(
@@ -134,8 +144,9 @@ def study_config(
     overrides:list[str]=(), # 'a.b=value'
 )->StudyConfig:
     "The validated settings of a study; raises `InputError` for the first mistake"
-    values = with_overrides(read_preset(preset), overrides)
-    if (told := commands_of(values)) and 'run' not in told: raise InputError(f"the preset '{preset}' is no whole study: use it with `protloc {told[0]} --preset {preset}`")
+    values = read_preset(preset)
+    if 'data' not in values and not data and (told := commands_of(values)) and 'run' not in told: raise InputError(f"the preset '{preset}' is no whole study: use it with `protloc {told[0]} --preset {preset}`")
+    values = with_overrides(values, overrides)
     if data: values = {**values, 'data': {**values.get('data', {}), 'folder': str(Path(data).resolve())}}
     return read_config(StudyConfig, values, f"preset '{preset}'")
 
@@ -148,16 +159,18 @@ def part_config(
     overrides:list[str]=(), # 'a.b=value', within the part
 )->GeneratorConfig|ClassifierConfig:
     "The validated settings of one part; raises `InputError` for a preset that has none, or for the first mistake"
-    values = read_preset(preset) if preset else {part: {}}
-    if part not in values: raise InputError(f"the preset '{preset}' has no {part}: use it with `protloc {commands_of(values)[0]}`")
-    return read_config(PARTS[part], with_overrides(values[part], overrides), f"preset '{preset}'" if preset else '--set')
+    values = read_preset(preset) if preset else {part: dict(loop=PARTS[part]().loop.model_dump(mode='json', exclude_unset=True))}
+    if part not in values: raise InputError(f"the preset '{preset}' has no {part}: {f'use it with `protloc {commands_of(values)[0]}`' if commands_of(values) else f'put its settings under `{part}:`'}")
+    return read_config(PARTS[part], with_overrides(values[part] or {}, overrides), f"preset '{preset}'" if preset else '--set')
 
 def arm_of(
     preset:str='', # a preset or a YAML file
     name:str='', # of the arm, or of a strategy where the preset has no such arm; the preset's only one, or 'real', unless given
 )->ArmConfig:
     "The arm that a single classifier is trained in; raises `InputError` where it is not clear"
-    given = [a if isinstance(a, dict) else dict(name=a) for a in read_preset(preset).get('arms', ())] if preset else []
-    if not name and len(given) > 1: raise InputError(f"the preset '{preset}' has the arms {', '.join(a['name'] for a in given)}: choose one with --strategy")
-    chosen = [a for a in given if a['name'] == name or not name]
+    arms = (read_preset(preset).get('arms') or []) if preset else []
+    if not isinstance(arms, list): raise InputError(f"the arms of the preset '{preset}' must be a list, not '{arms}'")
+    given = [a if isinstance(a, dict) else dict(name=a) for a in arms]
+    if not name and len(given) > 1: raise InputError(f"the preset '{preset}' has the arms {', '.join(str(a.get('name')) for a in given)}: choose one with --strategy")
+    chosen = [a for a in given if a.get('name') == name or not name]
     return read_config(ArmConfig, chosen[0] if chosen else dict(name=name or 'real'), 'arm')
