@@ -46,7 +46,7 @@ def test_presets_grow_and_xs_is_the_default():
         with torch.device('meta'): return sum(p.numel() for p in build_denoiser(4, 28, 64, UNetConfig(preset=name)).parameters())
     assert sorted('lsmx', key=lambda n: parameters(n.replace('x', 'xs'))) == ['x', 's', 'm', 'l']
     assert UNetConfig() == UNetConfig(preset='xs') and UNetConfig().model_dump(exclude={'preset'}) == dict(
-        widths=(64, 128), layers_per_block=1, patch_size=2, attention=False, norm_groups=8)
+        widths=(32, 64, 64), layers_per_block=1, patch_size=2, attention=False, norm_groups=8)
 
 
 def test_overrides_win_over_the_preset_and_survive_a_file():
@@ -372,7 +372,7 @@ def test_settings_that_cannot_be(values, said):
     assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('preset,size,said', [('xs', 30, 'use a multiple of 4'), ('l', 24, 'use a multiple of 16'), ('paper_original', 30, 'use a multiple of 4')])
+@pytest.mark.parametrize('preset,size,said', [('xs', 30, 'use a multiple of 8'), ('l', 24, 'use a multiple of 16'), ('paper_original', 30, 'use a multiple of 4')])
 def test_images_that_cannot_be_halved(preset, size, said):
     with pytest.raises(InputError, match=said), torch.device('meta'): build_denoiser(4, 3, size, UNetConfig(preset=preset))
 

@@ -55,7 +55,7 @@ def unfold(
 
 # %% ../../nbs/diffusion/00_denoiser.ipynb #6bf47f23
 PRESETS = { # what differs from the defaults of `UNetConfig`
-    'xs': dict(widths=(32, 64, 64)),
+    'xs': dict(),
     's': dict(widths=(96, 192, 192), layers_per_block=2, attention=True, norm_groups=32),
     'm': dict(widths=(128, 256, 256, 256), layers_per_block=2, attention=True, norm_groups=32),
     'l': dict(widths=(192, 384, 384, 576), layers_per_block=3, attention=True, norm_groups=32),
@@ -66,7 +66,7 @@ PRESETS = { # what differs from the defaults of `UNetConfig`
 class UNetConfig(Config):
     "The size of a denoiser: one of `PRESETS`, and what is to differ from it"
     preset: str = 'xs' # a name from `PRESETS`
-    widths: tuple[int, ...] = (64, 128) # channels at each resolution, each half of the one before
+    widths: tuple[int, ...] = (32, 64, 64) # channels at each resolution, each half of the one before
     layers_per_block: int = pydantic.Field(1, ge=1) # residual blocks a resolution
     patch_size: int = pydantic.Field(2, ge=1) # pixels folded into channels before the first convolution
     attention: bool = False # self-attention at the lowest resolution
