@@ -43,7 +43,7 @@ def test_arms_see_the_same_real_images_for_the_same_number_of_steps(finished):
     from protloc.training import LoopConfig
     real, synthetic = ImageStore(finished/'real'), ImageStore(finished/'synthetic')
     c = ClassifierConfig(loop=LoopConfig(batch_size=16), augment=dict(crop_scale=(.8, 1), jitter=.2))
-    alone, both = (sources(strategy(name), real, synthetic, c, seed=3) for name in ('real', 'concat'))
+    alone, both = (sources(strategy(name), real, other, c, seed=3) for name, other in (('real', None), ('concat', synthetic)))
     for step in (0, 7, 40):
         assert (alone.augmented(alone[step], step)['real'][0] == both.augmented(both[step], step)['real'][0]).all()
         assert (alone[step]['real'][0] == both[step]['real'][0]).all() and (alone[step]['real'][1] == both[step]['real'][1]).all()
