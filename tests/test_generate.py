@@ -178,10 +178,11 @@ def test_plans():
     sets, real = {r.tobytes() for r in labels}, labels.sum(0)
     for name in PLANS:
         plan = plan_labels(name, labels, None, 120, 7)
-        assert np.array_equal(plan, plan_labels(name, labels, None, 120, 7)) and not np.array_equal(plan, plan_labels(name, labels, None, 120, 8))
+        assert np.array_equal(plan, plan_labels(name, labels, None, 120, 7)) and np.array_equal(plan, plan_labels(name, labels, None, 120, 8)) == (name == 'single')
         assert plan[:, 5].sum() == 0 and plan.dtype == np.float32
-        if name != 'novel': assert {r.tobytes() for r in plan} <= sets
+        if name not in ('novel', 'single'): assert {r.tobytes() for r in plan} <= sets
     assert np.array_equal(match_plan(labels, 300).sum(0), real)
+    assert plan_labels('single', labels, None, 120).sum(0).tolist() == [24]*5+[0]
     balanced = plan_labels('balance', labels, None, 120)
     assert len(balanced) == 120 and np.ptp(balanced.sum(0)[:5]) <= .1*balanced.sum(0).max()
     filled = plan_labels('fill_tail', labels, None, 100)

@@ -19,7 +19,7 @@ from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'read_plan', 'single_plan', 'plan_labels',
+__all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan', 'plan_labels',
            'GenerateConfig', 'check_kind', 'generator_hash', 'draw_block', 'block_path', 'generate']
 
 # %% ../../nbs/diffusion/04_generate.ipynb #2f4c5fd4
@@ -91,6 +91,16 @@ def novel_plan(
         while not row.any() or row.tobytes() in seen: row[:] = 0; row[rng.choice(classes, size, replace=False)] = 1
     return plan
 
+# %% ../../nbs/diffusion/04_generate.ipynb #9b2bae3b
+def single_plan(
+    labels:np.ndarray, # (N, K) multi-hot, of the training images
+    n:int, # synthetic images wanted
+    seed:int=0, # unused
+)->np.ndarray: # (n, K) one-hot
+    "Each class that occurs alone, all as often (Lin and Cao 2025)"
+    classes = np.flatnonzero(labels.any(0))
+    return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n)%len(classes)]]
+
 # %% ../../nbs/diffusion/04_generate.ipynb #49c5f7d0
 def read_plan(
     path:str|Path, # a CSV file
@@ -110,15 +120,6 @@ def read_plan(
     return np.repeat(np.stack([row(i, r) for i,r in enumerate(table.to_dict('records'))]), times.astype(int), axis=0)
 
 # %% ../../nbs/diffusion/04_generate.ipynb #5a09f86b
-def single_plan(
-    labels:np.ndarray, # (N, K) multi-hot, of the training images
-    n:int, # synthetic images wanted
-    seed:int=0, # unused
-)->np.ndarray: # (n, K) one-hot
-    "Each class that occurs alone, all as often (Lin and Cao 2025)"
-    classes = np.flatnonzero(labels.any(0))
-    return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n)%len(classes)]]
-
 PLANS = dict(match=match_plan, balance=balance_plan, fill_tail=fill_tail_plan, novel=novel_plan, single=single_plan)
 
 def plan_labels(
