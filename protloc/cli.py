@@ -253,7 +253,7 @@ def generate(
         condition=condition, num_inference_steps=steps, scheduler=scheduler, best_of=best_of, batch_size=batch_size, strength=edit)
     _generate(generator, out, like, preset, {k: v for k,v in given.items() if v is not None}, (classifier, min_fidelity, drop_copies), half, seed)
 
-# %% ../nbs/05_cli.ipynb #fb1a48f4
+# %% ../nbs/05_cli.ipynb #db810073
 def _generate(generator, out, like, preset, given, judged, half, seed):
     "What `generate` does with its options"
     import torch
@@ -263,8 +263,8 @@ def _generate(generator, out, like, preset, given, judged, half, seed):
     from protloc.diffusion.generate import GenerateConfig, generate, plan_labels
     from protloc.diffusion.train import open_pipeline
     from protloc.study.arms import read_preset
-    preset_values = read_preset(preset).get('generate') or {} if preset else {}
-    config = read_config(GenerateConfig, {**preset_values, **given}, 'generate')
+    held = (read_preset(preset).get('generate') or {}) if preset else {}
+    config = read_config(GenerateConfig, {**held, **given}, 'generate')
     real,pipe = ImageStore(like),open_pipeline(generator)
     if list(real.vocab) != pipe.config.classes: raise InputError(f'{like} and {generator} have different classes')
     if half: pipe.to(torch.bfloat16)

@@ -107,7 +107,7 @@ def test_walk_gives_what_its_function_gives(cells):
     model = classifier().eval()
     def both(images): return (f := model.features(images)), model.head(f).sigmoid()
     features, said = walk(model, cells, cells.rows(), both, batch_size=7)
-    with torch.no_grad(): torch.testing.assert_close(features, model.features(torch.from_numpy(cells.images[:])), rtol=1e-4, atol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(features, model.features(torch.from_numpy(np.array(cells.images))), rtol=1e-4, atol=1e-4)
     assert said.numpy() == pytest.approx(probabilities(model, cells, cells.rows()), abs=1e-5)
 
 

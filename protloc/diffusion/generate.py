@@ -91,13 +91,13 @@ def novel_plan(
         while not row.any() or row.tobytes() in seen: row[:] = 0; row[rng.choice(classes, size, replace=False)] = 1
     return plan
 
-# %% ../../nbs/diffusion/04_generate.ipynb #9b2bae3b
+# %% ../../nbs/diffusion/04_generate.ipynb #ddfa17ac
 def single_plan(
     labels:np.ndarray, # (N, K) multi-hot, of the training images
     n:int, # synthetic images wanted
     seed:int=0, # unused
 )->np.ndarray: # (n, K) one-hot
-    "Each class that occurs alone, all as often (Lin and Cao 2025)"
+    "One class an image, every class that occurs as often as any other (Lin and Cao 2025)"
     classes = np.flatnonzero(labels.any(0))
     return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n)%len(classes)]]
 
