@@ -1,4 +1,5 @@
 from configparser import ConfigParser
+
 import setuptools
 
 config = ConfigParser(delimiters=['='])
@@ -27,7 +28,9 @@ setuptools.setup(
     packages=setuptools.find_packages(include=['protloc', 'protloc.*']),
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={name.removesuffix('_requirements'): cfg[name].split() for name in cfg if name.endswith('_requirements')},
+    extras_require={
+        name.removesuffix('_requirements'): cfg[name].split() for name in cfg if name.endswith('_requirements')
+    },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

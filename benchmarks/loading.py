@@ -8,9 +8,16 @@ ratio .9 to 1.1) and resized, in two loader processes. The store's images were s
 from the memory-mapped array and turned, with and without the same crop. `copy` is the limit: copying as many bytes of
 the same array in order, which is what a gather without any augmentation could reach at best. Real fields are read where
 PROTLOC_HPA names a folder, simulated ones otherwise."""
-import argparse, json, os, tempfile, time
+
+import argparse
+import json
+import os
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -23,10 +30,14 @@ from protloc.labels import HPA, STAINS
 
 class Decoded(torch.utils.data.Dataset):
     "An image: four PNGs, decoded each time"
+
     def __init__(self, fields, size):
         self.fields = fields
-        self.crop = v2.RandomResizedCrop(size, scale=(.8, 1), ratio=(.9, 1.1), antialias=True)
-    def __len__(self): return len(self.fields)
+        self.crop = v2.RandomResizedCrop(size, scale=(0.8, 1), ratio=(0.9, 1.1), antialias=True)
+
+    def __len__(self):
+        return len(self.fields)
+
     def __getitem__(self, i):
         stains = [np.asarray(Image.open(f'{self.fields[i]}_{s}.png')) for s in STAINS]
         image = torch.rot90(torch.from_numpy(np.stack(stains)), int(torch.randint(4, ())), (1, 2))
@@ -36,9 +47,11 @@ class Decoded(torch.utils.data.Dataset):
 def fields_in(folder):
     "Names of some 512 px fields, and their images"
     real = os.environ.get('PROTLOC_HPA')
-    if real: return sorted({str(p)[:-len('_red.png')] for p in (Path(real)/'sample'/'train').glob('*_red.png')})
+    if real:
+        return sorted({str(p)[: -len('_red.png')] for p in (Path(real) / 'sample' / 'train').glob('*_red.png')})
     for i in range(24):
-        for image, stain in zip(simulate_cell([i], index=i, size=512), STAINS): Image.fromarray(image).save(f'{folder}/f{i}_{stain}.png')
+        for image, stain in zip(simulate_cell([i], index=i, size=512), STAINS):
+            Image.fromarray(image).save(f'{folder}/f{i}_{stain}.png')
     return [f'{folder}/f{i}' for i in range(24)]
 
 
@@ -49,12 +62,14 @@ def rate(batches, size, seconds):
     start = time.perf_counter()
     for _ in batches:
         found += size
-        if time.perf_counter()-start > seconds: break
-    return found/(time.perf_counter()-start)
+        if time.perf_counter() - start > seconds:
+            break
+    return found / (time.perf_counter() - start)
 
 
 def finished(batches, steps, workers):
-    for step, batch in zip(steps, loader(batches, steps[0], steps[-1], workers)): yield batches.augmented(batch, step)
+    for step, batch in zip(steps, loader(batches, steps[0], steps[-1], workers)):
+        yield batches.augmented(batch, step)
 
 
 def main():
@@ -66,24 +81,45 @@ def main():
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fields = fields_in(folder)
-        decoded = torch.utils.data.DataLoader(Decoded(fields*1000, a.size), a.batch, shuffle=True, num_workers=2)
-        result = {'pillow, 2 workers': rate(decoded, a.batch, 2*a.seconds)}
-        small = [resize_area(np.stack([np.asarray(Image.open(f'{f}_{s}.png')) for s in STAINS]), a.size) for f in fields]
+        decoded = torch.utils.data.DataLoader(Decoded(fields * 1000, a.size), a.batch, shuffle=True, num_workers=2)
+        result = {'pillow, 2 workers': rate(decoded, a.batch, 2 * a.seconds)}
+        small = [
+            resize_area(np.stack([np.asarray(Image.open(f'{f}_{s}.png')) for s in STAINS]), a.size) for f in fields
+        ]
         with StoreWriter(f'{folder}/store', STAINS, HPA, a.size) as w:
-            for i in range(a.images): w.add(small[i % len(small)], id=f'i{i}', target='0', split='train')
+            for i in range(a.images):
+                w.add(small[i % len(small)], id=f'i{i}', target='0', split='train')
         store = ImageStore(f'{folder}/store')
         rows, steps = store.rows('train'), range(10**6)
         np.array(store.images).sum()
-        for name, augment in (('turned', AugmentConfig()), ('turned and cropped', AugmentConfig(crop_scale=(.8, 1), crop_ratio=(.9, 1.1)))):
+        for name, augment in (
+            ('turned', AugmentConfig()),
+            ('turned and cropped', AugmentConfig(crop_scale=(0.8, 1), crop_ratio=(0.9, 1.1))),
+        ):
             for workers in (0, 2):
                 batches = Batches(store, rows, a.batch, 0, augment)
-                result[f'store, {name}, {workers} workers'] = rate(finished(batches, steps, workers), a.batch, a.seconds)
+                result[f'store, {name}, {workers} workers'] = rate(
+                    finished(batches, steps, workers), a.batch, a.seconds
+                )
         start, out = time.perf_counter(), np.empty((a.batch, *store.images.shape[1:]), np.uint8)
-        for i in range(0, a.images-a.batch, a.batch): np.copyto(out, store.images[i:i+a.batch])
-        result['copy'] = a.images/(time.perf_counter()-start)
+        for i in range(0, a.images - a.batch, a.batch):
+            np.copyto(out, store.images[i : i + a.batch])
+        result['copy'] = a.images / (time.perf_counter() - start)
         base = result['pillow, 2 workers']
         for name, found in result.items():
-            print(json.dumps(dict(benchmark='loading', way=name, size=a.size, batch=a.batch, images_per_second=round(found), ratio=round(found/base, 1), threads=torch.get_num_threads())))
+            print(
+                json.dumps(
+                    dict(
+                        benchmark='loading',
+                        way=name,
+                        size=a.size,
+                        batch=a.batch,
+                        images_per_second=round(found),
+                        ratio=round(found / base, 1),
+                        threads=torch.get_num_threads(),
+                    )
+                )
+            )
 
 
 if __name__ == '__main__':

@@ -6,7 +6,13 @@ Prints JSON. `probabilities` reads a store on disk and gives an array; the bare 
 in the same batches, which are already on the device in the right memory order, and leaves its logits there. Both run in
 eval mode without gradients. They take turns: `ratio` is the median over the rounds, each of which compares two neighbours
 in time. With `--tta` both see each image eight times."""
-import argparse, json, statistics, tempfile, time
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+
 import torch
 
 from protloc.classify.backbone import Classifier
@@ -20,8 +26,9 @@ def rate(work, images, device):
     "Images a second of one call"
     start = time.perf_counter()
     work()
-    if device.type == 'cuda': torch.cuda.synchronize()
-    return images/(time.perf_counter()-start)
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
 
 
 def main():
@@ -36,16 +43,42 @@ def main():
     device = this_process().device
     with tempfile.TemporaryDirectory() as folder:
         store = simulate_store(f'{folder}/store', dict(train=a.images), size=a.size)
-        with seeded(0, 'benchmark'): classifier = Classifier(a.backbone, len(store.channels), len(store.vocab), a.size).to(device, memory_format=torch.channels_last).eval()
-        batches = [images.to(device).contiguous(memory_format=torch.channels_last) for images, _ in in_order(store, store.rows(), a.batch)]
+        with seeded(0, 'benchmark'):
+            classifier = (
+                Classifier(a.backbone, len(store.channels), len(store.vocab), a.size)
+                .to(device, memory_format=torch.channels_last)
+                .eval()
+            )
+        batches = [
+            images.to(device).contiguous(memory_format=torch.channels_last)
+            for images, _ in in_order(store, store.rows(), a.batch)
+        ]
+
         def bare():
-            with torch.no_grad(): return [classifier(view) for images in batches for view in (symmetries(images) if a.tta else [images])]
+            with torch.no_grad():
+                return [classifier(view) for images in batches for view in (symmetries(images) if a.tta else [images])]
+
         ways = dict(bare=bare, probabilities=lambda: probabilities(classifier, store, store.rows(), a.batch, tta=a.tta))
-        for work in ways.values(): work()
+        for work in ways.values():
+            work()
         rounds = [{name: rate(work, a.images, device) for name, work in ways.items()} for _ in range(a.rounds)]
     for name in ways:
-        print(json.dumps(dict(benchmark='predict', way=name, backbone=a.backbone, size=a.size, batch=a.batch, tta=a.tta, images_per_second=round(statistics.median(r[name] for r in rounds), 1),
-            ratio=round(statistics.median(r[name]/r['bare'] for r in rounds), 3), device=device.type, threads=torch.get_num_threads())))
+        print(
+            json.dumps(
+                dict(
+                    benchmark='predict',
+                    way=name,
+                    backbone=a.backbone,
+                    size=a.size,
+                    batch=a.batch,
+                    tta=a.tta,
+                    images_per_second=round(statistics.median(r[name] for r in rounds), 1),
+                    ratio=round(statistics.median(r[name] / r['bare'] for r in rounds), 3),
+                    device=device.type,
+                    threads=torch.get_num_threads(),
+                )
+            )
+        )
 
 
 if __name__ == '__main__':

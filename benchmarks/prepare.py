@@ -6,10 +6,21 @@ Prints JSON. The fields are hard links to a few 512 x 512 fields of four PNGs in
 ones of FOLDER (in the challenge's layout). Decoding is timed before and after, on one core and on all cores at once: where the
 two disagree, other programs were at work. Memory is the largest sum of the proportional set sizes of prepare's processes, read
 once a second, for reading it more often slows them; the rate leaves out the start, which both runs have in common."""
-import argparse, json, os, subprocess, sys, tempfile, threading, time
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
 os.environ['OMP_NUM_THREADS'] = '1'
 from pathlib import Path
-import joblib, psutil
+
+import joblib
+import psutil
 from PIL import Image
 
 from protloc.data.simulate import draw_label_sets, simulate_cell
@@ -20,28 +31,35 @@ DIFFERENT = 20
 
 def pixels(folder, images):
     "A few fields of 512 px; the paths of their stains"
-    if images: return [[p.with_name(p.name.replace('_red', f'_{c}')) for c in STAINS] for p in sorted(Path(images, 'train').glob('*_red.png'))[:DIFFERENT]]
-    for i, labels in enumerate(draw_label_sets(DIFFERENT, temper=.5)):
-        for c, plane in zip(STAINS, simulate_cell(labels, index=i, size=512)): Image.fromarray(plane).save(folder/f'{i}_{c}.png')
-    return [[folder/f'{i}_{c}.png' for c in STAINS] for i in range(DIFFERENT)]
+    if images:
+        return [
+            [p.with_name(p.name.replace('_red', f'_{c}')) for c in STAINS]
+            for p in sorted(Path(images, 'train').glob('*_red.png'))[:DIFFERENT]
+        ]
+    for i, labels in enumerate(draw_label_sets(DIFFERENT, temper=0.5)):
+        for c, plane in zip(STAINS, simulate_cell(labels, index=i, size=512)):
+            Image.fromarray(plane).save(folder / f'{i}_{c}.png')
+    return [[folder / f'{i}_{c}.png' for c in STAINS] for i in range(DIFFERENT)]
 
 
 def link(folder, fields, n):
     "A challenge's folder of n fields"
-    (folder/'train').mkdir(parents=True)
+    (folder / 'train').mkdir(parents=True)
     for i in range(n):
-        for c, path in zip(STAINS, fields[i % len(fields)]): os.link(path, folder/'train'/f'f{i}_{c}.png')
-    (folder/'train.csv').write_text('Id,Target\n' + ''.join(f'f{i},{i % 28}\n' for i in range(n)))
+        for c, path in zip(STAINS, fields[i % len(fields)]):
+            os.link(path, folder / 'train' / f'f{i}_{c}.png')
+    (folder / 'train.csv').write_text('Id,Target\n' + ''.join(f'f{i},{i % 28}\n' for i in range(n)))
 
 
 def decode(fields, seconds=5):
     "Fields decoded per second by Pillow alone on one core"
     start, n = time.perf_counter(), 0
-    while time.perf_counter()-start < seconds:
+    while time.perf_counter() - start < seconds:
         for path in fields[n % len(fields)]:
-            with Image.open(path) as image: image.load()
+            with Image.open(path) as image:
+                image.load()
         n += 1
-    return n/(time.perf_counter()-start)
+    return n / (time.perf_counter() - start)
 
 
 def rates(fields, cores):
@@ -54,13 +72,16 @@ def watched(words):
     process, peak = psutil.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), 0
     said = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
-    start = time.perf_counter(); reader.start()
+    start = time.perf_counter()
+    reader.start()
     while process.poll() is None:
-        try: peak = max(peak, sum(p.memory_full_info().pss for p in [process, *process.children(recursive=True)]))
-        except (psutil.NoSuchProcess, psutil.AccessDenied): pass
+        try:
+            peak = max(peak, sum(p.memory_full_info().pss for p in [process, *process.children(recursive=True)]))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
         time.sleep(1)
     assert process.returncode == 0, said
-    return time.perf_counter()-start, peak/1e6
+    return time.perf_counter() - start, peak / 1e6
 
 
 def main():
@@ -70,7 +91,7 @@ def main():
     parser.add_argument('--tile', type=int)
     parser.add_argument('--images')
     args = parser.parse_args()
-    command = [Path(sys.executable).parent/'protloc', 'prepare']
+    command = [Path(sys.executable).parent / 'protloc', 'prepare']
     options = ['--size', str(args.size), *(['--tile', str(args.tile)] if args.tile else [])]
     with tempfile.TemporaryDirectory(dir=None if not args.images else Path(args.images).parent) as scratch:
         fields, runs = pixels(Path(scratch), args.images), {}
@@ -80,13 +101,29 @@ def main():
             folder = Path(scratch, f'fields{n}')
             link(folder, fields, n)
             runs[n] = watched([*command, folder, Path(scratch, f'store{n}'), *options])
-        one, all_cores = ((a+b)/2 for a, b in zip(before, rates(fields, cores)))
+        one, all_cores = ((a + b) / 2 for a, b in zip(before, rates(fields, cores)))
     (few, t_few), (many, t_many) = min(runs.items()), max(runs.items())
-    steady = (many-few)/(t_many[0]-t_few[0]) if many > few else many/t_many[0]
-    print(json.dumps(dict(benchmark='prepare', size=args.size, tile=args.tile, images='real' if args.images else 'simulated', cores=cores,
-        fields=list(runs), seconds=[round(s, 1) for s, _ in runs.values()], peak_mb=[round(m) for _, m in runs.values()],
-        fields_per_s=round(steady, 1), fields_per_s_with_start=round(many/t_many[0], 1),
-        pillow_one_core=round(one, 1), pillow_all_cores=round(all_cores, 1), ratio_to_cores_times_one=round(steady/(one*cores), 3), ratio_to_all_cores=round(steady/all_cores, 3))))
+    steady = (many - few) / (t_many[0] - t_few[0]) if many > few else many / t_many[0]
+    print(
+        json.dumps(
+            dict(
+                benchmark='prepare',
+                size=args.size,
+                tile=args.tile,
+                images='real' if args.images else 'simulated',
+                cores=cores,
+                fields=list(runs),
+                seconds=[round(s, 1) for s, _ in runs.values()],
+                peak_mb=[round(m) for _, m in runs.values()],
+                fields_per_s=round(steady, 1),
+                fields_per_s_with_start=round(many / t_many[0], 1),
+                pillow_one_core=round(one, 1),
+                pillow_all_cores=round(all_cores, 1),
+                ratio_to_cores_times_one=round(steady / (one * cores), 3),
+                ratio_to_all_cores=round(steady / all_cores, 3),
+            )
+        )
+    )
 
 
 if __name__ == '__main__':

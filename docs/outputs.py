@@ -1,9 +1,11 @@
 """`python docs/outputs.py`: drops what a notebook's reader cannot use from its outputs: progress bars, messages on stderr."""
+
 from pathlib import Path
+
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDGET = 'application/vnd.jupyter.widget-view+json' # needs a kernel, and scripts from elsewhere
+WIDGET = 'application/vnd.jupyter.widget-view+json'  # needs a kernel, and scripts from elsewhere
 
 
 def readable(outputs: list) -> list:
@@ -12,15 +14,19 @@ def readable(outputs: list) -> list:
 
 
 def main():
-    for path in (ROOT/'nbs').rglob('*.ipynb'):
-        if '.ipynb_checkpoints' in path.parts: continue
+    for path in (ROOT / 'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in path.parts:
+            continue
         before = path.read_text(encoding='utf-8')
-        if WIDGET not in before and '"stderr"' not in before and '"widgets"' not in before: continue
+        if WIDGET not in before and '"stderr"' not in before and '"widgets"' not in before:
+            continue
         notebook = nbformat.reads(before, as_version=4)
         notebook.metadata.pop('widgets', None)
         for cell in notebook.cells:
-            if cell.cell_type == 'code': cell.outputs = readable(cell.outputs)
-        path.write_text(nbformat.writes(notebook)+'\n', encoding='utf-8')
+            if cell.cell_type == 'code':
+                cell.outputs = readable(cell.outputs)
+        path.write_text(nbformat.writes(notebook) + '\n', encoding='utf-8')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -4,10 +4,22 @@
 
 # %% ../nbs/00_core.ipynb #644c6821
 from __future__ import annotations
-import contextlib, difflib, hashlib, importlib.metadata, json, os, platform, shutil, sys
+
+import contextlib
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-import numpy as np, pydantic, yaml
+
+import numpy as np
+import pydantic
+import yaml
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'lookup', 'Config', 'read_config', 'read_yaml', 'remove', 'atomic_path', 'write_text',
@@ -19,22 +31,23 @@ class InputError(ValueError):
 
 # %% ../nbs/00_core.ipynb #0206c12a
 def nearest(
-    word:str, # what was written
-    options:Iterable[str], # what could have been meant
-)->str: # the most similar option, or '' where none is near
+    word: str,  # what was written
+    options: Iterable[str],  # what could have been meant
+) -> str:  # the most similar option, or '' where none is near
     "The option that was probably meant"
     options = {o.lower(): o for o in options}
-    hits = difflib.get_close_matches(str(word).lower(), options, n=1, cutoff=.5)
+    hits = difflib.get_close_matches(str(word).lower(), options, n=1, cutoff=0.5)
     return options[hits[0]] if hits else ''
 
 # %% ../nbs/00_core.ipynb #793db034
 def lookup(
-    kind:str, # what is looked up, for the message: 'backbone', 'strategy' ...
-    name:str, # the name that was asked for
-    table:Mapping, # known names -> things
-): # the thing; raises `InputError` for an unknown name
+    kind: str,  # what is looked up, for the message: 'backbone', 'strategy' ...
+    name: str,  # the name that was asked for
+    table: Mapping,  # known names -> things
+):  # the thing; raises `InputError` for an unknown name
     "`table[name]`, or one sentence that says what there is"
-    if name in table: return table[name]
+    if name in table:
+        return table[name]
     near = nearest(name, table)
     hint = f": did you mean '{near}'?" if near else ':'
     known = f" known are {', '.join(sorted(map(str, table)))}" if not near or len(table) <= 8 else ''
@@ -43,62 +56,75 @@ def lookup(
 # %% ../nbs/00_core.ipynb #3b64579a
 class Config(pydantic.BaseModel):
     "Base of all settings"
+
     model_config = pydantic.ConfigDict(extra='forbid', frozen=True, protected_namespaces=())
 
 # %% ../nbs/00_core.ipynb #33458b79
 def read_config(
-    kind:type[Config], # the class of the settings
-    values:Mapping, # nested mapping, e.g. from YAML
-    where:str='the settings', # file or option, for the message
-)->Config:
+    kind: type[Config],  # the class of the settings
+    values: Mapping,  # nested mapping, e.g. from YAML
+    where: str = 'the settings',  # file or option, for the message
+) -> Config:
     "Validate settings; raises `InputError` with one sentence for the first mistake"
-    try: return kind.model_validate(values)
-    except pydantic.ValidationError as e: error = e.errors()[0]
-    if error['type'] == 'value_error': raise InputError(f"{where}: {error['ctx']['error']}")
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as e:
+        error = e.errors()[0]
+    if error['type'] == 'value_error':
+        raise InputError(f"{where}: {error['ctx']['error']}")
     field = '.'.join(map(str, error['loc'])) or 'the whole'
-    if error['type'] != 'extra_forbidden': raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {error['input']!r}")
+    if error['type'] != 'extra_forbidden':
+        raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {error['input']!r}")
     near = nearest(error['loc'][-1], _fields_beside(kind, error['loc']))
     raise InputError(f"{where}: there is no setting '{field}'" + (f": did you mean '{near}'?" if near else ''))
 
 # %% ../nbs/00_core.ipynb #c63296c0
 def _fields_beside(kind, loc):
     "Names of the settings that stand beside `loc`"
-    for name in loc[:-1]: kind = getattr(kind.model_fields.get(name), 'annotation', Config)
+    for name in loc[:-1]:
+        kind = getattr(kind.model_fields.get(name), 'annotation', Config)
     return list(getattr(kind, 'model_fields', {}))
 
 # %% ../nbs/00_core.ipynb #1e7bff33
 def read_yaml(
-    path:str|Path, # a YAML file
-)->dict:
+    path: str | Path,  # a YAML file
+) -> dict:
     "A YAML mapping; raises `InputError` where it is missing or malformed"
-    if not Path(path).is_file(): raise InputError(f'there is no file {path}')
-    try: values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(values, dict): raise InputError(f'{path} must hold `name: value` lines')
+    if not Path(path).is_file():
+        raise InputError(f'there is no file {path}')
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f'{path} must hold `name: value` lines')
     return values
 
 # %% ../nbs/00_core.ipynb #030dd5e3
 def remove(
-    path:str|Path, # a file or a folder; may be absent
+    path: str | Path,  # a file or a folder; may be absent
 ):
     "Delete a file or a whole folder"
     path = Path(path)
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #16368630
 @contextlib.contextmanager
 def atomic_path(
-    path:str|Path, # the final name of a file or folder
-)->Iterator[Path]: # the temporary name to write to
+    path: str | Path,  # the final name of a file or folder
+) -> Iterator[Path]:  # the temporary name to write to
     "Write under a temporary name; rename on success, sweep on any error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent/f'.{path.name}.partial'
+    partial = path.parent / f'.{path.name}.partial'
     remove(partial)
     try:
         yield partial
-        if partial.is_dir(): remove(path)
+        if partial.is_dir():
+            remove(path)
         os.replace(partial, path)
     except BaseException:
         remove(partial)
@@ -106,77 +132,97 @@ def atomic_path(
 
 # %% ../nbs/00_core.ipynb #27cec2de
 def write_text(
-    path:str|Path, # the file
-    text:str, # its whole content
+    path: str | Path,  # the file
+    text: str,  # its whole content
 ):
     "Write a text file atomically"
-    with atomic_path(path) as partial: partial.write_text(text, encoding='utf-8')
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding='utf-8')
+
 
 def write_json(
-    path:str|Path, # the file
-    content, # anything that JSON can hold
+    path: str | Path,  # the file
+    content,  # anything that JSON can hold
 ):
     "Write a JSON file atomically, indented for people"
-    write_text(path, json.dumps(content, indent=1, default=str)+'\n')
+    write_text(path, json.dumps(content, indent=1, default=str) + '\n')
 
 # %% ../nbs/00_core.ipynb #d96d2b05
 @contextlib.contextmanager
 def exclusive(
-    folder:str|Path, # an existing folder
+    folder: str | Path,  # an existing folder
 ):
     "Hold a folder; raises `InputError` where another process holds it"
-    try: import fcntl
-    except ImportError: yield; return # Windows has no such locks
-    with open(Path(folder)/'.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f'another process is at work in {folder}: wait for it, or choose another folder') from None
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return  # Windows has no such locks
+    with open(Path(folder) / '.lock', 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f'another process is at work in {folder}: wait for it, or choose another folder') from None
         yield
 
 # %% ../nbs/00_core.ipynb #34cc0656
 def hold_settings(
-    folder:str|Path, # of a training
-    settings:dict, # all that decides its result; JSON
+    folder: str | Path,  # of a training
+    settings: dict,  # all that decides its result; JSON
 ):
     "Note the settings of a folder, or raise `InputError` where it was begun with others"
-    path,mine = Path(folder)/'settings.json',json.loads(json.dumps(settings, default=str))
-    if not path.exists(): write_json(path, mine)
-    elif json.loads(path.read_text()) != mine: raise InputError(f'{folder} was begun with other settings (see settings.json there): choose another folder, or remove this one')
+    path, mine = Path(folder) / 'settings.json', json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        write_json(path, mine)
+    elif json.loads(path.read_text()) != mine:
+        raise InputError(
+            f'{folder} was begun with other settings (see settings.json there): choose another folder, or remove'
+            ' this one'
+        )
 
 # %% ../nbs/00_core.ipynb #1bfc7cc2
 def derive_seed(
-    seed:int, # the user's seed
-    *purpose:str|int, # what the numbers are for, e.g. 'noise', step
-)->int: # in [0, 2**63), good for numpy and torch
+    seed: int,  # the user's seed
+    *purpose: str | int,  # what the numbers are for, e.g. 'noise', step
+) -> int:  # in [0, 2**63), good for numpy and torch
     "A seed that depends on the user's seed and the purpose alone"
     text = '/'.join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
 
+
 def rng_for(
-    seed:int, # the user's seed
-    *purpose:str|int, # what the numbers are for
-)->np.random.Generator:
+    seed: int,  # the user's seed
+    *purpose: str | int,  # what the numbers are for
+) -> np.random.Generator:
     "A numpy generator for one purpose"
     return np.random.default_rng(derive_seed(seed, *purpose))
 
 # %% ../nbs/00_core.ipynb #9252a097
-def versions()->dict[str,str]: # package or system -> version
+def versions() -> dict[str, str]:  # package or system -> version
     "The versions that a result depends on"
     names = 'protloc torch torchvision diffusers accelerate numpy scipy scikit-learn'.split()
+
     def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return 'not installed'
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return 'not installed'
+
     return {'python': platform.python_version(), **{n: version(n) for n in names}, 'system': platform.platform()}
 
-def command_line()->str: # e.g. 'protloc run demo'
+
+def command_line() -> str:  # e.g. 'protloc run demo'
     "The command that started this process"
-    if 'ipykernel' in sys.argv[0]: return 'a notebook'
+    if 'ipykernel' in sys.argv[0]:
+        return 'a notebook'
     return ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 # %% ../nbs/00_core.ipynb #747ce6c8
 def sha256(
-    content:bytes|str|Path, # bytes, a text, or the path of a file
-)->str: # 64 hexadecimal digits
+    content: bytes | str | Path,  # bytes, a text, or the path of a file
+) -> str:  # 64 hexadecimal digits
     "The SHA-256 of some bytes, a text or a file"
     if isinstance(content, Path):
-        with open(content, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+        with open(content, 'rb') as f:
+            return hashlib.file_digest(f, 'sha256').hexdigest()
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

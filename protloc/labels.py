@@ -4,11 +4,14 @@
 
 # %% ../nbs/01_labels.ipynb #baf2e123
 from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
 import numpy as np
 from fastcore.basics import patch
+
 from .core import InputError, nearest
 
 # %% auto #0
@@ -18,25 +21,60 @@ __all__ = ['HPA', 'STAINS', 'STAIN_MEANING', 'Vocabulary']
 @dataclass(frozen=True)
 class Vocabulary:
     "Named classes in a fixed order"
-    names: tuple[str, ...] # class names; their positions are the class numbers
+
+    names: tuple[str, ...]  # class names; their positions are the class numbers
+
     def __post_init__(self):
         object.__setattr__(self, 'names', tuple(self.names))
-        if not self.names: raise InputError('a vocabulary needs at least one class')
-        if len(set(self.names)) != len(self.names): raise InputError(f'a class name stands twice among {self.names}')
-    def __len__(self): return len(self.names)
-    def __iter__(self): return iter(self.names)
+        if not self.names:
+            raise InputError('a vocabulary needs at least one class')
+        if len(set(self.names)) != len(self.names):
+            raise InputError(f'a class name stands twice among {self.names}')
+
+    def __len__(self):
+        return len(self.names)
+
+    def __iter__(self):
+        return iter(self.names)
+
     @cached_property
-    def numbers(self)->dict[str,int]:
+    def numbers(self) -> dict[str, int]:
         "Class name -> class number"
-        return {n: i for i,n in enumerate(self.names)}
+        return {n: i for i, n in enumerate(self.names)}
 
 # %% ../nbs/01_labels.ipynb #ce07cfa3
-HPA = Vocabulary((
-    'Nucleoplasm', 'Nuclear membrane', 'Nucleoli', 'Nucleoli fibrillar center', 'Nuclear speckles',
-    'Nuclear bodies', 'Endoplasmic reticulum', 'Golgi apparatus', 'Peroxisomes', 'Endosomes', 'Lysosomes',
-    'Intermediate filaments', 'Actin filaments', 'Focal adhesion sites', 'Microtubules', 'Microtubule ends',
-    'Cytokinetic bridge', 'Mitotic spindle', 'Microtubule organizing center', 'Centrosome', 'Lipid droplets',
-    'Plasma membrane', 'Cell junctions', 'Mitochondria', 'Aggresome', 'Cytosol', 'Cytoplasmic bodies', 'Rods & rings'))
+HPA = Vocabulary(
+    (
+        'Nucleoplasm',
+        'Nuclear membrane',
+        'Nucleoli',
+        'Nucleoli fibrillar center',
+        'Nuclear speckles',
+        'Nuclear bodies',
+        'Endoplasmic reticulum',
+        'Golgi apparatus',
+        'Peroxisomes',
+        'Endosomes',
+        'Lysosomes',
+        'Intermediate filaments',
+        'Actin filaments',
+        'Focal adhesion sites',
+        'Microtubules',
+        'Microtubule ends',
+        'Cytokinetic bridge',
+        'Mitotic spindle',
+        'Microtubule organizing center',
+        'Centrosome',
+        'Lipid droplets',
+        'Plasma membrane',
+        'Cell junctions',
+        'Mitochondria',
+        'Aggresome',
+        'Cytosol',
+        'Cytoplasmic bodies',
+        'Rods & rings',
+    )
+)
 
 STAINS = ('red', 'green', 'blue', 'yellow')
 STAIN_MEANING = dict(red='microtubules', green='protein', blue='nucleus', yellow='endoplasmic reticulum')
@@ -44,69 +82,79 @@ STAIN_MEANING = dict(red='microtubules', green='protein', blue='nucleus', yellow
 # %% ../nbs/01_labels.ipynb #69480674
 @patch
 def number_of(
-    self:Vocabulary,
-    label:str|int, # a class name or a class number
-)->int: # in [0, len(vocabulary))
+    self: Vocabulary,
+    label: str | int,  # a class name or a class number
+) -> int:  # in [0, len(vocabulary))
     "The number of a class; raises `InputError` for an unknown one"
     if isinstance(label, (int, np.integer)) or str(label).lstrip('-').isdecimal():
-        if 0 <= int(label) < len(self): return int(label)
-        raise InputError(f'there is no class number {label}: this vocabulary has 0 to {len(self)-1}')
-    if label in self.numbers: return self.numbers[label]
+        if 0 <= int(label) < len(self):
+            return int(label)
+        raise InputError(f'there is no class number {label}: this vocabulary has 0 to {len(self) - 1}')
+    if label in self.numbers:
+        return self.numbers[label]
     near = nearest(label, self.names)
-    raise InputError(f"there is no class '{label}'" + (f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}'))
+    raise InputError(
+        f"there is no class '{label}'" + (f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}')
+    )
 
 # %% ../nbs/01_labels.ipynb #4419d047
 @patch
 def multi_hot(
-    self:Vocabulary,
-    labels, # a label, or a sequence with one label or one set of labels an image, or (N, K) rows with values in [0, 1]
-)->np.ndarray: # (N, K) float32, K = number of classes
+    self: Vocabulary,
+    labels,  # a label, or a sequence with one label or one set of labels an image, or (N, K) rows with values in [0, 1]
+) -> np.ndarray:  # (N, K) float32, K = number of classes
     "Labels in any form -> multi-hot rows; raises `InputError` for an unknown class or a wrong width"
-    if hasattr(labels, 'shape') and len(labels.shape) == 2: return self._checked_rows(labels)
-    if isinstance(labels, (str, int, np.integer)): labels = [labels]
+    if hasattr(labels, 'shape') and len(labels.shape) == 2:
+        return self._checked_rows(labels)
+    if isinstance(labels, (str, int, np.integer)):
+        labels = [labels]
     rows = np.zeros((len(labels), len(self)), np.float32)
-    for row,item in zip(rows, labels):
-        for label in [item] if isinstance(item, (str, int, np.integer)) else item: row[self.number_of(label)] = 1
+    for row, item in zip(rows, labels):
+        for label in [item] if isinstance(item, (str, int, np.integer)) else item:
+            row[self.number_of(label)] = 1
     return rows
 
 # %% ../nbs/01_labels.ipynb #3862bcab
 @patch
-def _checked_rows(self:Vocabulary, rows)->np.ndarray:
+def _checked_rows(self: Vocabulary, rows) -> np.ndarray:
     "Rows that are multi-hot already: right width, values in [0, 1]"
     rows = np.asarray(rows, np.float32)
-    if rows.shape[1] != len(self): raise InputError(f'labels have {rows.shape[1]} columns, the vocabulary has {len(self)} classes')
-    if not ((rows >= 0) & (rows <= 1)).all(): raise InputError('multi-hot labels must lie between 0 and 1')
+    if rows.shape[1] != len(self):
+        raise InputError(f'labels have {rows.shape[1]} columns, the vocabulary has {len(self)} classes')
+    if not ((rows >= 0) & (rows <= 1)).all():
+        raise InputError('multi-hot labels must lie between 0 and 1')
     return rows
 
 # %% ../nbs/01_labels.ipynb #aed82379
 @patch
 def encode(
-    self:Vocabulary,
-    target:str, # class numbers separated by blanks, e.g. '25 0'
-)->np.ndarray: # (K,) float32 multi-hot
+    self: Vocabulary,
+    target: str,  # class numbers separated by blanks, e.g. '25 0'
+) -> np.ndarray:  # (K,) float32 multi-hot
     "A `Target` string -> multi-hot; raises `InputError` for anything that is not a class number"
     row = np.zeros(len(self), np.float32)
     for word in str(target).split():
-        if not word.isdecimal(): raise InputError(f"'{word}' is not a class number")
+        if not word.isdecimal():
+            raise InputError(f"'{word}' is not a class number")
         row[self.number_of(word)] = 1
     return row
 
 # %% ../nbs/01_labels.ipynb #cdff1485
 @patch
 def decode(
-    self:Vocabulary,
-    row:Sequence[float], # (K,) multi-hot, or probabilities
-    threshold:float=.5, # classes above it are named
-)->str: # class numbers separated by blanks, ascending
+    self: Vocabulary,
+    row: Sequence[float],  # (K,) multi-hot, or probabilities
+    threshold: float = 0.5,  # classes above it are named
+) -> str:  # class numbers separated by blanks, ascending
     "Multi-hot -> a `Target` string"
-    return ' '.join(str(i) for i,v in enumerate(row) if v > threshold)
+    return ' '.join(str(i) for i, v in enumerate(row) if v > threshold)
 
 # %% ../nbs/01_labels.ipynb #cca1f0f6
 @patch
 def names_of(
-    self:Vocabulary,
-    target:str|Sequence[float], # a `Target` string or a multi-hot row
-)->list[str]: # in the vocabulary's order
+    self: Vocabulary,
+    target: str | Sequence[float],  # a `Target` string or a multi-hot row
+) -> list[str]:  # in the vocabulary's order
     "The class names of one image"
     row = self.encode(target) if isinstance(target, str) else target
-    return [n for n,v in zip(self.names, row) if v > .5]
+    return [n for n, v in zip(self.names, row) if v > 0.5]

@@ -4,8 +4,11 @@
 
 # %% ../nbs/02_metrics.ipynb #0539c272
 from __future__ import annotations
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+
 from .core import InputError
 from .labels import Vocabulary
 
@@ -15,33 +18,39 @@ __all__ = ['scores', 'per_class']
 # %% ../nbs/02_metrics.ipynb #f76e2c7f
 def _decisions(probabilities, labels, threshold):
     "Truth and decisions, with a further class that never occurs: scikit-learn takes a single class for two"
-    return (np.pad(x, ((0, 0), (0, 1))) for x in (labels > .5, probabilities > threshold))
+    return (np.pad(x, ((0, 0), (0, 1))) for x in (labels > 0.5, probabilities > threshold))
+
 
 def scores(
-    probabilities:np.ndarray, # (N, K) in [0, 1]
-    labels:np.ndarray, # (N, K) multi-hot
-    threshold:float|np.ndarray=.5, # one for all classes, or (K,)
-)->dict[str,float]: # macro_f1, micro_f1, map, all in [0, 1]
+    probabilities: np.ndarray,  # (N, K) in [0, 1]
+    labels: np.ndarray,  # (N, K) multi-hot
+    threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
+) -> dict[str, float]:  # macro_f1, micro_f1, map, all in [0, 1]
     "The headline numbers of one part"
-    if probabilities.shape != labels.shape: raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
-    truth,said = _decisions(probabilities, labels, threshold)
+    if probabilities.shape != labels.shape:
+        raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
+    truth, said = _decisions(probabilities, labels, threshold)
     occurs = np.flatnonzero(truth.any(0))
-    if not len(occurs): raise InputError('no image of this part has a label, so there is no score')
+    if not len(occurs):
+        raise InputError('no image of this part has a label, so there is no score')
     return dict(
         macro_f1=f1_score(truth, said, labels=occurs, average='macro', zero_division=0),
         micro_f1=f1_score(truth, said, average='micro', zero_division=0),
-        map=average_precision_score(truth[:, occurs], probabilities[:, occurs], average='macro'))
+        map=average_precision_score(truth[:, occurs], probabilities[:, occurs], average='macro'),
+    )
 
 # %% ../nbs/02_metrics.ipynb #fc5bb1b6
 def per_class(
-    probabilities:np.ndarray, # (N, K) in [0, 1]
-    labels:np.ndarray, # (N, K) multi-hot
-    vocab:Vocabulary, # K classes
-    threshold:float|np.ndarray=.5, # one for all classes, or (K,)
-)->pd.DataFrame: # a row a class: precision, recall, f1, images
+    probabilities: np.ndarray,  # (N, K) in [0, 1]
+    labels: np.ndarray,  # (N, K) multi-hot
+    vocab: Vocabulary,  # K classes
+    threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
+) -> pd.DataFrame:  # a row a class: precision, recall, f1, images
     "Precision, recall and F1 of each class; empty where the class does not occur"
-    found = precision_recall_fscore_support(*_decisions(probabilities, labels, threshold), average=None, zero_division=0)
-    precision,recall,f1,n = (x[:-1] for x in found)
+    found = precision_recall_fscore_support(
+        *_decisions(probabilities, labels, threshold), average=None, zero_division=0
+    )
+    precision, recall, f1, n = (x[:-1] for x in found)
     table = pd.DataFrame(dict(precision=precision, recall=recall, f1=f1), index=pd.Index(vocab.names, name='class'))
     table[n == 0] = np.nan
     return table.assign(images=n)

@@ -4,9 +4,15 @@
 
 # %% ../nbs/03_plots.ipynb #f5ff94ed
 from __future__ import annotations
-import base64, html, io
+
+import base64
+import html
+import io
 from collections.abc import Sequence
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,110 +22,141 @@ __all__ = ['COLOURS', 'composite', 'show_cells', 'show_stains', 'show_intervals'
            'preformatted']
 
 # %% ../nbs/03_plots.ipynb #0ec7ecf7
-COLOURS = {'red': (1, 0, 0), 'green': (0, 1, 0), 'blue': (0, 0, 1), 'yellow': (.6, .6, 0), 'gray': (1, 1, 1), 'magenta': (1, 0, 1), 'cyan': (0, 1, 1)}
+COLOURS = {
+    'red': (1, 0, 0),
+    'green': (0, 1, 0),
+    'blue': (0, 0, 1),
+    'yellow': (0.6, 0.6, 0),
+    'gray': (1, 1, 1),
+    'magenta': (1, 0, 1),
+    'cyan': (0, 1, 1),
+}
+
 
 def composite(
-    images:np.ndarray, # (..., C, H, W) uint8
-    channels:Sequence[str], # C channel names
-)->np.ndarray: # (..., H, W, 3) float32 in [0, 1]
+    images: np.ndarray,  # (..., C, H, W) uint8
+    channels: Sequence[str],  # C channel names
+) -> np.ndarray:  # (..., H, W, 3) float32 in [0, 1]
     "Add the stains up in their colours"
-    spare = iter([c for c in COLOURS.values()]*len(channels))
+    spare = iter([c for c in COLOURS.values()] * len(channels))
     colours = np.array([COLOURS[c] if c in COLOURS else next(spare) for c in channels], np.float32)
-    return np.einsum('...chw,cd->...hwd', np.asarray(images, np.float32)/255, colours).clip(0, 1)
+    return np.einsum('...chw,cd->...hwd', np.asarray(images, np.float32) / 255, colours).clip(0, 1)
 
 # %% ../nbs/03_plots.ipynb #0bfeb9ee
 def show_cells(
-    rows:dict[str,Sequence], # row title -> images (C, H, W) uint8; None leaves a place empty
-    channels:Sequence[str], # C channel names
-    titles:Sequence[str]=(), # of the columns
-    edge:float=.8, # of a cell, in inches
-    gap_after:int=0, # leave a gap after this many columns
-)->Figure:
+    rows: dict[str, Sequence],  # row title -> images (C, H, W) uint8; None leaves a place empty
+    channels: Sequence[str],  # C channel names
+    titles: Sequence[str] = (),  # of the columns
+    edge: float = 0.8,  # of a cell, in inches
+    gap_after: int = 0,  # leave a gap after this many columns
+) -> Figure:
     "Rows of composite cells"
     n = max(len(v) for v in rows.values())
-    widths = [1]*n if not gap_after else [1]*gap_after+[.15]+[1]*(n-gap_after)
-    fig,axs = plt.subplots(len(rows), len(widths), figsize=(edge*sum(widths)+1.6, edge*len(rows)+.3), squeeze=False,
-        gridspec_kw=dict(width_ratios=widths, wspace=.04, hspace=.04))
-    for ax in axs.flat: ax.axis('off')
-    cells = [c for c,w in enumerate(widths) if w == 1]
-    for (name,images),line in zip(rows.items(), axs):
-        line[0].text(-.08, .5, name, transform=line[0].transAxes, ha='right', va='center', size=9)
-        for image,c in zip(images, cells):
-            if image is not None: line[c].imshow(composite(image, channels), interpolation='nearest')
-    for title,c in zip(titles, cells): axs[0, c].set_title(title, size=8)
+    widths = [1] * n if not gap_after else [1] * gap_after + [0.15] + [1] * (n - gap_after)
+    fig, axs = plt.subplots(
+        len(rows),
+        len(widths),
+        figsize=(edge * sum(widths) + 1.6, edge * len(rows) + 0.3),
+        squeeze=False,
+        gridspec_kw=dict(width_ratios=widths, wspace=0.04, hspace=0.04),
+    )
+    for ax in axs.flat:
+        ax.axis('off')
+    cells = [c for c, w in enumerate(widths) if w == 1]
+    for (name, images), line in zip(rows.items(), axs):
+        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha='right', va='center', size=9)
+        for image, c in zip(images, cells):
+            if image is not None:
+                line[c].imshow(composite(image, channels), interpolation='nearest')
+    for title, c in zip(titles, cells):
+        axs[0, c].set_title(title, size=8)
     return fig
 
 # %% ../nbs/03_plots.ipynb #d4293b72
 def show_stains(
-    image:np.ndarray, # (C, H, W) uint8
-    channels:Sequence[str], # C channel names
-    meaning:dict[str,str]|None=None, # channel -> what it stains
-    edge:float=1.5, # of each picture, in inches
-)->Figure:
+    image: np.ndarray,  # (C, H, W) uint8
+    channels: Sequence[str],  # C channel names
+    meaning: dict[str, str] | None = None,  # channel -> what it stains
+    edge: float = 1.5,  # of each picture, in inches
+) -> Figure:
     "Each stain in gray, then all together"
-    fig,axs = plt.subplots(1, len(channels)+1, figsize=(edge*(len(channels)+1), edge+.3))
-    for ax,stain,name in zip(axs, image, channels):
+    fig, axs = plt.subplots(1, len(channels) + 1, figsize=(edge * (len(channels) + 1), edge + 0.3))
+    for ax, stain, name in zip(axs, image, channels):
         ax.imshow(stain, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
         ax.set_title(f'{name}: {meaning[name]}' if meaning and name in meaning else name, size=8)
-    axs[-1].imshow(composite(image, channels), interpolation='nearest'); axs[-1].set_title('together', size=8)
-    for ax in axs: ax.axis('off')
+    axs[-1].imshow(composite(image, channels), interpolation='nearest')
+    axs[-1].set_title('together', size=8)
+    for ax in axs:
+        ax.axis('off')
     return fig
 
 # %% ../nbs/03_plots.ipynb #98ce02dd
 def show_intervals(
-    table:pd.DataFrame, # index: names; columns difference, low, high
-    xlabel:str, # what differs, and in which unit
-    colours:Sequence[str]|None=None, # one a row
-    ax:Axes|None=None, # where to draw; a new figure unless given
-)->Axes:
+    table: pd.DataFrame,  # index: names; columns difference, low, high
+    xlabel: str,  # what differs, and in which unit
+    colours: Sequence[str] | None = None,  # one a row
+    ax: Axes | None = None,  # where to draw; a new figure unless given
+) -> Axes:
     "Horizontal points with intervals around a line at 0"
-    ax = ax or plt.subplots(figsize=(5.5, .45*len(table)+.8))[1]
+    ax = ax or plt.subplots(figsize=(5.5, 0.45 * len(table) + 0.8))[1]
     y = np.arange(len(table))[::-1]
     ax.axvline(0, color='.6', lw=1)
-    for i,(yi,row) in enumerate(zip(y, table.itertuples())):
+    for i, (yi, row) in enumerate(zip(y, table.itertuples())):
         colour = colours[i] if colours else 'tab:blue'
-        if np.isfinite(row.low): ax.plot([row.low, row.high], [yi, yi], color=colour, lw=2)
+        if np.isfinite(row.low):
+            ax.plot([row.low, row.high], [yi, yi], color=colour, lw=2)
         ax.plot(row.difference, yi, 'o', color=colour)
-    ax.set_yticks(y, table.index); ax.set_xlabel(xlabel); ax.set_ylim(-.6, len(table)-.4)
-    ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(left=False)
+    ax.set_yticks(y, table.index)
+    ax.set_xlabel(xlabel)
+    ax.set_ylim(-0.6, len(table) - 0.4)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(left=False)
     return ax
 
 # %% ../nbs/03_plots.ipynb #182e4dea
 def png_url(
-    picture:np.ndarray, # (H, W, 3) floats in [0, 1]
-    edge:int=64, # longest edge in pixels; larger pictures are shrunk, smaller ones stay as they are
-)->str: # 'data:image/png;base64,...'
+    picture: np.ndarray,  # (H, W, 3) floats in [0, 1]
+    edge: int = 64,  # longest edge in pixels; larger pictures are shrunk, smaller ones stay as they are
+) -> str:  # 'data:image/png;base64,...'
     "A picture as a PNG inside an address"
-    image,buffer = Image.fromarray((picture*255).round().astype(np.uint8)),io.BytesIO()
+    image, buffer = Image.fromarray((picture * 255).round().astype(np.uint8)), io.BytesIO()
     image.thumbnail((edge, edge), Image.Resampling.BOX)
     image.save(buffer, 'PNG', optimize=True)
     return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 # %% ../nbs/03_plots.ipynb #cffa06eb
 def thumbnails(
-    images:np.ndarray, # (N, C, H, W) uint8
-    channels:Sequence[str], # C channel names
-    captions:Sequence[str], # N plain texts, shown below the images
-    edge:int=64, # of an image on the page, in CSS pixels
-)->str: # HTML
+    images: np.ndarray,  # (N, C, H, W) uint8
+    channels: Sequence[str],  # C channel names
+    captions: Sequence[str],  # N plain texts, shown below the images
+    edge: int = 64,  # of an image on the page, in CSS pixels
+) -> str:  # HTML
     "Composite images side by side, each with its caption"
     size = f'width:{edge}px;image-rendering:pixelated;display:block;margin:0 auto'
+
     def one(image, text):
         text = html.escape(text)
-        return (f'<figure style="margin:0;width:{edge+20}px;text-align:center;font-size:.75em;line-height:1.2">'
-            f'<img src="{png_url(composite(image, channels), edge)}" alt="{text}" style="{size}"><figcaption>{text}</figcaption></figure>')
-    return f'<div style="display:flex;flex-wrap:wrap;gap:.3em;margin:.5em 0">{"".join(map(one, images, captions))}</div>'
+        return (
+            f'<figure style="margin:0;width:{edge + 20}px;text-align:center;font-size:.75em;line-height:1.2"><img'
+            f' src="{png_url(composite(image, channels), edge)}" alt="{text}"'
+            f' style="{size}"><figcaption>{text}</figcaption></figure>'
+        )
+
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;gap:.3em;margin:.5em 0">{"".join(map(one, images, captions))}</div>'
+    )
 
 # %% ../nbs/03_plots.ipynb #f66ffca1
 def details(
-    title:str, # plain text, always shown
-    inside:str, # HTML, shown after a click
-)->str: # HTML
+    title: str,  # plain text, always shown
+    inside: str,  # HTML, shown after a click
+) -> str:  # HTML
     "Something that opens on a click"
     return f'<details><summary style="cursor:pointer">{html.escape(title)}</summary>{inside}</details>'
 
+
 def preformatted(
-    text:str, # plain text
-)->str: # HTML
+    text: str,  # plain text
+) -> str:  # HTML
     "A text with its line breaks, in a fixed-width font"
     return f'<pre style="overflow-x:auto">{html.escape(text)}</pre>'

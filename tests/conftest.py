@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from PIL import Image
 
 from protloc import cli
@@ -11,40 +13,52 @@ from protloc.labels import STAINS
 def hpa():
     "The folder with real HPA images; tests that need it are skipped where there is none"
     folder = os.environ.get('PROTLOC_HPA')
-    if not folder: pytest.skip('PROTLOC_HPA names no folder with real HPA images')
+    if not folder:
+        pytest.skip('PROTLOC_HPA names no folder with real HPA images')
     return Path(folder)
 
 
 @pytest.fixture
 def protloc(monkeypatch, capsys):
     "Call the command line in this process: protloc('run', 'demo') -> exit code, stdout, stderr"
+
     def call(*words):
         monkeypatch.setattr('sys.argv', ['protloc', *map(str, words)])
         capsys.readouterr()
-        try: cli.main(); code = 0
-        except SystemExit as e: code = e.code or 0
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
         out, err = capsys.readouterr()
         return code, out, err
+
     return call
 
 
 @pytest.fixture
 def challenge(tmp_path):
     "A folder in the challenge's layout: 8 fields of 64 px"
-    folder = tmp_path/'challenge'
-    (folder/'train').mkdir(parents=True)
+    folder = tmp_path / 'challenge'
+    (folder / 'train').mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(8):
         for stain in STAINS:
-            Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(folder/'train'/f'f{i}_{stain}.png')
-    (folder/'train.csv').write_text('Id,Target\n' + ''.join(f'f{i},{i % 3} 25\n' for i in range(8)))
+            Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(folder / 'train' / f'f{i}_{stain}.png')
+    (folder / 'train.csv').write_text('Id,Target\n' + ''.join(f'f{i},{i % 3} 25\n' for i in range(8)))
     return folder
 
 
-SMALL = ['data.simulate.counts={train: 120, val: 40, test: 40}', 'data.simulate.classes=[Nucleoli, Plasma membrane, Cytosol]',
-         'generator.loop={steps: 60, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}', 'generator.unet.widths=[16, 32]',
-         'generate={images: 64, num_inference_steps: 3}', 'arms=[real, concat, mix_representation]', 'seeds=2',
-         'classifier.loop={steps: 60, batch_size: 16, lr: 0.003, evaluate_every: 20, checkpoint_seconds: 0}']
+SMALL = [
+    'data.simulate.counts={train: 120, val: 40, test: 40}',
+    'data.simulate.classes=[Nucleoli, Plasma membrane, Cytosol]',
+    'generator.loop={steps: 60, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}',
+    'generator.unet.widths=[16, 32]',
+    'generate={images: 64, num_inference_steps: 3}',
+    'arms=[real, concat, mix_representation]',
+    'seeds=2',
+    'classifier.loop={steps: 60, batch_size: 16, lr: 0.003, evaluate_every: 20, checkpoint_seconds: 0}',
+]
 
 
 @pytest.fixture(scope='session')
@@ -59,7 +73,8 @@ def finished(small, tmp_path_factory):
     from protloc.study.arms import study_config
     from protloc.study.report import write_report
     from protloc.study.runner import run_study
-    folder = tmp_path_factory.mktemp('study')/'run'
+
+    folder = tmp_path_factory.mktemp('study') / 'run'
     run_study(study_config('demo', overrides=SMALL), folder)
     write_report(folder)
     return folder

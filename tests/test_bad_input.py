@@ -1,7 +1,13 @@
 """Every mistake in the input: one sentence, exit code 2, and nothing half-written."""
-import json, os, shutil, subprocess
+
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from PIL import Image
 
 from protloc.data.store import ImageStore, StoreWriter
@@ -13,11 +19,16 @@ def refused(result, *expected):
     assert code == 2, (code, out, err)
     lines = [l for l in err.strip().splitlines() if l.startswith('protloc: ')]
     assert len(lines) == 1 and 'Traceback' not in err, err
-    for text in expected: assert text in lines[0], lines[0]
+    for text in expected:
+        assert text in lines[0], lines[0]
 
 
-def rewrite(challenge, text): (challenge/'train.csv').write_text(text)
-def stain(challenge, name): return challenge/'train'/f'{name}.png'
+def rewrite(challenge, text):
+    (challenge / 'train.csv').write_text(text)
+
+
+def stain(challenge, name):
+    return challenge / 'train' / f'{name}.png'
 
 
 TABLES = {
@@ -36,41 +47,79 @@ TABLES = {
 @pytest.mark.parametrize('text,expected', TABLES.values(), ids=TABLES.keys())
 def test_label_table(protloc, challenge, tmp_path, text, expected):
     rewrite(challenge, text)
-    refused(protloc('prepare', challenge, tmp_path/'store', '--size', 32, '--workers', 1), expected)
-    assert not (tmp_path/'store').exists() and not list(tmp_path.glob('.*partial'))
+    refused(protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', 1), expected)
+    assert not (tmp_path / 'store').exists() and not list(tmp_path.glob('.*partial'))
 
 
 def test_table_with_bom_and_windows_line_ends_is_fine(protloc, challenge, tmp_path):
-    text = (challenge/'train.csv').read_text()
-    (challenge/'train.csv').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
-    assert protloc('prepare', challenge, tmp_path/'store', '--size', 32, '--workers', 1)[0] == 0
-    assert len(ImageStore(tmp_path/'store')) == 8
+    text = (challenge / 'train.csv').read_text()
+    (challenge / 'train.csv').write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
+    assert protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', 1)[0] == 0
+    assert len(ImageStore(tmp_path / 'store')) == 8
 
 
-def missing(c): stain(c, 'f3_blue').unlink()
-def truncated(c): stain(c, 'f3_blue').write_bytes(stain(c, 'f3_blue').read_bytes()[:900])
-def not_an_image(c): stain(c, 'f3_blue').write_text('hello')
-def other_size(c): Image.fromarray(np.zeros((32, 64), np.uint8)).save(stain(c, 'f3_blue'))
-def rgb(c): Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(stain(c, 'f3_blue'))
-def rgb16(c): stain(c, 'f3_blue').write_bytes(png16())
-def gray16(c): Image.fromarray(np.zeros((64, 64), np.uint16)).save(stain(c, 'f3_blue'))
+def missing(c):
+    stain(c, 'f3_blue').unlink()
+
+
+def truncated(c):
+    stain(c, 'f3_blue').write_bytes(stain(c, 'f3_blue').read_bytes()[:900])
+
+
+def not_an_image(c):
+    stain(c, 'f3_blue').write_text('hello')
+
+
+def other_size(c):
+    Image.fromarray(np.zeros((32, 64), np.uint8)).save(stain(c, 'f3_blue'))
+
+
+def rgb(c):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(stain(c, 'f3_blue'))
+
+
+def rgb16(c):
+    stain(c, 'f3_blue').write_bytes(png16())
+
+
+def gray16(c):
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(stain(c, 'f3_blue'))
 
 
 def png16():
     "A 16-bit RGB PNG of 64 x 64 pixels, which Pillow does not write"
-    import struct, zlib
+    import struct
+    import zlib
+
     chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    rows = zlib.compress((b'\0' + bytes(64*6))*64)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 64, 64, 16, 2, 0, 0, 0)) + chunk(b'IDAT', rows) + chunk(b'IEND', b'')
+    rows = zlib.compress((b'\0' + bytes(64 * 6)) * 64)
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', struct.pack('>IIBBBBB', 64, 64, 16, 2, 0, 0, 0))
+        + chunk(b'IDAT', rows)
+        + chunk(b'IEND', b'')
+    )
 
 
-@pytest.mark.parametrize('damage,expected', [(missing, 'is missing'), (truncated, 'cannot be decoded'), (not_an_image, 'cannot be decoded'),
-    (other_size, 'is 64 x 32 pixels'), (rgb, 'is RGB, not 8-bit gray'), (rgb16, 'is RGB, not 8-bit gray'), (gray16, 'f3_blue.png is uint16, f3_red.png is uint8')])
+@pytest.mark.parametrize(
+    'damage,expected',
+    [
+        (missing, 'is missing'),
+        (truncated, 'cannot be decoded'),
+        (not_an_image, 'cannot be decoded'),
+        (other_size, 'is 64 x 32 pixels'),
+        (rgb, 'is RGB, not 8-bit gray'),
+        (rgb16, 'is RGB, not 8-bit gray'),
+        (gray16, 'f3_blue.png is uint16, f3_red.png is uint8'),
+    ],
+)
 @pytest.mark.parametrize('workers', [1, 2])
 def test_images(protloc, challenge, tmp_path, damage, expected, workers):
     damage(challenge)
-    refused(protloc('prepare', challenge, tmp_path/'store', '--size', 32, '--workers', workers), 'f3_blue.png', expected)
-    assert not (tmp_path/'store').exists() and not list(tmp_path.glob('.*partial'))
+    refused(
+        protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', workers), 'f3_blue.png', expected
+    )
+    assert not (tmp_path / 'store').exists() and not list(tmp_path.glob('.*partial'))
 
 
 COMMANDS = {
@@ -93,8 +142,14 @@ COMMANDS = {
     'no study': (['report', '{tmp}'], 'holds no study'),
     'strategy': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'mixloss'], "did you mean 'mix_loss'?"),
     'no synthetic': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat'], 'needs synthetic images'),
-    'other channels': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{two}'], 'different channels'),
-    'other classes': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{three}'], 'different classes'),
+    'other channels': (
+        ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{two}'],
+        'different channels',
+    ),
+    'other classes': (
+        ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{three}'],
+        'different classes',
+    ),
     'other store': (['run', 'demo', '--data', '{damaged}', '--out', '{tmp}/run'], 'does not match the hash'),
     'exists': (['simulate', '{store}', '--train', '28', '--val', '28', '--test', '28'], 'exists already'),
     'class': (['simulate', '{tmp}/s', '--classes', 'Golgi aparatus'], "did you mean 'Golgi apparatus'?"),
@@ -104,14 +159,24 @@ COMMANDS = {
 @pytest.fixture(scope='module')
 def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stores')
+
     def write(name, channels=STAINS, vocab=HPA):
-        with StoreWriter(folder/name, channels, vocab, 32) as w:
-            for i in range(9): w.add(np.full((len(channels), 32, 32), i, np.uint8), id=i, target=i % 2, split=('train', 'val', 'test')[i % 3])
-        return folder/name
+        with StoreWriter(folder / name, channels, vocab, 32) as w:
+            for i in range(9):
+                w.add(
+                    np.full((len(channels), 32, 32), i, np.uint8),
+                    id=i,
+                    target=i % 2,
+                    split=('train', 'val', 'test')[i % 3],
+                )
+        return folder / name
+
     write('store'), write('two', ('dapi', 'gfp')), write('three', vocab=Vocabulary(['a', 'b']))
-    shutil.copytree(folder/'store', folder/'damaged')
-    with open(folder/'damaged'/'images.npy', 'r+b') as f: f.seek(-1, 2); f.write(b'\xff')
-    return {name: folder/name for name in ('store', 'two', 'three', 'damaged')}
+    shutil.copytree(folder / 'store', folder / 'damaged')
+    with open(folder / 'damaged' / 'images.npy', 'r+b') as f:
+        f.seek(-1, 2)
+        f.write(b'\xff')
+    return {name: folder / name for name in ('store', 'two', 'three', 'damaged')}
 
 
 @pytest.mark.parametrize('words,expected', COMMANDS.values(), ids=COMMANDS.keys())
@@ -122,15 +187,16 @@ def test_commands(protloc, stores, tmp_path, words, expected):
 
 
 def test_store_that_does_not_match_its_manifest(protloc, stores, tmp_path):
-    copy = shutil.copytree(stores['store'], tmp_path/'copy')
-    with open(copy/'images.npy', 'r+b') as f: f.truncate(2000)
+    copy = shutil.copytree(stores['store'], tmp_path / 'copy')
+    with open(copy / 'images.npy', 'r+b') as f:
+        f.truncate(2000)
     refused(protloc('info', copy), 'images.npy cannot be read')
-    copy = shutil.copytree(stores['store'], tmp_path/'copy2')
-    (copy/'table.csv').write_text((copy/'table.csv').read_text().replace('train', 'test'))
+    copy = shutil.copytree(stores['store'], tmp_path / 'copy2')
+    (copy / 'table.csv').write_text((copy / 'table.csv').read_text().replace('train', 'test'))
     refused(protloc('info', copy), 'table.csv does not match its manifest')
-    copy = shutil.copytree(stores['store'], tmp_path/'copy3')
-    manifest = json.loads((copy/'manifest.json').read_text())
-    (copy/'manifest.json').write_text(json.dumps({**manifest, 'n': 10}))
+    copy = shutil.copytree(stores['store'], tmp_path / 'copy3')
+    manifest = json.loads((copy / 'manifest.json').read_text())
+    (copy / 'manifest.json').write_text(json.dumps({**manifest, 'n': 10}))
     refused(protloc('info', copy), 'its manifest says uint8 (10, 4, 32, 32)')
     refused(protloc('info', stores['damaged'], '--verify'), 'does not match the hash')
 
@@ -140,18 +206,27 @@ def test_run_folder_with_another_config(protloc, finished):
 
 
 def test_full_disk(protloc, tmp_path):
-    disk = tmp_path/'disk'
+    disk = tmp_path / 'disk'
     disk.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk], capture_output=True).returncode
+    ):
         pytest.skip('a small disk can be mounted by root alone')
     try:
-        refused(protloc('simulate', disk/'cells', '--train', 100, '--val', 30, '--test', 30), 'No space left on device', 'nothing half-written')
+        refused(
+            protloc('simulate', disk / 'cells', '--train', 100, '--val', 30, '--test', 30),
+            'No space left on device',
+            'nothing half-written',
+        )
         assert list(disk.iterdir()) == []
-    finally: subprocess.run(['umount', disk], check=True)
+    finally:
+        subprocess.run(['umount', disk], check=True)
 
 
 def test_exit_code_of_the_installed_command(tmp_path):
     import sys
-    command = Path(sys.executable).parent/'protloc'
+
+    command = Path(sys.executable).parent / 'protloc'
     done = subprocess.run([command, 'info', tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('protloc: ') and done.stderr.count('\n') == 1

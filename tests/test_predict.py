@@ -1,64 +1,108 @@
 """New fields are prepared for a classifier as its training images were, and its answers depend on nothing else."""
-import importlib.util, json
-import numpy as np, pandas as pd, pytest, torch
+
+import importlib.util
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from PIL import Image
 
 from protloc.classify import predict
 from protloc.classify.backbone import Classifier, with_aux_bn
-from protloc.classify.predict import (check_input, choose_thresholds, export_classifier, load_classifier, load_classifiers, open_exported, predict_folder, probabilities,
-    prevalence_thresholds, read_thresholds, save_classifier, submission, walk, write_probabilities)
+from protloc.classify.predict import (
+    check_input,
+    choose_thresholds,
+    export_classifier,
+    load_classifier,
+    load_classifiers,
+    open_exported,
+    predict_folder,
+    prevalence_thresholds,
+    probabilities,
+    read_thresholds,
+    save_classifier,
+    submission,
+    walk,
+    write_probabilities,
+)
 from protloc.core import InputError
 from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
 from protloc.training import seeded
 
-HOW = ('--size', 16, '--tile', 32, '--normalise', '--percentiles', '1,99', '--min-foreground', .2, '--workers', 1)
+HOW = ('--size', 16, '--tile', 32, '--normalise', '--percentiles', '1,99', '--min-foreground', 0.2, '--workers', 1)
 
 
 @pytest.fixture
 def model(protloc, challenge, tmp_path):
     "A classifier trained on tiles, stretched, those without nuclei dropped; half of the fields have a nucleus in one tile only"
     for i in range(0, 8, 2):
-        plane = np.zeros((64, 64), np.uint8); plane[:32, :32] = 200; plane[:16, :16] = 90+i
-        Image.fromarray(plane).save(challenge/'train'/f'f{i}_blue.png')
-    assert protloc('prepare', challenge, tmp_path/'store', *HOW)[0] == 0
-    train = ('train-classifier', tmp_path/'store', tmp_path/'model', '--set', 'loop={steps: 2, batch_size: 8}', '--set', 'backbone=resnet10')
+        plane = np.zeros((64, 64), np.uint8)
+        plane[:32, :32] = 200
+        plane[:16, :16] = 90 + i
+        Image.fromarray(plane).save(challenge / 'train' / f'f{i}_blue.png')
+    assert protloc('prepare', challenge, tmp_path / 'store', *HOW)[0] == 0
+    train = (
+        'train-classifier',
+        tmp_path / 'store',
+        tmp_path / 'model',
+        '--set',
+        'loop={steps: 2, batch_size: 8}',
+        '--set',
+        'backbone=resnet10',
+    )
     assert protloc(*train)[0] == 0
-    return tmp_path/'model'
+    return tmp_path / 'model'
 
 
 def test_a_folder_is_prepared_as_the_training_images_were(protloc, challenge, model, tmp_path):
-    code, _, err = protloc('predict', model, challenge, tmp_path/'said.csv', '--probabilities', tmp_path/'p.csv')
+    code, _, err = protloc('predict', model, challenge, tmp_path / 'said.csv', '--probabilities', tmp_path / 'p.csv')
     assert code == 0, err
-    store, found = ImageStore(tmp_path/'store'), pd.read_csv(tmp_path/'p.csv', index_col='Id')
+    store, found = ImageStore(tmp_path / 'store'), pd.read_csv(tmp_path / 'p.csv', index_col='Id')
     assert store.manifest['made']['tiles_dropped'] == 12
-    expected = pd.DataFrame(probabilities(load_classifier(model)[0], store, store.rows())).groupby(store.table.group.values).mean()
-    assert np.abs(found.loc[expected.index].to_numpy()-expected.to_numpy()).max() < 1e-5
+    expected = (
+        pd.DataFrame(probabilities(load_classifier(model)[0], store, store.rows()))
+        .groupby(store.table.group.values)
+        .mean()
+    )
+    assert np.abs(found.loc[expected.index].to_numpy() - expected.to_numpy()).max() < 1e-5
 
 
 def test_a_field_without_nuclei_still_gets_an_answer(protloc, challenge, model, tmp_path):
-    new = tmp_path/'new'
+    new = tmp_path / 'new'
     new.mkdir()
-    for stain in STAINS: Image.fromarray(np.full((64, 64), 9, np.uint8)).save(new/f'glass_{stain}.png')
-    assert protloc('predict', model, new, tmp_path/'said.csv')[0] == 0
-    assert pd.read_csv(tmp_path/'said.csv').Id.tolist() == ['glass']
+    for stain in STAINS:
+        Image.fromarray(np.full((64, 64), 9, np.uint8)).save(new / f'glass_{stain}.png')
+    assert protloc('predict', model, new, tmp_path / 'said.csv')[0] == 0
+    assert pd.read_csv(tmp_path / 'said.csv').Id.tolist() == ['glass']
 
 
 def test_bad_files_are_listed_beside_the_predictions(protloc, challenge, model, tmp_path):
-    (challenge/'train'/'f3_red.png').write_text('hello')
-    code, _, err = protloc('predict', model, challenge, tmp_path/'said.csv')
-    assert code == 2 and f'1 of 8 fields cannot be used, see {tmp_path}/said.csv.bad.csv' in err and not (tmp_path/'said.csv').exists()
-    assert pd.read_csv(tmp_path/'said.csv.bad.csv').Id.tolist() == ['f3']
-    assert protloc('predict', model, challenge, tmp_path/'said.csv', '--skip-bad')[0] == 0
-    assert len(pd.read_csv(tmp_path/'said.csv')) == 7
+    (challenge / 'train' / 'f3_red.png').write_text('hello')
+    code, _, err = protloc('predict', model, challenge, tmp_path / 'said.csv')
+    assert (
+        code == 2
+        and f'1 of 8 fields cannot be used, see {tmp_path}/said.csv.bad.csv' in err
+        and not (tmp_path / 'said.csv').exists()
+    )
+    assert pd.read_csv(tmp_path / 'said.csv.bad.csv').Id.tolist() == ['f3']
+    assert protloc('predict', model, challenge, tmp_path / 'said.csv', '--skip-bad')[0] == 0
+    assert len(pd.read_csv(tmp_path / 'said.csv')) == 7
 
 
-@pytest.mark.parametrize('option,sentence', [(('--tile', 64), 'has tile 64, the classifier was trained with 32'),
-    (('--percentiles', '.1,99.9'), 'has percentiles 0.1, 99.9, the classifier was trained with 1.0, 99.0')])
+@pytest.mark.parametrize(
+    'option,sentence',
+    [
+        (('--tile', 64), 'has tile 64, the classifier was trained with 32'),
+        (('--percentiles', '.1,99.9'), 'has percentiles 0.1, 99.9, the classifier was trained with 1.0, 99.0'),
+    ],
+)
 def test_images_prepared_otherwise_are_refused(protloc, challenge, model, tmp_path, option, sentence):
-    assert protloc('prepare', challenge, tmp_path/'other', *HOW, *option)[0] == 0
-    code, _, err = protloc('evaluate', model, tmp_path/'other')
+    assert protloc('prepare', challenge, tmp_path / 'other', *HOW, *option)[0] == 0
+    code, _, err = protloc('evaluate', model, tmp_path / 'other')
     assert code == 2 and sentence in err, err
 
 
@@ -66,16 +110,20 @@ NAMES = ['Nucleoli', 'Plasma membrane', 'Cytosol']
 
 
 @pytest.fixture(scope='module')
-def cells(tmp_path_factory): return simulate_store(tmp_path_factory.mktemp('cells')/'store', dict(train=30, val=10), classes=NAMES)
+def cells(tmp_path_factory):
+    return simulate_store(tmp_path_factory.mktemp('cells') / 'store', dict(train=30, val=10), classes=NAMES)
 
 
 def classifier(backbone='resnet10', seed=0, **how):
     "Untrained, but with BatchNorm statistics that a training mode would change"
     with seeded(seed, 'test'):
         model = Classifier(backbone, 4, 3, 32, **how)
-        model.mean.fill_(40); model.std.fill_(50)
+        model.mean.fill_(40)
+        model.std.fill_(50)
         for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2); m.running_var.uniform_(.5, 2)
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.2)
+                m.running_var.uniform_(0.5, 2)
     return model
 
 
@@ -84,30 +132,45 @@ def test_predictions_depend_on_nothing_but_the_image(cells, backbone):
     "Not on the batch size, the company, the order, the mode that the model was left in, or BatchNorm of its own for synthetic images"
     model, rows, rng = classifier(backbone), cells.rows()[:12], np.random.default_rng(0)
     alone = probabilities(model.eval(), cells, rows)
-    for size in (1, 5, 12): assert probabilities(model, cells, rows, batch_size=size) == pytest.approx(alone, abs=1e-5)
+    for size in (1, 5, 12):
+        assert probabilities(model, cells, rows, batch_size=size) == pytest.approx(alone, abs=1e-5)
     for _ in range(3):
         some = rng.permutation(len(cells))[:9]
-        assert probabilities(model, cells, np.append(some, rows[:2]), batch_size=4)[-2:] == pytest.approx(alone[:2], abs=1e-5)
+        assert probabilities(model, cells, np.append(some, rows[:2]), batch_size=4)[-2:] == pytest.approx(
+            alone[:2], abs=1e-5
+        )
     state = {k: v.clone() for k, v in model.state_dict().items()}
     assert probabilities(model.train(), cells, rows) == pytest.approx(alone, abs=1e-6) and model.training
     assert all((v == state[k]).all() for k, v in model.state_dict().items())
     assert probabilities(with_aux_bn(model).train(), cells, rows) == pytest.approx(alone, abs=1e-6)
-    assert np.abs(model(torch.from_numpy(cells.images[rows])).sigmoid().detach().numpy()-alone).max() > .01, 'this network would not have shown it'
+    assert np.abs(model(torch.from_numpy(cells.images[rows])).sigmoid().detach().numpy() - alone).max() > 0.01, (
+        'this network would not have shown it'
+    )
 
 
 def test_the_mode_comes_back_after_an_error(cells):
     models = [classifier().train(), classifier().eval()]
-    def fails(images): raise RuntimeError
-    with pytest.raises(RuntimeError): walk(models, cells, cells.rows(), fails)
+
+    def fails(images):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        walk(models, cells, cells.rows(), fails)
     assert [m.training for m in models] == [True, False]
 
 
 def test_walk_gives_what_its_function_gives(cells):
     "Features and probabilities in one pass"
     model = classifier().eval()
-    def both(images): return (f := model.features(images)), model.head(f).sigmoid()
+
+    def both(images):
+        return (f := model.features(images)), model.head(f).sigmoid()
+
     features, said = walk(model, cells, cells.rows(), both, batch_size=7)
-    with torch.no_grad(): torch.testing.assert_close(features, model.features(torch.from_numpy(np.array(cells.images))), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            features, model.features(torch.from_numpy(np.array(cells.images))), rtol=1e-4, atol=1e-4
+        )
     assert said.numpy() == pytest.approx(probabilities(model, cells, cells.rows()), abs=1e-5)
 
 
@@ -115,101 +178,155 @@ def test_turned_images_get_the_same_answer_with_tta(cells, tmp_path):
     model, x = classifier().eval(), torch.from_numpy(cells.images[:6])
     said = probabilities(model, cells, cells.rows()[:6], tta=True)
     for turn in (lambda x: x.rot90(1, (2, 3)), lambda x: x.flip(2), lambda x: x.transpose(2, 3)):
-        with torch.no_grad(): mean = torch.stack([model(v).sigmoid() for v in predict.symmetries(turn(x))]).mean(0)
+        with torch.no_grad():
+            mean = torch.stack([model(v).sigmoid() for v in predict.symmetries(turn(x))]).mean(0)
         assert mean.numpy() == pytest.approx(said, abs=2e-6)
-    with torch.no_grad(): assert np.abs(model(x.flip(2)).sigmoid().numpy()-model(x).sigmoid().numpy()).max() > 1e-4
+    with torch.no_grad():
+        assert np.abs(model(x.flip(2)).sigmoid().numpy() - model(x).sigmoid().numpy()).max() > 1e-4
 
 
 def test_several_classifiers_are_averaged(cells, tmp_path):
-    for k in range(3): save_classifier(classifier(seed=k), tmp_path/str(k), cells)
-    models, card = load_classifiers([tmp_path/str(k) for k in range(3)])
+    for k in range(3):
+        save_classifier(classifier(seed=k), tmp_path / str(k), cells)
+    models, card = load_classifiers([tmp_path / str(k) for k in range(3)])
     each = [probabilities(m, cells, cells.rows()) for m in models]
     assert probabilities(models, cells, cells.rows()) == pytest.approx(np.mean(each, 0), abs=1e-6)
-    assert probabilities(models, cells, cells.rows(), tta=True) == pytest.approx(np.mean([probabilities(m, cells, cells.rows(), tta=True) for m in models], 0), abs=1e-6)
-    for what, other in (('classes', NAMES[::-1]), ('channels', ['a', 'b', 'c', 'd']), ('size', 64), ('fields', dict(tile=64))):
-        (tmp_path/'1'/'classifier.json').write_text(json.dumps({**card, what: other}))
-        with pytest.raises(InputError, match=f'1 has {what} '): load_classifiers([tmp_path/'0', tmp_path/'1'])
-    with pytest.raises(InputError, match='no classifier is given'): load_classifiers([])
+    assert probabilities(models, cells, cells.rows(), tta=True) == pytest.approx(
+        np.mean([probabilities(m, cells, cells.rows(), tta=True) for m in models], 0), abs=1e-6
+    )
+    for what, other in (
+        ('classes', NAMES[::-1]),
+        ('channels', ['a', 'b', 'c', 'd']),
+        ('size', 64),
+        ('fields', dict(tile=64)),
+    ):
+        (tmp_path / '1' / 'classifier.json').write_text(json.dumps({**card, what: other}))
+        with pytest.raises(InputError, match=f'1 has {what} '):
+            load_classifiers([tmp_path / '0', tmp_path / '1'])
+    with pytest.raises(InputError, match='no classifier is given'):
+        load_classifiers([])
 
 
 def test_several_classifiers_on_a_folder(protloc, challenge, model, tmp_path):
     one, card = load_classifier(model)
     several, _ = load_classifiers([model, model])
-    found = [predict_folder(m, card, challenge/'train', workers=1, tta=True) for m in (one, several)]
+    found = [predict_folder(m, card, challenge / 'train', workers=1, tta=True) for m in (one, several)]
     assert found[0].to_numpy() == pytest.approx(found[1].to_numpy(), abs=1e-6)
 
 
-@pytest.mark.parametrize('what,other', [('channels', ['green', 'red', 'blue', 'yellow']), ('size', 64), ('classes', NAMES[::-1])])
+@pytest.mark.parametrize(
+    'what,other', [('channels', ['green', 'red', 'blue', 'yellow']), ('size', 64), ('classes', NAMES[::-1])]
+)
 def test_guard(cells, tmp_path, what, other):
     save_classifier(classifier(), tmp_path, cells)
     card = load_classifier(tmp_path)[1]
     check_input(card, cells, labelled=True)
-    with pytest.raises(InputError, match=f'has {what} .* was trained with .*: prepare the images as those were'): check_input({**card, what: other}, cells, labelled=True)
+    with pytest.raises(InputError, match=f'has {what} .* was trained with .*: prepare the images as those were'):
+        check_input({**card, what: other}, cells, labelled=True)
 
 
 def test_thresholds(tmp_path):
     rng = np.random.default_rng(0)
-    labels = (rng.random((300, 3)) < [.5, .1, 0]).astype(np.float32)
-    p = np.float32(1/(1+np.exp(-(2*labels-1+rng.normal(size=labels.shape)))))
-    best = choose_thresholds(p, labels, tmp_path/'t.json', NAMES)
-    assert list(best.index) == NAMES and best.iloc[2] == .5
-    def f1(k, t): said = p[:, k] > t; return 2*(said*labels[:, k]).sum()/(said.sum()+labels[:, k].sum())
-    for k in range(2): assert f1(k, best.iloc[k]) >= max(f1(k, t) for t in np.linspace(0, 1, 501))
-    matched = choose_thresholds(p, labels, tmp_path/'t.csv', NAMES, 'prevalence')
+    labels = (rng.random((300, 3)) < [0.5, 0.1, 0]).astype(np.float32)
+    p = np.float32(1 / (1 + np.exp(-(2 * labels - 1 + rng.normal(size=labels.shape)))))
+    best = choose_thresholds(p, labels, tmp_path / 't.json', NAMES)
+    assert list(best.index) == NAMES and best.iloc[2] == 0.5
+
+    def f1(k, t):
+        said = p[:, k] > t
+        return 2 * (said * labels[:, k]).sum() / (said.sum() + labels[:, k].sum())
+
+    for k in range(2):
+        assert f1(k, best.iloc[k]) >= max(f1(k, t) for t in np.linspace(0, 1, 501))
+    matched = choose_thresholds(p, labels, tmp_path / 't.csv', NAMES, 'prevalence')
     assert ((p > matched.to_numpy()).sum(0) == labels.sum(0)).all()
-    assert ((p > prevalence_thresholds(p, [0, .25, 1])).sum(0) == [0, 75, 300]).all()
+    assert ((p > prevalence_thresholds(p, [0, 0.25, 1])).sum(0) == [0, 75, 300]).all()
     for name, expected in (('t.json', best), ('t.csv', matched)):
-        assert (read_thresholds(tmp_path/name, NAMES) == expected).all()
-        assert (read_thresholds(str(tmp_path/name), NAMES[::-1]) == expected[::-1]).all()
-        with pytest.raises(InputError, match='of another vocabulary: Actin, Nucleoli stands only'): read_thresholds(tmp_path/name, ['Actin', *NAMES[1:]])
-    with pytest.raises(InputError, match="no rule for thresholds 'f2'"): choose_thresholds(p, labels, tmp_path/'x.json', NAMES, 'f2')
-    assert not (tmp_path/'x.json').exists()
-    for text, sentence in (('[1, 2]', 'not a table of thresholds'), ('hello', 'not a table of thresholds'), ('{"Nucleoli": "a"}', 'not a table'), ('{"Nucleoli": 2, "Plasma membrane": 0, "Cytosol": 1}', 'between 0 and 1')):
-        (tmp_path/'bad.json').write_text(text)
-        with pytest.raises(InputError, match=sentence): read_thresholds(tmp_path/'bad.json', NAMES)
+        assert (read_thresholds(tmp_path / name, NAMES) == expected).all()
+        assert (read_thresholds(str(tmp_path / name), NAMES[::-1]) == expected[::-1]).all()
+        with pytest.raises(InputError, match='of another vocabulary: Actin, Nucleoli stands only'):
+            read_thresholds(tmp_path / name, ['Actin', *NAMES[1:]])
+    with pytest.raises(InputError, match="no rule for thresholds 'f2'"):
+        choose_thresholds(p, labels, tmp_path / 'x.json', NAMES, 'f2')
+    assert not (tmp_path / 'x.json').exists()
+    for text, sentence in (
+        ('[1, 2]', 'not a table of thresholds'),
+        ('hello', 'not a table of thresholds'),
+        ('{"Nucleoli": "a"}', 'not a table'),
+        ('{"Nucleoli": 2, "Plasma membrane": 0, "Cytosol": 1}', 'between 0 and 1'),
+    ):
+        (tmp_path / 'bad.json').write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            read_thresholds(tmp_path / 'bad.json', NAMES)
     for value in ('nan', -1, '1.5'):
-        with pytest.raises(InputError, match='between 0 and 1'): read_thresholds(value, NAMES)
-    with pytest.raises(InputError, match='there is no file'): read_thresholds('half', NAMES)
+        with pytest.raises(InputError, match='between 0 and 1'):
+            read_thresholds(value, NAMES)
+    with pytest.raises(InputError, match='there is no file'):
+        read_thresholds('half', NAMES)
 
 
 def test_submission_with_a_threshold_for_each_class():
-    found = pd.DataFrame([[.9, .6, .1], [.2, .4, .3], [.1, .1, .1]], index=list('abc'), columns=NAMES)
-    assert submission(found, np.array([.95, .3, .2])).Predicted.tolist() == ['1', '1 2', '0 1 2']
+    found = pd.DataFrame([[0.9, 0.6, 0.1], [0.2, 0.4, 0.3], [0.1, 0.1, 0.1]], index=list('abc'), columns=NAMES)
+    assert submission(found, np.array([0.95, 0.3, 0.2])).Predicted.tolist() == ['1', '1 2', '0 1 2']
 
 
 def test_tables_of_probabilities(tmp_path):
     found = pd.DataFrame(np.random.default_rng(0).random((3, 3)), index=pd.Index(list('abc'), name='Id'), columns=NAMES)
-    write_probabilities(found, tmp_path/'p.csv')
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'p.csv', index_col='Id'), found, atol=1e-6, rtol=0)
+    write_probabilities(found, tmp_path / 'p.csv')
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'p.csv', index_col='Id'), found, atol=1e-6, rtol=0)
     if importlib.util.find_spec('pyarrow'):
-        write_probabilities(found, tmp_path/'p.parquet')
-        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'p.parquet').astype(float), found, atol=1e-6, rtol=0)
+        write_probabilities(found, tmp_path / 'p.parquet')
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / 'p.parquet').astype(float), found, atol=1e-6, rtol=0)
     else:
-        with pytest.raises(InputError, match='Parquet needs pyarrow: run `pip install pyarrow`, or write a .csv file'): write_probabilities(found, tmp_path/'p.parquet')
-        assert not (tmp_path/'p.parquet').exists()
+        with pytest.raises(InputError, match='Parquet needs pyarrow: run `pip install pyarrow`, or write a .csv file'):
+            write_probabilities(found, tmp_path / 'p.parquet')
+        assert not (tmp_path / 'p.parquet').exists()
 
 
-@pytest.mark.parametrize('kind,backbone,how', [*((kind, 'resnet10', how) for kind in ('onnx', 'torchscript', 'export') for how in ({}, dict(pooling='avg+max', head='mlp_cosine'))), ('torchscript', 'swin_t', {})])
+@pytest.mark.parametrize(
+    'kind,backbone,how',
+    [
+        *(
+            (kind, 'resnet10', how)
+            for kind in ('onnx', 'torchscript', 'export')
+            for how in ({}, dict(pooling='avg+max', head='mlp_cosine'))
+        ),
+        ('torchscript', 'swin_t', {}),
+    ],
+)
 def test_exported_classifiers_say_the_same(cells, tmp_path, kind, backbone, how):
     if kind == 'onnx':
-        for package in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(package)
+        for package in ('onnx', 'onnxscript', 'onnxruntime'):
+            pytest.importorskip(package)
     model = classifier(backbone, **how).eval()
-    save_classifier(model, tmp_path/'model', cells)
+    save_classifier(model, tmp_path / 'model', cells)
     rng = np.random.default_rng(0)
-    chosen = choose_thresholds(rng.random((20, 3)), np.eye(3)[rng.integers(3, size=20)], tmp_path/'model'/'thresholds.json', NAMES)
-    export_classifier(tmp_path/'model', tmp_path/'file', kind)
-    said, card = open_exported(tmp_path/'file', kind)
+    chosen = choose_thresholds(
+        rng.random((20, 3)), np.eye(3)[rng.integers(3, size=20)], tmp_path / 'model' / 'thresholds.json', NAMES
+    )
+    export_classifier(tmp_path / 'model', tmp_path / 'file', kind)
+    said, card = open_exported(tmp_path / 'file', kind)
     expected = probabilities(model, cells, cells.rows())
-    for n in (1, 2, 40): assert said(torch.from_numpy(cells.images[:n])).numpy() == pytest.approx(expected[:n], abs=1e-5)
+    for n in (1, 2, 40):
+        assert said(torch.from_numpy(cells.images[:n])).numpy() == pytest.approx(expected[:n], abs=1e-5)
     assert card['classes'] == NAMES and card['channels'] == list(STAINS) and card['thresholds'] == chosen.to_dict()
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'model']
 
 
 def test_an_export_that_says_something_else_is_not_kept(cells, tmp_path, monkeypatch):
-    save_classifier(classifier(), tmp_path/'model', cells)
+    save_classifier(classifier(), tmp_path / 'model', cells)
     write, read = predict.EXPORTS['torchscript']
-    monkeypatch.setitem(predict.EXPORTS, 'torchscript', (write, lambda content: ((lambda images: read(content)[0](images)+.01), '')))
-    with pytest.raises(InputError, match='torchscript cannot express the backbone resnet10: its probabilities are off by 0.01'): export_classifier(tmp_path/'model', tmp_path/'file.pt', 'torchscript')
+    monkeypatch.setitem(
+        predict.EXPORTS, 'torchscript', (write, lambda content: ((lambda images: read(content)[0](images) + 0.01), ''))
+    )
+    with pytest.raises(
+        InputError, match='torchscript cannot express the backbone resnet10: its probabilities are off by 0.01'
+    ):
+        export_classifier(tmp_path / 'model', tmp_path / 'file.pt', 'torchscript')
     monkeypatch.setattr(predict.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(InputError, match='ONNX needs onnx and onnxscript and onnxruntime: run `pip install onnx onnxscript onnxruntime`'): export_classifier(tmp_path/'model', tmp_path/'file.onnx')
+    with pytest.raises(
+        InputError,
+        match='ONNX needs onnx and onnxscript and onnxruntime: run `pip install onnx onnxscript onnxruntime`',
+    ):
+        export_classifier(tmp_path / 'model', tmp_path / 'file.onnx')
     assert [p.name for p in tmp_path.iterdir()] == ['model']

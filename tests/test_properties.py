@@ -1,7 +1,10 @@
 import tempfile
 from pathlib import Path
-import numpy as np, pandas as pd
-from hypothesis import given, settings, strategies as st
+
+import numpy as np
+import pandas as pd
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from protloc.core import InputError
@@ -14,7 +17,9 @@ settings.register_profile('protloc', max_examples=60, deadline=None, derandomize
 settings.load_profile('protloc')
 
 letters = st.characters(exclude_categories=['Nd', 'No', 'Cs'])
-names = st.lists(st.text(letters, min_size=1, max_size=8), min_size=1, max_size=30, unique=True) # a name of digits would be a number
+names = st.lists(
+    st.text(letters, min_size=1, max_size=8), min_size=1, max_size=30, unique=True
+)  # a name of digits would be a number
 words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs']), min_size=1, max_size=6)
 
 
@@ -22,14 +27,21 @@ words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs']), m
 def labelled(draw, least_groups=3):
     "Multi-hot labels, groups of several images, a seed"
     n, k = draw(st.integers(least_groups, 40)), draw(st.integers(1, 6))
-    groups = [*range(least_groups), *draw(st.lists(st.integers(0, 20), min_size=n-least_groups, max_size=n-least_groups))]
-    return draw(hnp.arrays(int, (n, k), elements=st.integers(0, 1))), [f'g{g}' for g in groups], draw(st.integers(0, 2**40))
+    groups = [
+        *range(least_groups),
+        *draw(st.lists(st.integers(0, 20), min_size=n - least_groups, max_size=n - least_groups)),
+    ]
+    return (
+        draw(hnp.arrays(int, (n, k), elements=st.integers(0, 1))),
+        [f'g{g}' for g in groups],
+        draw(st.integers(0, 2**40)),
+    )
 
 
 @st.composite
 def fractions(draw):
-    val, test = draw(st.floats(.05, .4)), draw(st.floats(.05, .4))
-    return Fractions(train=1-val-test, val=val, test=test)
+    val, test = draw(st.floats(0.05, 0.4)), draw(st.floats(0.05, 0.4))
+    return Fractions(train=1 - val - test, val=val, test=test)
 
 
 @given(names, st.data())
@@ -38,15 +50,17 @@ def test_targets_round_trip(names, data):
     row = data.draw(hnp.arrays(np.float32, len(vocab), elements=st.sampled_from([0, 1])))
     assert (vocab.encode(vocab.decode(row)) == row).all()
     assert (vocab.multi_hot([vocab.names_of(row)]) == row).all()
-    target = ' '.join(map(str, data.draw(st.lists(st.integers(0, len(vocab)-1), max_size=5))))
+    target = ' '.join(map(str, data.draw(st.lists(st.integers(0, len(vocab) - 1), max_size=5))))
     assert sorted(set(target.split()), key=int) == vocab.decode(vocab.encode(target)).split()
 
 
 @given(names, st.text(letters | st.sampled_from('0123456789 -'), max_size=6))
 def test_any_text_is_a_target_or_one_sentence(names, text):
     vocab = Vocabulary(names)
-    try: assert vocab.encode(text).shape == (len(vocab),)
-    except InputError as e: assert '\n' not in str(e)
+    try:
+        assert vocab.encode(text).shape == (len(vocab),)
+    except InputError as e:
+        assert '\n' not in str(e)
 
 
 @given(labelled(), fractions())
@@ -72,7 +86,8 @@ def test_folds_tear_no_group_and_test_each_image_once(case, folds):
 def test_a_class_with_three_groups_is_in_every_part(classes, fractions, seed):
     labels = np.eye(5, dtype=int)[classes]
     part = assign_splits(labels, range(len(classes)), fractions, seed)
-    for k in np.flatnonzero(labels.sum(0) >= 3): assert {'train', 'val', 'test'} == set(part[labels[:, k] > 0])
+    for k in np.flatnonzero(labels.sum(0) >= 3):
+        assert {'train', 'val', 'test'} == set(part[labels[:, k] > 0])
 
 
 @given(labelled(), st.data())
@@ -80,18 +95,24 @@ def test_moving_groups_takes_no_class_from_a_part_but_a_scarce_one(case, data):
     of_group = case[0]
     part = data.draw(hnp.arrays(int, len(of_group), elements=st.integers(0, 2)).filter(lambda p: len(set(p)) == 3))
     moved = spread(of_group, part, 3)
-    for k in np.flatnonzero(of_group.sum(0) >= 3): assert set(part[of_group[:, k] > 0]) <= set(moved[of_group[:, k] > 0])
+    for k in np.flatnonzero(of_group.sum(0) >= 3):
+        assert set(part[of_group[:, k] > 0]) <= set(moved[of_group[:, k] > 0])
 
 
-@given(st.lists(st.tuples(st.sampled_from('abcdefgh'), st.sampled_from(['', 'x', 'y', 'z'])), min_size=2, max_size=20), st.data())
+@given(
+    st.lists(st.tuples(st.sampled_from('abcdefgh'), st.sampled_from(['', 'x', 'y', 'z'])), min_size=2, max_size=20),
+    st.data(),
+)
 def test_joined_groups_tie_all_that_is_tied_and_nothing_more(rows, data):
     first, second = map(list, zip(*rows))
-    at = st.integers(0, len(rows)-1)
+    at = st.integers(0, len(rows) - 1)
     pairs = data.draw(st.lists(st.tuples(at, at), max_size=5))
     found = join_groups([first, second], np.array(pairs, int).reshape(-1, 2))
     tied = np.eye(len(rows), dtype=bool)
-    for column in (first, second): tied |= np.array([[a == b != '' for b in column] for a in column])
-    for a, b in pairs: tied[a, b] = tied[b, a] = True
+    for column in (first, second):
+        tied |= np.array([[a == b != '' for b in column] for a in column])
+    for a, b in pairs:
+        tied[a, b] = tied[b, a] = True
     tied = np.linalg.matrix_power(tied.astype(float), len(rows)) > 0
     assert (tied == (found[:, None] == found[None])).all()
 
@@ -109,10 +130,17 @@ def test_a_store_gives_back_what_was_written(data):
     vocab = Vocabulary([f'class {i}' for i in range(k)])
     labels = data.draw(hnp.arrays(np.float32, (n, k), elements=st.sampled_from([0, 1])))
     text = st.lists(words, min_size=n, max_size=n)
-    table = pd.DataFrame(dict(id=data.draw(st.lists(words, min_size=n, max_size=n, unique=True)), target=[vocab.decode(y) for y in labels],
-        group=data.draw(text), split=data.draw(st.lists(st.sampled_from(['train', 'val', 'test', '']), min_size=n, max_size=n)), source='real'))
+    table = pd.DataFrame(
+        dict(
+            id=data.draw(st.lists(words, min_size=n, max_size=n, unique=True)),
+            target=[vocab.decode(y) for y in labels],
+            group=data.draw(text),
+            split=data.draw(st.lists(st.sampled_from(['train', 'val', 'test', '']), min_size=n, max_size=n)),
+            source='real',
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
-        store = write_store(Path(folder)/'store', images, table, [f'stain {i}' for i in range(c)], vocab)
+        store = write_store(Path(folder) / 'store', images, table, [f'stain {i}' for i in range(c)], vocab)
         assert (store.images == images).all() and (store.labels == labels).all() and store.verify()
         pd.testing.assert_frame_equal(store.table, table, check_dtype=False)
         del store

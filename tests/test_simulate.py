@@ -1,12 +1,25 @@
 """The simulator: one cell, fields of cells, and stores of either."""
+
 import hashlib
 from dataclasses import fields, replace
-import numpy as np, pytest
+
+import numpy as np
+import pytest
 from scipy import ndimage
 
 from protloc.core import InputError, rng_for
-from protloc.data.simulate import (Cell, CellLine, centrosome, draw_field, draw_shape, oracle_store, organizing_center, parameter_table,
-    simulate_cell, simulate_store)
+from protloc.data.simulate import (
+    Cell,
+    CellLine,
+    centrosome,
+    draw_field,
+    draw_shape,
+    oracle_store,
+    organizing_center,
+    parameter_table,
+    simulate_cell,
+    simulate_store,
+)
 from protloc.data.store import ImageStore
 
 CLASSES = ['Nucleoli', 'Plasma membrane', 'Mitotic spindle']
@@ -15,13 +28,15 @@ CLASSES = ['Nucleoli', 'Plasma membrane', 'Mitotic spindle']
 def nuclei(image):
     "Nuclei that can be told apart in the blue stain"
     blue = ndimage.gaussian_filter(image[2].astype(float), 1)
-    return ndimage.label(blue > .2*blue.max())[1]
+    return ndimage.label(blue > 0.2 * blue.max())[1]
 
 
-def pixels(store): return hashlib.sha256((store.path/'images.npy').read_bytes()).hexdigest()
+def pixels(store):
+    return hashlib.sha256((store.path / 'images.npy').read_bytes()).hexdigest()
 
 
 # parameters
+
 
 def test_table_holds_every_parameter():
     table = parameter_table()
@@ -35,55 +50,100 @@ def test_lines_lie_in_the_ranges_and_differ():
     table = parameter_table()
     drawn = np.array([[getattr(CellLine.draw(k), name) for name in table.index] for k in range(60)])
     assert (drawn >= table.low.to_numpy(float)).all() and (drawn <= table.high.to_numpy(float)).all()
-    room = (table.high-table.low).to_numpy(float)
-    assert (np.ptp(drawn, axis=0) > .7*room).all()
+    room = (table.high - table.low).to_numpy(float)
+    assert (np.ptp(drawn, axis=0) > 0.7 * room).all()
 
 
 def test_first_parameters_of_a_line_never_change():
     "Data sets name their cell lines by number: a new parameter goes to the end of the table"
     line = CellLine.draw(3)
-    assert list(parameter_table().index[:17]) == ['nucleus_radius', 'nucleus_aspect', 'cell_radius', 'cell_aspect', 'lobes', 'polarity', 'crowding',
-        'nucleoli', 'filaments', 'vesicles', 'grain', 'red', 'blue', 'yellow', 'background', 'photons', 'psf']
+    assert list(parameter_table().index[:17]) == [
+        'nucleus_radius',
+        'nucleus_aspect',
+        'cell_radius',
+        'cell_aspect',
+        'lobes',
+        'polarity',
+        'crowding',
+        'nucleoli',
+        'filaments',
+        'vesicles',
+        'grain',
+        'red',
+        'blue',
+        'yellow',
+        'background',
+        'photons',
+        'psf',
+    ]
     u = rng_for(3, 'cell line').random(17)
-    assert np.isclose([line.nucleus_radius, line.psf], [.115+u[0]*.05, .0035+u[16]*.003]).all()
+    assert np.isclose([line.nucleus_radius, line.psf], [0.115 + u[0] * 0.05, 0.0035 + u[16] * 0.003]).all()
 
 
-@pytest.mark.parametrize('name, label', dict(mtoc=18, filaments=14, peroxisomes=8, endosomes=9, lysosomes=10, mitochondria=23, droplets=20,
-    spot_size=5, crosstalk=0, psf=0, photons=0, background=0, nucleus_radius=0, nucleoli=2).items())
+@pytest.mark.parametrize(
+    'name, label',
+    dict(
+        mtoc=18,
+        filaments=14,
+        peroxisomes=8,
+        endosomes=9,
+        lysosomes=10,
+        mitochondria=23,
+        droplets=20,
+        spot_size=5,
+        crosstalk=0,
+        psf=0,
+        photons=0,
+        background=0,
+        nucleus_radius=0,
+        nucleoli=2,
+    ).items(),
+)
 def test_every_parameter_shows(name, label):
     p = parameter_table().loc[name]
-    low, high = (simulate_cell([label], replace(CellLine(crowding=0.), **{name: v}), index=2, size=96) for v in (p.low, p.high))
-    assert (low != high).mean() > .002
+    low, high = (
+        simulate_cell([label], replace(CellLine(crowding=0.0), **{name: v}), index=2, size=96) for v in (p.low, p.high)
+    )
+    assert (low != high).mean() > 0.002
 
 
 @pytest.mark.parametrize('label', [3, 4, 5, 8, 9, 10, 18, 20, 26])
 def test_spot_size_reaches_all_dots(label):
-    small, large = (simulate_cell([label], CellLine(crowding=0., spot_size=v, crosstalk=0.), index=2, size=96)[1] for v in (.8, 1.25))
-    assert (abs(small.astype(int)-large) > 10).mean() > .0005
+    small, large = (
+        simulate_cell([label], CellLine(crowding=0.0, spot_size=v, crosstalk=0.0), index=2, size=96)[1]
+        for v in (0.8, 1.25)
+    )
+    assert (abs(small.astype(int) - large) > 10).mean() > 0.0005
 
 
 @pytest.mark.parametrize('name, label', dict(mtoc=25, spot_size=25, peroxisomes=7, lysosomes=8).items())
 def test_parameters_leave_other_organelles_alone(name, label):
     p = parameter_table().loc[name]
-    low, high = (simulate_cell([label], replace(CellLine(crowding=0.), **{name: v, 'crosstalk': 0.}), index=2, size=64)[1] for v in (p.low, p.high))
+    low, high = (
+        simulate_cell([label], replace(CellLine(crowding=0.0), **{name: v, 'crosstalk': 0.0}), index=2, size=64)[1]
+        for v in (p.low, p.high)
+    )
     assert (low == high).all()
 
 
 def test_mtoc_moves_the_centrosome():
     "From the rim of the nucleus, on the same side"
+
     def away(mtoc):
         cell = Cell(draw_shape(CellLine(mtoc=mtoc), {19}, np.random.default_rng(0)), 128)
         return [cell.t.flat[f(cell, np.random.default_rng(1)).argmax()] for f in (centrosome, organizing_center)]
-    assert np.allclose(np.subtract(away(.3), away(.1)), .2, atol=.06)
+
+    assert np.allclose(np.subtract(away(0.3), away(0.1)), 0.2, atol=0.06)
 
 
 def test_a_wide_cell_with_a_far_nucleus():
     "A shift may make a cell wider than long; its nucleus stays inside"
-    line = CellLine(cell_aspect=.6, polarity=.9, nucleus_radius=.05)
-    for i in range(40): assert np.isfinite(draw_shape(line, {0}, np.random.default_rng(i)).outline).all()
+    line = CellLine(cell_aspect=0.6, polarity=0.9, nucleus_radius=0.05)
+    for i in range(40):
+        assert np.isfinite(draw_shape(line, {0}, np.random.default_rng(i)).outline).all()
 
 
-@pytest.mark.parametrize('shift', [.5, 1.])
+@pytest.mark.parametrize('shift', [0.5, 1.0])
 def test_shifted_lines_can_be_drawn(shift):
     for k in range(40):
         shapes = draw_field(CellLine.draw(k, shift), {22}, 5, np.random.default_rng(k))[0]
@@ -91,6 +151,7 @@ def test_shifted_lines_can_be_drawn(shift):
 
 
 # fields
+
 
 def test_one_cell_is_the_default():
     one = simulate_cell([0, 23], 2, 3, 4, 5, 64)
@@ -104,11 +165,11 @@ def test_every_class_shows_in_a_field(label):
     without = simulate_cell([27 if label == 0 else 0], label % 18, label, 0, label, 128, cells=4)
     assert image.shape == (4, 128, 128) and image.dtype == np.uint8
     assert image[1].max() > 90 and image[1].std() > 2
-    assert (abs(image[1].astype(int)-without[1]) > 25).mean() > .002
+    assert (abs(image[1].astype(int) - without[1]) > 25).mean() > 0.002
 
 
 def test_a_field_shows_its_cells():
-    line = replace(CellLine.draw(1), crowding=0.)
+    line = replace(CellLine.draw(1), crowding=0.0)
     counts = [nuclei(simulate_cell([25], line, 0, 0, i, 256, cells=9)) for i in range(6)]
     assert all(8 <= n <= 10 for n in counts) and np.mean(counts) > 8.5
 
@@ -117,23 +178,28 @@ def test_cells_of_a_field_differ():
     shapes, places, across = draw_field(CellLine(), {0}, 9, np.random.default_rng(0))
     assert len(shapes) == len(places) == 9 and len({s.nucleus.tobytes() for s in shapes}) == 9
     assert (places > 0).all() and (places < across).all()
-    apart = np.hypot(*(places[:, None]-places).transpose(2, 0, 1))+np.eye(9)
-    assert apart.min() > .3
+    apart = np.hypot(*(places[:, None] - places).transpose(2, 0, 1)) + np.eye(9)
+    assert apart.min() > 0.3
 
 
 def test_a_field_is_as_sharp_as_its_cells():
     "Blur and noise belong to the cell's scale: a wider field of the same cells is no softer"
-    line = CellLine(crowding=0.)
-    def edge(cells, size): # steepest step of the nuclear stain, share of its height
-        blue = simulate_cell([0], replace(line, grain=0., photons=1e6), 0, 0, 1, size, cells)[2].astype(float)
-        return np.abs(np.diff(blue)).max()/blue.max()
-    assert edge(4, 256) == pytest.approx(edge(16, 512), rel=.15)
+    line = CellLine(crowding=0.0)
+
+    def edge(cells, size):  # steepest step of the nuclear stain, share of its height
+        blue = simulate_cell([0], replace(line, grain=0.0, photons=1e6), 0, 0, 1, size, cells)[2].astype(float)
+        return np.abs(np.diff(blue)).max() / blue.max()
+
+    assert edge(4, 256) == pytest.approx(edge(16, 512), rel=0.15)
 
 
 @pytest.mark.parametrize('label', [16, 17])
 def test_some_cells_divide_and_at_least_one(label):
-    shows = [np.mean([label in s.labels for s in draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(i))[0]]) for i in range(40)]
-    assert min(shows) >= 1/8 and .15 < np.mean(shows) < .4
+    shows = [
+        np.mean([label in s.labels for s in draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(i))[0]])
+        for i in range(40)
+    ]
+    assert min(shows) >= 1 / 8 and 0.15 < np.mean(shows) < 0.4
     assert all(0 in s.labels for s in draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(0))[0])
 
 
@@ -146,7 +212,8 @@ def test_junctions_lie_where_cells_touch(cells):
 
 
 def test_small_cells_grow_until_they_touch():
-    for i in range(20): assert any(22 in s.labels for s in draw_field(CellLine(cell_radius=.2), {22}, 2, np.random.default_rng(i))[0])
+    for i in range(20):
+        assert any(22 in s.labels for s in draw_field(CellLine(cell_radius=0.2), {22}, 2, np.random.default_rng(i))[0])
 
 
 @pytest.mark.parametrize('size, cells', [(35, 2), (64, 7), (128, 28), (512, 16)])
@@ -155,39 +222,62 @@ def test_sizes_of_fields(size, cells):
     assert image.shape == (4, size, size) and min(image.reshape(4, -1).max(1)) > 60
 
 
-@pytest.mark.parametrize('size, cells, message', [(32, 0, 'whole number from 1'), (32, -3, 'whole number from 1'), (64, 2.5, 'whole number from 1'),
-    (32, 2, 'at most 1, or a larger size'), (64, 8, 'at most 7,'), (128, 29, 'at most 28,'), (1024, 4, '32 to 512')])
+@pytest.mark.parametrize(
+    'size, cells, message',
+    [
+        (32, 0, 'whole number from 1'),
+        (32, -3, 'whole number from 1'),
+        (64, 2.5, 'whole number from 1'),
+        (32, 2, 'at most 1, or a larger size'),
+        (64, 8, 'at most 7,'),
+        (128, 29, 'at most 28,'),
+        (1024, 4, '32 to 512'),
+    ],
+)
 def test_impossible_fields(size, cells, message, tmp_path):
-    with pytest.raises(InputError, match=message): simulate_cell([0], size=size, cells=cells)
-    with pytest.raises(InputError, match=message): simulate_store(tmp_path/'s', dict(train=28), size=size, cells=cells)
+    with pytest.raises(InputError, match=message):
+        simulate_cell([0], size=size, cells=cells)
+    with pytest.raises(InputError, match=message):
+        simulate_store(tmp_path / 's', dict(train=28), size=size, cells=cells)
     assert not list(tmp_path.iterdir())
 
 
 # stores
 
+
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    return simulate_store(tmp_path_factory.mktemp('fields')/'one', dict(train=52, val=6, test=6), 48, CLASSES, seed=3, cells=3)
+    return simulate_store(
+        tmp_path_factory.mktemp('fields') / 'one', dict(train=52, val=6, test=6), 48, CLASSES, seed=3, cells=3
+    )
 
 
 def test_workers_do_not_change_a_store(store, tmp_path):
-    two = simulate_store(tmp_path/'two', dict(train=52, val=6, test=6), 48, CLASSES, seed=3, workers=2, cells=3)
+    two = simulate_store(tmp_path / 'two', dict(train=52, val=6, test=6), 48, CLASSES, seed=3, workers=2, cells=3)
     assert pixels(two) == pixels(store)
-    again = simulate_cell(store.vocab.names_of(store.table.target[51]), store.table.cell_line[51], int(store.table.group[51][-5:]), 3, 51, 48, 3)
+    again = simulate_cell(
+        store.vocab.names_of(store.table.target[51]),
+        store.table.cell_line[51],
+        int(store.table.group[51][-5:]),
+        3,
+        51,
+        48,
+        3,
+    )
     assert (again == store.images[51]).all()
 
 
 def test_the_manifest_tells_the_cells(store, tmp_path):
     assert ImageStore(store.path).manifest['made']['cells'] == 3
-    assert simulate_store(tmp_path/'s', dict(train=3), 32, CLASSES).manifest['made']['cells'] == 1
+    assert simulate_store(tmp_path / 's', dict(train=3), 32, CLASSES).manifest['made']['cells'] == 1
 
 
 def test_the_oracle_of_fields_draws_fields(store, tmp_path):
-    perfect = oracle_store(tmp_path/'perfect', store, store.labels[:6], seed=1)
+    perfect = oracle_store(tmp_path / 'perfect', store, store.labels[:6], seed=1)
     made = perfect.manifest['made']
     assert (made['kind'], made['seed'], made['cells'], perfect.size) == ('oracle', 1, 3, 48)
     assert (perfect.labels == store.labels[:6]).all()
     old = ImageStore(store.path)
-    old.manifest['made'].pop('cells') # as in stores written before there were fields
-    ones = oracle_store(tmp_path/'ones', old, store.labels[:6], seed=1)
+    old.manifest['made'].pop('cells')  # as in stores written before there were fields
+    ones = oracle_store(tmp_path / 'ones', old, store.labels[:6], seed=1)
     assert ones.manifest['made']['cells'] == 1 and (ones.images != perfect.images).any((1, 2, 3)).all()
