@@ -31,12 +31,12 @@ from protloc.data.store import ImageStore, write_store
 from protloc.diffusion.generate import GenerateConfig, generate, match_plan
 from protloc.diffusion.train import GeneratorConfig, train_generator
 from protloc.metrics import scores
-from protloc.study.arms import part_config, study_config
+from protloc.study.arms import section_config, study_config
 from protloc.training import LoopConfig
 
 DEMO, SMALL = study_config('demo'), 8
 GENERATORS = {  # what it is trained on: the edge of its images, and whether it is told one label of each
-    'simplified': (SMALL, True, part_config('generator', 'paper/generator_simplified', ['loop.steps=6000'])),
+    'simplified': (SMALL, True, section_config('generator', 'paper/generator_simplified', ['loop.steps=6000'])),
     'with_time_step': (
         SMALL,
         True,

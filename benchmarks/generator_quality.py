@@ -26,7 +26,7 @@ from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
 from protloc.evaluate.fidelity import features, measure
-from protloc.study.arms import part_config
+from protloc.study.arms import section_config
 from protloc.training import LoopConfig
 
 JUDGE = ClassifierConfig(
@@ -50,7 +50,7 @@ def images(folder, size, train, val):
 
 def configured(recipe, steps, overrides):
     "A recipe's settings for some steps"
-    return part_config(
+    return section_config(
         'generator',
         f"paper/generator_{recipe.removeprefix('paper_')}" if recipe.startswith('paper_') else '',
         [f'loop.steps={steps}', *overrides],

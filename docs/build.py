@@ -34,7 +34,7 @@ NAVIGATION = {
 
 
 def page_of(notebook: Path) -> Path:
-    "04_data/01_store.ipynb -> data/store: numbers order the files, addresses do without them"
+    "04_data/02_store.ipynb -> data/store: numbers order the files, addresses do without them"
     return Path(*(re.sub(r'^\d+_', '', part) for part in notebook.with_suffix('').parts))
 
 

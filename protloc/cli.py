@@ -52,7 +52,7 @@ def main():
             )
         )
 
-
+# %% ../nbs/10_cli.ipynb #156b8b67
 def _say(text, code):
     print(text, file=sys.stderr)
     return code
@@ -188,7 +188,7 @@ def _pair(text):
         raise InputError(f"--percentiles wants two numbers such as 0.1,99.9, not '{text}'") from None
     return low, high
 
-
+# %% ../nbs/10_cli.ipynb #8d409d14
 @app.command()
 def prepare(
     folder: Annotated[
@@ -373,9 +373,9 @@ def train_generator(
     "Train a label-conditioned diffusion model on a store's training images."
     from protloc.data.store import ImageStore
     from protloc.diffusion.train import train_generator
-    from protloc.study.arms import part_config
+    from protloc.study.arms import section_config
 
-    config = part_config('generator', preset, set or [])
+    config = section_config('generator', preset, set or [])
     train_generator(ImageStore(store), out, config, seed)
     print(f'Pipeline: {(out / "pipeline").resolve()}')
 
@@ -384,17 +384,17 @@ def _judge(pipe, real, classifier, min_fidelity, drop_copies):
     "What looks at drawn images, or None"
     import torch
 
-    from protloc.classify.predict import check_input, load_classifier
+    from protloc.classify.predict import load_classifier
     from protloc.core import sha256
+    from protloc.data.kind import ImageKind
     from protloc.diffusion.filter import Judge, KnownImages
-    from protloc.diffusion.generate import check_kind
 
     if not (classifier or drop_copies or min_fidelity):
         return None
-    check_kind(pipe, real)
+    real.kind.must_match(pipe.kind)
     if classifier:
         model, card = load_classifier(classifier)
-        check_input(card, real, labelled=True)
+        real.kind.must_match(ImageKind.of(card, str(classifier)))
 
     @torch.no_grad()
     def score(images):
@@ -594,9 +594,9 @@ def train_classifier(
     from protloc.classify.train import train_classifier
     from protloc.core import read_config
     from protloc.data.store import ImageStore
-    from protloc.study.arms import ArmConfig, arm_of, part_config, with_overrides
+    from protloc.study.arms import ArmConfig, arm_of, section_config, with_overrides
 
-    config, arm = part_config('classifier', preset, set or []), arm_of(preset, strategy)
+    config, arm = section_config('classifier', preset, set or []), arm_of(preset, strategy)
     changes = {k: v for k, v in dict(partners=partners, ratio=ratio).items() if v is not None}
     arm = read_config(
         ArmConfig,
@@ -644,12 +644,13 @@ def evaluate(
     tta: Tta = False,
 ):
     "Score a classifier on a part of a store."
-    from protloc.classify.predict import check_input, load_classifiers, probabilities, read_thresholds
+    from protloc.classify.predict import load_classifiers, probabilities, read_thresholds
+    from protloc.data.kind import ImageKind
     from protloc.data.store import ImageStore
     from protloc.metrics import per_class, scores
 
     (models, card), images = load_classifiers([classifier, *(also or [])]), ImageStore(store)
-    check_input(card, images, labelled=True)
+    images.kind.must_match(ImageKind.of(card, str(classifier)), mend='prepare the images as those were')
     rows, limits = images.rows(part), read_thresholds(threshold, card['classes'])
     found = probabilities(models, images, rows, progress='evaluate', tta=tta)
     print(per_class(found, images.labels[rows], images.vocab, limits).round(3).to_string(), end='\n\n')
@@ -673,11 +674,12 @@ def thresholds(
     "Choose a threshold for each class on a part of a store."
     if (also or tta) and not out:
         raise InputError('these thresholds are not those of one classifier alone: name a file for them with --out')
-    from protloc.classify.predict import check_input, choose_thresholds, load_classifiers, probabilities
+    from protloc.classify.predict import choose_thresholds, load_classifiers, probabilities
+    from protloc.data.kind import ImageKind
     from protloc.data.store import ImageStore
 
     (models, card), images = load_classifiers([classifier, *(also or [])]), ImageStore(store)
-    check_input(card, images, labelled=True)
+    images.kind.must_match(ImageKind.of(card, str(classifier)), mend='prepare the images as those were')
     rows, path = images.rows(part), out or classifier / 'thresholds.json'
     found = choose_thresholds(
         probabilities(models, images, rows, progress='thresholds', tta=tta),

@@ -17,13 +17,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pydantic
 import yaml
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'lookup', 'Config', 'read_config', 'read_yaml', 'remove', 'atomic_path', 'write_text',
-           'write_json', 'exclusive', 'hold_settings', 'derive_seed', 'rng_for', 'versions', 'command_line', 'sha256']
+           'write_json', 'exclusive', 'first_difference', 'claim_settings', 'derive_seed', 'rng_for', 'versions',
+           'command_line', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
@@ -153,32 +155,44 @@ def exclusive(
     folder: str | Path,  # an existing folder
 ):
     "Hold a folder; raises `InputError` where another process holds it"
+    lock = filelock.FileLock(Path(folder) / '.lock', timeout=0)
     try:
-        import fcntl
-    except ImportError:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f'another process is at work in {folder}: wait for it, or choose another folder') from None
+    try:
         yield
-        return  # Windows has no such locks
-    with open(Path(folder) / '.lock', 'w') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f'another process is at work in {folder}: wait for it, or choose another folder') from None
-        yield
+    finally:
+        lock.release()
+
+# %% ../nbs/00_core.ipynb #898ebb8f
+def first_difference(
+    there: dict,  # nested settings
+    here: dict,  # likewise
+    name: str = '',  # of the setting that holds both
+) -> str:  # e.g. 'loop.steps is 500 there and 600 now'; '' where they are equal
+    "Name the first setting in which two trees of settings differ"
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return '' if there == here else f'{name} is {there} there and {here} now'
+    named = (first_difference(there.get(k), here.get(k), f'{name}.{k}'.strip('.')) for k in {**there, **here})
+    return next(filter(None, named), '')
 
 # %% ../nbs/00_core.ipynb #34cc0656
-def hold_settings(
-    folder: str | Path,  # of a training
-    settings: dict,  # all that decides its result; JSON
+def claim_settings(
+    path: str | Path,  # where they are noted, beside what they decide: a .json or .yaml file
+    settings: dict,  # all that decides the result; what JSON can hold
+    mend: str = 'choose another folder, or remove this one',  # what the user can do, for the message
 ):
-    "Note the settings of a folder, or raise `InputError` where it was begun with others"
-    path, mine = Path(folder) / 'settings.json', json.loads(json.dumps(settings, default=str))
+    "Note the settings of a folder; raises `InputError` where it was begun with others"
+    path = Path(path)
+    as_yaml = path.suffix == '.yaml'
+    here = json.loads(json.dumps(settings, default=str))
     if not path.exists():
-        write_json(path, mine)
-    elif json.loads(path.read_text()) != mine:
-        raise InputError(
-            f'{folder} was begun with other settings (see settings.json there): choose another folder, or remove'
-            ' this one'
-        )
+        return write_text(path, yaml.safe_dump(here, sort_keys=False)) if as_yaml else write_json(path, here)
+    noted = path.read_text(encoding='utf-8')
+    difference = first_difference(yaml.safe_load(noted) if as_yaml else json.loads(noted), here)
+    if difference:
+        raise InputError(f'{path.parent} was begun with other settings ({difference}): {mend}')
 
 # %% ../nbs/00_core.ipynb #1bfc7cc2
 def derive_seed(
@@ -210,7 +224,7 @@ def versions() -> dict[str, str]:  # package or system -> version
 
     return {'python': platform.python_version(), **{n: version(n) for n in names}, 'system': platform.platform()}
 
-
+# %% ../nbs/00_core.ipynb #edbf9d80
 def command_line() -> str:  # e.g. 'protloc run demo'
     "The command that started this process"
     if 'ipykernel' in sys.argv[0]:

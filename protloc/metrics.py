@@ -20,7 +20,7 @@ def _decisions(probabilities, labels, threshold):
     "Truth and decisions, with a further class that never occurs: scikit-learn takes a single class for two"
     return (np.pad(x, ((0, 0), (0, 1))) for x in (labels > 0.5, probabilities > threshold))
 
-
+# %% ../nbs/02_metrics.ipynb #5f94443b
 def scores(
     probabilities: np.ndarray,  # (N, K) in [0, 1]
     labels: np.ndarray,  # (N, K) multi-hot

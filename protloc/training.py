@@ -36,7 +36,7 @@ from .data.loading import loader
 # %% auto #0
 __all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA',
            'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint',
-           'this_process', 'accelerator_for', 'to_device', 'finished', 'train_step', 'use_average', 'averaged',
+           'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
            'enough_memory', 'fit']
 
 # %% ../nbs/05_training.ipynb #ab6a87c2
@@ -169,7 +169,7 @@ def power_of(
     "Exponent of the power-law average of this width (Karras et al. 2024, section 3.1)"
     return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())
 
-
+# %% ../nbs/05_training.ipynb #a237f786
 class PowerEMA(EMAModel):
     "Moving average in which step t weighs t^gamma (Karras et al. 2024, section 3.1)"
 
@@ -185,7 +185,7 @@ class PowerEMA(EMAModel):
         "Share of the average that stays at a step, counted from 1"
         return (1 - 1 / optimization_step) ** (self.gamma + 1)
 
-
+# %% ../nbs/05_training.ipynb #f127d73b
 def moving_average(
     parameters,  # of a model
     c: LoopConfig,
@@ -219,7 +219,7 @@ def save_weights(
     with atomic_path(path) as p:
         p.write_bytes(safetensors.torch.save(weights))
 
-
+# %% ../nbs/05_training.ipynb #73bfd904
 def load_weights(
     model: nn.Module,  # changed in place
     path: str | Path,  # a .safetensors file
@@ -249,7 +249,7 @@ class Run:
     scaler: torch.amp.GradScaler | None = None  # of the gradients, with fp16
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # by which trackers know the run
 
-
+# %% ../nbs/05_training.ipynb #1be46d9b
 def _checkpoints(folder):
     return sorted((Path(folder) / 'checkpoints').glob('step-*'))
 
@@ -282,7 +282,7 @@ def _is_whole(checkpoint):
     except (OSError, ValueError):
         return False
 
-
+# %% ../nbs/05_training.ipynb #ed3e99d0
 def load_checkpoint(
     run: Run,  # a fresh one, of the same model; changed in place
 ) -> bool:  # whether there was one
@@ -325,7 +325,7 @@ def this_process() -> PartialState:  # its rank among how many, and its device
     "This process among those that `torchrun` started; joins them on the first call"
     return PartialState(cpu=not torch.accelerator.is_available())
 
-
+# %% ../nbs/05_training.ipynb #9345a2e6
 def accelerator_for(
     mixed_precision: str = 'no',  # 'no', 'bf16' or 'fp16'; on CPUs 'fp16' is 'no'
     **options,  # further ones of `Accelerator`
@@ -352,8 +352,8 @@ def to_device(
     batch = batch.to(device, non_blocking=True)
     return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
-
-def finished(
+# %% ../nbs/05_training.ipynb #f3efb3e6
+def device_batch(
     batches,  # of the training
     batch,  # `batches[step]`, wherever it is
     step: int,  # from 0
@@ -420,7 +420,7 @@ def use_average(
     def parts():
         first = max(run.step - BATCHNORM_STEPS, 0)
         for step, batch in enumerate(loader(batches, first, run.step), first):
-            batch = finished(batches, batch, step, accelerator.device)
+            batch = device_batch(batches, batch, step, accelerator.device)
             yield from ((_slice(batch, i, c.accumulate),) for i in range(c.accumulate))
 
     with seeded(seed, 'batchnorm', run.step), accelerator.autocast():
@@ -451,7 +451,7 @@ def averaged(
 def _validate(run, evaluate, use, main):
     "Evaluate the averaged weights, keep the best; all processes go by what the main one found"
     with averaged(run, use) as model, torch.no_grad():
-        found = broadcast_object_list([{k: float(v) for k, v in evaluate(model).items()}])[0]
+        found = broadcast_object_list([{k: float(v) for k, v in evaluate(model, run.step).items()}])[0]
         if run.score:
             run.scores.append(found[run.score])
         if run.score and found[run.score] > run.best:
@@ -483,7 +483,7 @@ def _line(run, found, started, c, accelerator):
         images_per_second=round(rate, 1),
     )
 
-
+# %% ../nbs/05_training.ipynb #aa54282b
 def _lines(log):
     return ''.join(json.dumps(line) + '\n' for line in log)
 
@@ -500,7 +500,7 @@ def _tracked(accelerator, run, c, name):
         for tracker in accelerator.trackers:
             tracker.finish()
 
-
+# %% ../nbs/05_training.ipynb #5f84dc54
 def _check_trackers(c):
     "Raise `InputError` for a tracker that is not installed"
     for t in c.trackers:
@@ -538,7 +538,7 @@ def fit(
     c: LoopConfig,
     folder: str | Path,  # log.jsonl, checkpoints/, last.safetensors, best.safetensors
     seed: int = 0,  # of all that is random in the loss
-    evaluate: Callable | None = None,  # evaluate(model) -> dict of numbers
+    evaluate: Callable | None = None,  # evaluate(model, step) -> dict of numbers; step counts the finished steps
     score: str = '',  # the number to maximise
     name: str = 'train',  # shown beside the progress bar
     unused: bool = False,  # whether a step may leave parameters out, which several processes have to know
@@ -583,7 +583,7 @@ def _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator):
         write_text(run.folder / 'log.jsonl', _lines(run.log))
     bar = tqdm(total=c.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
     for batch in loader(batches, run.step, c.steps, c.workers, accelerator.device.type == 'cuda'):
-        batch = finished(batches, batch, run.step, accelerator.device)
+        batch = device_batch(batches, batch, run.step, accelerator.device)
         found.append(train_step(objective, batch, run, accelerator, c, seed))
         bar.update()
         last, due = run.step == c.steps, bool(c.checkpoint_steps) and run.step % c.checkpoint_steps == 0
@@ -603,7 +603,7 @@ def _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator):
         started, found = time.time(), []
     bar.close()
 
-
+# %% ../nbs/05_training.ipynb #f06699d2
 def _tell(run, bar, accelerator):
     "Write the newest line of the log wherever it is wanted"
     with open(run.folder / 'log.jsonl', 'a', encoding='utf-8') as f:

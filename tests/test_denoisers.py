@@ -38,13 +38,13 @@ from protloc.diffusion.train import (
     train_generator,
 )
 from protloc.plots import show_cells
-from protloc.study.arms import part_config
+from protloc.study.arms import section_config
 from protloc.training import seeded
 
 PAPER = [n for n in PRESETS if n.startswith('paper')]
 RECIPES = {
     'ours': GeneratorConfig(),
-    **{n: part_config('generator', n.replace('paper_', 'paper/generator_')) for n in PAPER},
+    **{n: section_config('generator', n.replace('paper_', 'paper/generator_')) for n in PAPER},
 }
 
 

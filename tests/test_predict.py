@@ -12,11 +12,11 @@ from PIL import Image
 from protloc.classify import predict
 from protloc.classify.backbone import Classifier, with_aux_bn
 from protloc.classify.predict import (
-    check_input,
     choose_thresholds,
     export_classifier,
     load_classifier,
     load_classifiers,
+    map_batches,
     open_exported,
     predict_folder,
     prevalence_thresholds,
@@ -24,10 +24,10 @@ from protloc.classify.predict import (
     read_thresholds,
     save_classifier,
     submission,
-    walk,
     write_probabilities,
 )
 from protloc.core import InputError
+from protloc.data.kind import ImageKind
 from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
@@ -96,8 +96,8 @@ def test_bad_files_are_listed_beside_the_predictions(protloc, challenge, model, 
 @pytest.mark.parametrize(
     'option,sentence',
     [
-        (('--tile', 64), 'has tile 64, the classifier was trained with 32'),
-        (('--percentiles', '.1,99.9'), 'has percentiles 0.1, 99.9, the classifier was trained with 1.0, 99.0'),
+        (('--tile', 64), 'has tile 64, .* has 32'),
+        (('--percentiles', '.1,99.9'), 'has percentiles 0.1, 99.9, .* has 1.0, 99.0'),
     ],
 )
 def test_images_prepared_otherwise_are_refused(protloc, challenge, model, tmp_path, option, sentence):
@@ -155,7 +155,7 @@ def test_the_mode_comes_back_after_an_error(cells):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        walk(models, cells, cells.rows(), fails)
+        map_batches(models, cells, cells.rows(), fails)
     assert [m.training for m in models] == [True, False]
 
 
@@ -166,7 +166,7 @@ def test_walk_gives_what_its_function_gives(cells):
     def both(images):
         return (f := model.features(images)), model.head(f).sigmoid()
 
-    features, said = walk(model, cells, cells.rows(), both, batch_size=7)
+    features, said = map_batches(model, cells, cells.rows(), both, batch_size=7)
     with torch.no_grad():
         torch.testing.assert_close(
             features, model.features(torch.from_numpy(np.array(cells.images))), rtol=1e-4, atol=1e-4
@@ -220,9 +220,9 @@ def test_several_classifiers_on_a_folder(protloc, challenge, model, tmp_path):
 def test_guard(cells, tmp_path, what, other):
     save_classifier(classifier(), tmp_path, cells)
     card = load_classifier(tmp_path)[1]
-    check_input(card, cells, labelled=True)
-    with pytest.raises(InputError, match=f'has {what} .* was trained with .*: prepare the images as those were'):
-        check_input({**card, what: other}, cells, labelled=True)
+    cells.kind.must_match(ImageKind.of(card, 'the classifier'))
+    with pytest.raises(InputError, match=f'has {what} .*, the classifier has .*: prepare the images anew'):
+        cells.kind.must_match(ImageKind.of({**card, what: other}, 'the classifier'), mend='prepare the images anew')
 
 
 def test_thresholds(tmp_path):

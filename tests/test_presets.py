@@ -9,7 +9,7 @@ from protloc.core import InputError
 from protloc.data.simulate import simulate_store
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
-from protloc.study.arms import arm_of, commands_of, part_config, presets, read_preset, study_config
+from protloc.study.arms import arm_of, commands_of, presets, read_preset, section_config, study_config
 
 FEW = ['loop.steps=2', 'loop.batch_size=4', 'loop.warmup=1']
 
@@ -25,7 +25,7 @@ def cells(tmp_path_factory):
 
 @pytest.mark.parametrize('name', [n for n, p in presets().items() if 'generator' in p])
 def test_generators(name, cells, tmp_path):
-    pipe = train_generator(cells[0], tmp_path / 'generator', part_config('generator', name, FEW))
+    pipe = train_generator(cells[0], tmp_path / 'generator', section_config('generator', name, FEW))
     how = GenerateConfig.model_validate({**read_preset(name)['generate'], 'images': 2, 'num_inference_steps': 2})
     drawn = generate(pipe, tmp_path / 'drawn', np.eye(3, dtype=np.float32)[:2], how)
     assert drawn.images.shape == (2, 4, 32, 32) and drawn.images.std() > 0
@@ -33,7 +33,7 @@ def test_generators(name, cells, tmp_path):
 
 @pytest.mark.parametrize('name', [n for n, p in presets().items() if 'classifier' in p])
 def test_classifiers(name, cells, tmp_path):
-    config = part_config('classifier', name, [*FEW, 'weights=none', 'loop.evaluate_every=2'])
+    config = section_config('classifier', name, [*FEW, 'weights=none', 'loop.evaluate_every=2'])
     arms = study_config(name).arms if 'run' in commands_of(read_preset(name)) else [arm_of(name)]
     for arm in arms[-1:]:
         train_classifier(
@@ -74,7 +74,7 @@ def test_names_and_lines():
 
 def test_as_released_and_corrected_differ_where_they_say():
     for name in ('mix_loss', 'mix_representation'):
-        released, mended = (part_config('classifier', f'{kind}/{name}') for kind in ('paper', 'corrected'))
+        released, mended = (section_config('classifier', f'{kind}/{name}') for kind in ('paper', 'corrected'))
         assert (released.keep, released.loop.plateau_mode, mended.keep, mended.loop.plateau_mode) == (
             'last',
             'min',
@@ -90,9 +90,9 @@ def test_as_released_and_corrected_differ_where_they_say():
     [
         (lambda: read_preset('paper/mixloss'), "did you mean 'paper/mix_loss'?"),
         (lambda: study_config('paper/mix_loss'), 'train-classifier --preset paper/mix_loss'),
-        (lambda: part_config('generator', 'paper/resnet18_bce'), 'has no generator'),
-        (lambda: part_config('classifier', 'paper/resnet18_bce', ['lop.steps=3']), "did you mean 'loop'?"),
-        (lambda: part_config('classifier', 'paper/resnet18_bce', ['criterion_options.gama=3']), 'does not take'),
+        (lambda: section_config('generator', 'paper/resnet18_bce'), 'has no generator'),
+        (lambda: section_config('classifier', 'paper/resnet18_bce', ['lop.steps=3']), "did you mean 'loop'?"),
+        (lambda: section_config('classifier', 'paper/resnet18_bce', ['criterion_options.gama=3']), 'does not take'),
         (lambda: arm_of('demo'), 'choose one with --strategy'),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_copied_preset_works(tmp_path):
         .read_text()
         .replace('resnet34', 'resnet10')
     )
-    assert part_config('classifier', str(mine)).backbone == 'resnet10' and arm_of(str(mine)).kind == 'mix_loss'
+    assert section_config('classifier', str(mine)).backbone == 'resnet10' and arm_of(str(mine)).kind == 'mix_loss'
     mine.write_text('classifier: {backbone: resnet10')
     with pytest.raises(InputError, match='mine.yaml'):
-        part_config('classifier', str(mine))
+        section_config('classifier', str(mine))

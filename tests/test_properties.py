@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from protloc.core import InputError
 from protloc.data.duplicates import join_groups, turned
-from protloc.data.split import Fractions, assign_folds, assign_splits, fold_parts, spread
+from protloc.data.split import Fractions, assign_folds, assign_splits, fold_splits, spread
 from protloc.data.store import write_store
 from protloc.labels import Vocabulary
 
@@ -79,7 +79,7 @@ def test_folds_tear_no_group_and_test_each_image_once(case, folds):
     assert set(fold) == set(range(folds))
     assert pd.Series(fold).groupby(groups).nunique().max() == 1
     assert (fold == assign_folds(labels, groups, folds, seed)).all()
-    assert (sum((fold_parts(fold, i) == 'test').astype(int) for i in range(folds)) == 1).all()
+    assert (sum((fold_splits(fold, i) == 'test').astype(int) for i in range(folds)) == 1).all()
 
 
 @given(st.lists(st.integers(0, 4), min_size=6, max_size=60), fractions(), st.integers(0, 9))
@@ -119,7 +119,7 @@ def test_joined_groups_tie_all_that_is_tied_and_nothing_more(rows, data):
 
 @given(hnp.arrays(np.float32, (2, 5, 5), elements=st.floats(-9, 9, width=32)), st.integers(0, 7))
 def test_a_symmetry_is_undone_by_a_symmetry(f, s):
-    assert any((turned(turned(f, s), back) == f).all() for back in range(8))
+    assert any((apply_symmetry(apply_symmetry(f, s), back) == f).all() for back in range(8))
 
 
 @settings(max_examples=30)

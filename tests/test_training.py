@@ -67,7 +67,7 @@ from protloc.core import sha256
 
 def train(folder, c):
     os.nice(5)
-    def evaluate(m): return dict(score=-sum(p.abs().sum() for p in m.parameters()))
+    def evaluate(m, step): return dict(score=-sum(p.abs().sum() for p in m.parameters()))
     fit(build(nn.BatchNorm2d(8), nn.Dropout(.2)), loss, Noise(), c, folder, evaluate=evaluate, score='score')
 def newest(folder): return max((int(p.name[5:]) for p in (folder/'checkpoints').glob('step-*')), default=0)
 def start(*args):
@@ -365,7 +365,7 @@ SCORES = [0.1, 0.4, 0.3, 0.2, 0.4, 0.5, 0.1, 0.45, 0.5, 0.2, 0.6, 0.1]
 
 def scored(values=SCORES):
     "An evaluation that says these numbers, whatever the weights, by the step that the run has come to"
-    return lambda m: dict(score=values[int(m[-1].steps) // 5 - 1])
+    return lambda m, step: dict(score=values[int(m[-1].steps) // 5 - 1])
 
 
 class Counted(torch.nn.Linear):
@@ -440,7 +440,7 @@ def test_averaged_weights_have_batchnorm_statistics_of_their_own(tmp_path, how):
         return model
 
     run('without')
-    model = run('with', lambda m: seen.append(m[1].running_mean.clone()) or dict(score=float(len(seen))))
+    model = run('with', lambda m, step: seen.append(m[1].running_mean.clone()) or dict(score=float(len(seen))))
     assert (
         sha256(tmp_path / 'with' / 'last.safetensors')
         == sha256(tmp_path / 'without' / 'last.safetensors')
@@ -482,7 +482,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 c = LoopConfig(steps=60, batch_size=16, lr=.003, evaluate_every=5, schedule='plateau', plateau_patience=1, patience=3)
 found = []
-def evaluate(m):
+def evaluate(m, step):
     found.append(0)
     return dict(score=float([5, 6, 6, 6, 6, 9, 9, 9, 9, 9, 9, 9][len(found)-1] if torch.distributed.get_rank() == 0 else len(found)))
 run = fit(build(nn.BatchNorm2d(8)), loss, Noise(), c, Path(sys.argv[1])/'run', evaluate=evaluate, score='score')

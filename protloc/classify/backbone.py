@@ -191,7 +191,7 @@ def _timm_net(name, size, pooling, **options):
         options['img_size'] = size
     return timm.create_model(name, num_classes=0, **options)
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #8000719f
 def _timm_width(name, size, pooling):
     "Features of a timm network; raises `InputError` where it takes no such images"
     lookup('pooling', pooling, POOLINGS)
@@ -329,15 +329,15 @@ class AuxBatchNorm:
             return self.aux(x)
         return torch.cat([super().forward(x[: self.real]), self.aux(x[self.real :])])
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #5605358d
 class AuxBatchNorm2d(AuxBatchNorm, nn.BatchNorm2d):
     pass
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #ede9f709
 def _aux_layers(net):
     return [m for m in net.modules() if isinstance(m, AuxBatchNorm)]
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #d7548209
 @contextlib.contextmanager
 def _first(net, real):
     "Inside the block the first `real` images use the main statistics"
@@ -357,7 +357,7 @@ def has_aux_bn(
     "Whether synthetic images have batch statistics of their own"
     return bool(_aux_layers(classifier))
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #90aacbe5
 def with_aux_bn(
     classifier: Classifier,  # changed in place
 ) -> Classifier:
@@ -389,7 +389,7 @@ def _imagenet(name):
             f" elsewhere and put it at {file}"
         ) from None
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #0400c251
 def _read_file(path):
     "The weights in a .safetensors or .pth file"
     try:
@@ -425,7 +425,7 @@ def _timm_weights(c, path=None):
         " elsewhere and give that file as weights"
     )
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #a2b9e228
 def _timm_hub(name):
     import timm
 
@@ -439,7 +439,7 @@ def _fit_stem(c, state, names):
         return state
     return {**state, stem: stem_filters(state[stem], channels, names)}
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #34837700
 def _fit_backbone(c, state, where):
     "Load a network's weights; raises `InputError` where they do not fit"
     name, b, net = c.card['backbone'], lookup_backbone(c.card['backbone']), c.backbone

@@ -174,7 +174,7 @@ class Criterion:
             self.options['pos_weight'] = w.to(logits.device)
         return CRITERIA[self.name](logits, targets, **self.options)
 
-
+# %% ../../nbs/07_classify/01_losses.ipynb #317e8f65
 def criterion(
     name: str,  # in `CRITERIA`
     labels=None,  # (N, K) of the training images, an array or a tensor, for pos_weight: balanced
@@ -202,7 +202,7 @@ def check_targets(
             " asymmetric, or a strategy that does not mix labels"
         )
 
-
+# %% ../../nbs/07_classify/01_losses.ipynb #45f62fc4
 def check_head(
     criterion: Criterion,
     head: torch.nn.Module,  # of a classifier

@@ -62,7 +62,7 @@ def loss(
     "The loss of one step; every strategy has its own"
     raise NotImplementedError
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #c74fe9b3
 @patch
 def sources_at(
     self: Strategy,
@@ -71,7 +71,7 @@ def sources_at(
     "Which batches the step at this time wants"
     return self.uses
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #9d4ac179
 @patch
 def rows(
     self: Strategy,
@@ -92,7 +92,7 @@ def one_pass(
     "Features of images that pass as one batch"
     return classifier.features(images, real=real) if self.aux_bn else classifier.features(images)
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #d1854b56
 @patch
 def each(
     self: Strategy,
@@ -122,7 +122,7 @@ def coral(
 
     return (covariance(a) - covariance(b)).square().sum() / (4 * a.shape[1] ** 2)
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #cdd074a8
 def mmd(
     a: Tensor,  # (N, F)
     b: Tensor,  # (M, F)
@@ -162,7 +162,7 @@ class Real(Strategy):
     def loss(self, classifier, criterion, real, synthetic=None, progress=None):
         return criterion(classifier(real[0]), real[1]).mean()
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #e5d72b35
 class Synthetic(Strategy):
     "Train on synthetic images only (Ravuri and Vinyals 2019)"
 
@@ -191,7 +191,7 @@ class Concat(Strategy):
         "The mean"
         return losses.mean()
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #a94663ec
 class DuplicateReal(Concat):
     "The control of concat: as many further real images in place of the synthetic ones"
 
@@ -283,7 +283,7 @@ def cut_boxes(
 
     return (inside(centre[:, 0], height)[:, :, None] & inside(centre[:, 1], width)[:, None])[:, None]
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #369d8e04
 class CutMix(InputMixup):
     "Train on real images with a box of a synthetic one pasted in, labels by area (Yun et al. 2019)"
 

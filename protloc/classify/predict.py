@@ -26,14 +26,15 @@ from .backbone import Classifier
 from ..core import InputError, atomic_path, lookup, write_json
 from ..data.fields import FieldConfig
 from ..data.hpa import prepare
+from ..data.kind import ImageKind, brief
 from ..data.loading import in_order
-from ..data.store import ImageStore, brief
+from ..data.store import ImageStore
 from ..labels import Vocabulary
 from ..training import load_weights, save_weights, this_process
 
 # %% auto #0
-__all__ = ['RULES', 'EXPORTS', 'walk', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'load_classifiers',
-           'check_input', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds',
+__all__ = ['RULES', 'EXPORTS', 'map_batches', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier',
+           'load_classifiers', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds',
            'predict_folder', 'submission', 'check_table', 'write_probabilities', 'Predictor', 'open_exported',
            'export_classifier']
 
@@ -56,9 +57,9 @@ def _read_ahead(batches, device):
 
 # %% ../../nbs/07_classify/03_predict.ipynb #e3cda824
 @torch.no_grad()
-def walk(
+def map_batches(
     classifiers: Classifier | Sequence[Classifier],  # one or several, on one device
-    store: ImageStore,  # images of the kind that they were trained on, see `check_input`
+    store: ImageStore,  # images of the kind that they were trained on, see `ImageKind`
     rows: np.ndarray,  # (n,) positions in the store
     function: Callable,  # function(images (b, C, H, W) uint8 on the device) -> a tuple of tensors, each (b, ...)
     batch_size: int = 256,  # images at a time
@@ -91,7 +92,7 @@ def symmetries(
 # %% ../../nbs/07_classify/03_predict.ipynb #36548856
 def probabilities(
     classifier: Classifier | Sequence[Classifier],  # on any device; of several the mean is taken
-    store: ImageStore,  # images of the kind that it was trained on, see `check_input`
+    store: ImageStore,  # images of the kind that it was trained on, see `ImageKind`
     rows: np.ndarray,  # (n,) positions in the store
     batch_size: int = 256,  # images at a time
     progress: str = '',  # text beside a progress bar; none where empty
@@ -105,7 +106,7 @@ def probabilities(
         found = [c(view).sigmoid() for view in views for c in several]
         return ((torch.stack(found).mean(0) if len(found) > 1 else found[0]),)
 
-    return walk(several, store, rows, mean, batch_size, progress)[0].numpy()
+    return map_batches(several, store, rows, mean, batch_size, progress)[0].numpy()
 
 # %% ../../nbs/07_classify/03_predict.ipynb #f9a4c0f9
 def save_classifier(
@@ -144,32 +145,10 @@ def load_classifiers(
     if not folders:
         raise InputError('no classifier is given: name the folder of one, or of several')
     found, cards = zip(*map(load_classifier, folders))
-    for folder, card in zip(folders, cards):
-        for what in ('classes', 'channels', 'size', 'fields'):
-            if card[what] != cards[0][what]:
-                raise InputError(
-                    f'{folder} has {what} {brief(card[what])}, {folders[0]} has {brief(cards[0][what])}: only'
-                    ' classifiers that were trained on images of one kind can be averaged'
-                )
+    first, *others = (ImageKind.of(card, str(folder)) for folder, card in zip(folders, cards, strict=True))
+    for kind in others:
+        kind.must_match(first, mend='only classifiers that were trained on images of one kind can be averaged')
     return list(found), cards[0]
-
-# %% ../../nbs/07_classify/03_predict.ipynb #692a11fa
-def check_input(
-    card: dict,  # of a classifier
-    store: ImageStore,  # the images in question
-    labelled: bool = False,  # whether its labels are to be compared, so that the classes must be the same
-):
-    "Raise `InputError` unless the images are of the kind that the classifier was trained on"
-    mine, its = (
-        {**made, **{k: m[k] for k in ('channels', 'size', 'classes')}}
-        for m, made in ((store.manifest, store.manifest['made']), (card, card['fields']))
-    )
-    for what in ('channels', 'size', *(['classes'] if labelled else []), 'tile', 'normalise', 'percentiles'):
-        if what in mine and what in its and mine[what] != its[what]:
-            raise InputError(
-                f'{store.path} has {what} {brief(mine[what])}, the classifier was trained with {brief(its[what])}:'
-                ' prepare the images as those were'
-            )
 
 # %% ../../nbs/07_classify/03_predict.ipynb #1719f1c6
 def best_f1_thresholds(
@@ -187,7 +166,7 @@ def best_f1_thresholds(
 
     return np.array([best(p[:, k].astype(float), labels[:, k] > 0.5) for k in range(p.shape[1])])
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #8567086e
 def prevalence_thresholds(
     p: np.ndarray,  # (N, K) probabilities
     prevalence: np.ndarray,  # (K,) share of images that show the class, in [0, 1]
@@ -243,7 +222,7 @@ def _read_table(path):
             ' class,threshold'
         ) from None
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #2981e8e8
 def read_thresholds(
     threshold: float | str | Path,  # one number, or a file written by `choose_thresholds`
     classes: Sequence[str],  # K names, of the classifier
@@ -313,7 +292,7 @@ def check_table(
     if Path(path).suffix == '.parquet' and not importlib.util.find_spec('pyarrow'):
         raise InputError(f'{path}: Parquet needs pyarrow: run `pip install pyarrow`, or write a .csv file')
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #e3b497b0
 def write_probabilities(
     found: pd.DataFrame,  # index Id, a column a class
     path: str | Path,  # a .csv or .parquet file
@@ -355,11 +334,11 @@ def _wants(*modules):
             " export"
         )
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #85a686f4
 def _program(model, images):
     return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('images')},))
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #fa596a4f
 def _to_onnx(model, images, card):
     _wants('onnx', 'onnxscript', 'onnxruntime')
     program = torch.onnx.export(
@@ -368,12 +347,12 @@ def _to_onnx(model, images, card):
     program.model.metadata_props['classifier.json'] = card
     return program.model_proto.SerializeToString()
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #9a245115
 def _to_torchscript(model, images, card):
     torch.jit.save(torch.jit.trace(model, images), file := io.BytesIO(), _extra_files={'classifier.json': card})
     return file.getvalue()
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #e33a8353
 def _to_export(model, images, card):
     torch.export.save(_program(model, images), file := io.BytesIO(), extra_files={'classifier.json': card})
     return file.getvalue()
@@ -389,12 +368,12 @@ def _from_onnx(content):
         session.get_modelmeta().custom_metadata_map['classifier.json'],
     )
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #7cfcb1d3
 def _from_torchscript(content):
     model = torch.jit.load(io.BytesIO(content), 'cpu', _extra_files=(extra := {'classifier.json': ''}))
     return model, extra['classifier.json']
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #1469dbb4
 def _from_export(content):
     program = torch.export.load(io.BytesIO(content), extra_files=(extra := {'classifier.json': ''}))
     return program.module(), extra['classifier.json']
@@ -415,7 +394,7 @@ def open_exported(
     predict, card = lookup('kind of export', kind, EXPORTS)[1](Path(path).read_bytes())
     return predict, json.loads(card)
 
-
+# %% ../../nbs/07_classify/03_predict.ipynb #332fbfc8
 def export_classifier(
     folder: str | Path,  # of a trained classifier; its thresholds.json goes along, where there is none they are .5
     path: str | Path,  # the file, usually .onnx, .pt or .pt2

@@ -25,9 +25,18 @@ from protloc.classify.backbone import (
 )
 from .losses import check_head, criterion
 from .mixing import Strategy, strategy
-from .predict import check_input, load_classifier, probabilities, save_classifier
-from ..core import Config, InputError, atomic_path, derive_seed, hold_settings, lookup, sha256
-from ..data.loading import KINDS, AugmentConfig, Batches, Pairs, Partners, balance_weights, in_order
+from .predict import load_classifier, probabilities, save_classifier
+from ..core import Config, InputError, atomic_path, claim_settings, derive_seed, lookup, sha256
+from ..data.kind import ImageKind
+from protloc.data.loading import (
+    PARTNER_KINDS,
+    AugmentConfig,
+    Batches,
+    Partners,
+    SourceBatches,
+    balance_weights,
+    in_order,
+)
 from ..data.store import ImageStore
 from ..metrics import scores
 from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
@@ -78,11 +87,11 @@ class ClassifierConfig(Config):
 # %% ../../nbs/07_classify/04_train.ipynb #6cefc388
 def check_partners(
     s: Strategy,
-    partners: str,  # one of `KINDS`
+    partners: str,  # one of `PARTNER_KINDS`
     ratio: float,  # synthetic images for each real one
 ):
     "Raise `InputError` where some images would be left without a partner"
-    lookup('kind of partner', partners, dict(zip(KINDS, KINDS)))
+    lookup('kind of partner', partners, dict(zip(PARTNER_KINDS, PARTNER_KINDS)))
     if partners != 'any' and 'synthetic' not in s.uses:
         raise InputError(f"the strategy '{type(s).__name__}' has no partners: leave out partners")
     if ratio <= 0:
@@ -113,7 +122,7 @@ def second_store(
         raise InputError(f"the strategy '{type(s).__name__}' needs synthetic images: name a store with --synthetic")
     if not len(synthetic):
         raise InputError(f'{synthetic.path} holds no image: make some with `protloc generate`')
-    synthetic.check_like(real)
+    synthetic.kind.must_match(real.kind)
     return synthetic
 
 # %% ../../nbs/07_classify/04_train.ipynb #4015bb03
@@ -123,9 +132,9 @@ def sources(
     synthetic: ImageStore | None,  # needed where a strategy takes its second batch from it
     c: ClassifierConfig,
     seed: int,  # of order and augmentation
-    partners: str = 'any',  # which synthetic image stands beside a real one, one of `KINDS`
+    partners: str = 'any',  # which synthetic image stands beside a real one, one of `PARTNER_KINDS`
     ratio: float = 1.0,  # synthetic images for each real one; 1 where they are mixed one to one
-) -> Pairs:
+) -> SourceBatches:
     "The batches a strategy uses; raises `InputError` where synthetic images are missing or of another kind"
     second, train, size = second_store(s, real, synthetic), real.rows('train'), c.loop.batch_size
     check_partners(s, partners, ratio)
@@ -144,13 +153,13 @@ def sources(
             return Partners(second, rows, one, partners, derive_seed(seed, 'synthetic'), c.augment)
         return some(second, rows, max(round(size * ratio), 1), 'synthetic')
 
-    return Pairs(
+    return SourceBatches(
         c.loop.steps, s.sources_at, real=one if 'real' in s.uses else None, synthetic=other() if second else None
     )
 
 # %% ../../nbs/07_classify/04_train.ipynb #d59fbce7
 def check_labels(
-    batches: Pairs,  # of the training
+    batches: SourceBatches,  # of the training
     real: ImageStore,  # with a part 'val'
 ):
     "Raise `InputError` where there is nothing to learn or to validate; warn of classes that no training image shows"
@@ -176,7 +185,7 @@ def teacher_labels(
 ) -> Tensor:  # (M, K) probabilities for all images of the store
     "What a teacher says to synthetic images; raises `InputError` where they are of another kind or vocabulary"
     model, card = load_classifier(teacher)
-    check_input(card, synthetic, labelled=True)
+    synthetic.kind.must_match(ImageKind.of(card, 'the teacher'))
     path = (
         Path(folder)
         / f"teacher-{sha256(Path(teacher) / 'classifier.safetensors')[:16]}-{synthetic.manifest['sha256']['images'][:16]}.npy"
@@ -209,7 +218,7 @@ def build_classifier(
         warnings.warn(f"the channel {', '.join(flat)} is constant in the training images of {real.path}")
     return with_aux_bn(model) if s.aux_bn else model
 
-
+# %% ../../nbs/07_classify/04_train.ipynb #be3789a4
 def check_strategy(
     c: ClassifierConfig,
     s: Strategy,
@@ -277,8 +286,8 @@ def train_classifier(
 
     def hold():
         if this_process().is_main_process:
-            hold_settings(
-                folder,
+            claim_settings(
+                folder / 'settings.json',
                 _settings(
                     real,
                     synthetic,
@@ -303,7 +312,7 @@ def train_classifier(
     def loss(m, batch):
         return s.loss(m, costs, batch.get('real'), batch.get('synthetic'), batch['progress'])
 
-    def evaluate(m):
+    def evaluate(m, step):
         return {f'val_{k}': v for k, v in scores(probabilities(m, real, val), real.labels[val]).items()}
 
     fit(model, loss, batches, c.loop, folder, seed, evaluate, 'val_macro_f1', strategy_name, s.aux_bn)

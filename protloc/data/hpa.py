@@ -23,7 +23,7 @@ from .. import __version__
 from ..core import InputError, atomic_path, lookup, read_config, remove, sha256
 from .fields import ENDINGS, FieldConfig, field_images, read_field, read_image, resize_area, tiles_of
 from .split import Fractions, assign_splits
-from .store import ImageStore, ResumableWriter, brief
+from .store import ImageStore, ResumableWriter
 from ..labels import HPA, STAINS, Vocabulary
 
 # %% auto #0
@@ -80,7 +80,7 @@ def read_labels(
     _check_rows(path, table, vocab)
     return table
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #507ac0b6
 def _read_csv(path, columns, **options):
     "A table of strings, with or without a byte order mark"
     try:
@@ -149,7 +149,7 @@ def fields_by_name(
         )
     return dict(names), True
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #4cb9407b
 def _images_in(folder):
     "Image files of a folder by name; none where it is no folder"
     return sorted(
@@ -174,7 +174,7 @@ def find_layout(
         " train/<Id>_<stain>.png, or <class>/<name>.tif"
     )
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #e396b268
 def _class_folders(folder):
     "Sub-folders with images, by name; those of the challenges are no classes"
     return sorted(
@@ -219,7 +219,7 @@ def _class_fields(folder, vocab, channels):
     table = pd.DataFrame(dict(Id=list(found), Target=target, Ending=list(found.values())))
     return Fields('classes', folder, table, tuple(channels or _numbered(paths)), vocab, stacked)
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #fc47aa9f
 def _numbered(paths):
     "Names for as many channels as the first whole file has"
     for p in paths:
@@ -273,7 +273,7 @@ def ordered_map(
     finally:
         pool.shutdown(kill_workers=bool(ahead))
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #6c0c1968
 def _end_with(parent):
     "Let this process end soon after its parent, however that ends"
 
@@ -299,7 +299,7 @@ def _read_block(job):
 
     return [one(*i) for i in ids]
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #cd9b67e2
 def _blocks(fields, c, first, each=8):
     "Jobs for the fields from `first` on; the table stays here"
     light, ids = replace(fields, table=None), list(zip(fields.table.Id, fields.table.Ending))
@@ -321,7 +321,7 @@ def _read_all(w, fields, splits, c, workers) -> list:
         notes.append(note)
     return notes
 
-
+# %% ../../nbs/04_data/07_hpa.ipynb #c95d1454
 def _splits_of(fields, fractions, seed):
     "The part of each field"
     labels = np.stack([fields.vocab.encode(t) for t in fields.table.Target])

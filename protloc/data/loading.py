@@ -24,8 +24,8 @@ from .store import ImageStore
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SYMMETRIES', 'KINDS', 'order_of', 'AugmentConfig', 'draw_boxes', 'turn_and_crop', 'scale_channels', 'augment_images',
-           'Batch', 'balance_weights', 'Batches', 'Pairs', 'Partners', 'loader', 'in_order']
+__all__ = ['SYMMETRIES', 'PARTNER_KINDS', 'order_of', 'AugmentConfig', 'draw_boxes', 'turn_and_crop', 'scale_channels',
+           'augment_images', 'Batch', 'balance_weights', 'Batches', 'SourceBatches', 'Partners', 'loader', 'in_order']
 
 # %% ../../nbs/04_data/08_loading.ipynb #52ddb6fe
 def order_of(
@@ -97,7 +97,7 @@ SYMMETRIES = (
 def _pool(process, threads):
     return ThreadPoolExecutor(threads)
 
-
+# %% ../../nbs/04_data/08_loading.ipynb #4e95c337
 def _by_plane(images, which, boxes):
     "`turn_and_crop` on a processor"
     images, out, edge = (
@@ -158,7 +158,7 @@ def scale_channels(
     "Brighten or darken each channel"
     return (images * gains[:, :, None, None]).round().clamp(max=255).byte()
 
-
+# %% ../../nbs/04_data/08_loading.ipynb #664df1d7
 def augment_images(
     images: Tensor,  # (n, C, S, S) uint8, this process's slice of the batch
     c: AugmentConfig,
@@ -271,7 +271,7 @@ def rows_at(
     drawn = rng_for(self.seed, 'balance', step).random(self.batch_size) * self.edges[-1]
     return self.rows[np.searchsorted(self.edges, drawn, side='right')]
 
-
+# %% ../../nbs/04_data/08_loading.ipynb #47aa3b70
 @patch
 def __getitem__(
     self: Batches,
@@ -281,7 +281,7 @@ def __getitem__(
     mine = self.rows_at(step)[self.mine]
     return Batch(torch.from_numpy(self.images[mine]), self.labels[mine], self.store.channels, self.store.vocab)
 
-
+# %% ../../nbs/04_data/08_loading.ipynb #1a3db005
 @patch
 def augmented(
     self: Batches,
@@ -298,7 +298,7 @@ def augmented(
     )
 
 # %% ../../nbs/04_data/08_loading.ipynb #3dacfeaf
-class Pairs(torch.utils.data.Dataset):
+class SourceBatches(torch.utils.data.Dataset):
     "`pairs[step]` -> dict of (images, labels) by source: real, and synthetic where there are any; and `progress`"
 
     def __init__(
@@ -317,7 +317,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def shard(self, rank: int, world: int):
         "A copy that yields only the slices of process `rank` among `world`"
-        return Pairs(self.steps, self.sources_at, **{k: b.shard(rank, world) for k, b in self.sources.items()})
+        return SourceBatches(self.steps, self.sources_at, **{k: b.shard(rank, world) for k, b in self.sources.items()})
 
     def __getitem__(self, step: int) -> dict[str, Batch | Tensor]:
         "The step's batch of each source that is wanted"
@@ -330,7 +330,7 @@ class Pairs(torch.utils.data.Dataset):
         return {k: self.sources[k].augmented(b, step) if k in self.sources else b for k, b in batch.items()}
 
 # %% ../../nbs/04_data/08_loading.ipynb #2d1e80ba
-KINDS = ('any', 'same', 'shared', 'other')  # how a synthetic partner's labels relate to the real image's
+PARTNER_KINDS = ('any', 'same', 'shared', 'other')  # how a synthetic partner's labels relate to the real image's
 
 
 class Partners(Batches):
@@ -341,7 +341,7 @@ class Partners(Batches):
         store: ImageStore,  # of synthetic images
         rows: np.ndarray,  # positions in it
         real: Batches,  # whose images want partners
-        kind: str = 'same',  # one of `KINDS`
+        kind: str = 'same',  # one of `PARTNER_KINDS`
         seed: int = 0,  # of choice and augmentation
         augment: AugmentConfig = AugmentConfig(),
     ):

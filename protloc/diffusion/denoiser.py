@@ -112,7 +112,7 @@ def _check_size(size, grain, why):
     if size < grain or size % grain:
         raise InputError(f'images of {size} pixels cannot be {why}: use a multiple of {grain}')
 
-
+# %% ../../nbs/06_diffusion/00_denoiser.ipynb #17c2bdd4
 def build_unet(
     channels: int,  # C, of the images
     size: int,  # height and width of the images in pixels

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.store import ImageStore
-from .generate import GenerateConfig, check_kind, generate, match_plan
+from .generate import GenerateConfig, generate, match_plan
 from .pipeline import LabelConditionedPipeline
 
 # %% auto #0
@@ -26,7 +26,7 @@ def edit_rows(
     "Which training images to edit, each as often as any other"
     return match_plan(store.rows('train'), n, seed)
 
-
+# %% ../../nbs/06_diffusion/06_edit.ipynb #fe877374
 def edit(
     pipe: LabelConditionedPipeline,  # moved to the GPU if there is one
     path: str | Path,  # the new store
@@ -39,6 +39,6 @@ def edit(
     judge: Callable | None = None,  # see `draw_block`
 ) -> ImageStore:
     "Edit training images into a store, or go on; raises `InputError` where the images are not of the generator's kind"
-    check_kind(pipe, real)
+    real.kind.must_match(pipe.kind)
     rows = edit_rows(real, c.images if labels is None else len(labels), seed)
     return generate(pipe, path, real.labels[rows] if labels is None else labels, c, seed, judge, (real, rows))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import InputError
-from ..data.duplicates import Likeness, fingerprints, hashed_channel, hashes, turned
+from ..data.duplicates import Likeness, apply_symmetry, fingerprints, hashed_channel, hashes
 from ..data.store import ImageStore
 
 # %% auto #0
@@ -50,7 +50,7 @@ class KnownImages:
         "How much each image is like a training image"
         f, best = fingerprints(images), np.zeros(len(images))
         for s in range(8 if self.c.symmetries else 1):
-            mine = turned(f, s)
+            mine = apply_symmetry(f, s)
             a, b = np.nonzero(np.bitwise_count(hashes(mine[:, self.channel])[:, None] ^ self.hashes) <= self.c.distance)
             for part in np.array_split(np.stack([a, b], 1), len(a) // 4096 + 1):
                 np.maximum.at(

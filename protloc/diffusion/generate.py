@@ -19,14 +19,14 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
-from ..data.store import ImageStore, ResumableWriter, brief
+from ..data.store import ImageStore, ResumableWriter
 from .pipeline import LabelConditionedPipeline, generators_for, known_schedulers, with_scheduler
 from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
 __all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan', 'plan_labels',
-           'GenerateConfig', 'check_kind', 'generator_hash', 'draw_block', 'block_path', 'generate']
+           'GenerateConfig', 'generator_hash', 'draw_block', 'block_path', 'generate']
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -47,7 +47,7 @@ def _occurring(labels):
         raise InputError('no training image has a label: there is nothing to plan')
     return sets[some], counts[some], np.flatnonzero(sets.any(0))
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #e93b0b56
 def _next_set(sets, often, classes, have, rng):
     "The number of the set to plan next: one with the rarest class, and with few of the common ones"
     rarest = classes[have[classes].argmin()]
@@ -74,7 +74,7 @@ def balance_plan(
         have += sets[chosen[-1]]
     return sets[chosen]
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #44fa58db
 def fill_tail_plan(
     labels: np.ndarray,  # (N, K) multi-hot, of the training images
     n: int,  # images wanted of each class that occurs, real and synthetic together
@@ -207,20 +207,6 @@ class GenerateConfig(Config):
             lookup('plan', name, PLANS)
         return name
 
-# %% ../../nbs/06_diffusion/04_generate.ipynb #d6afa07c
-def check_kind(
-    pipe: LabelConditionedPipeline,
-    store: ImageStore,  # real images
-):
-    "Raise `InputError` unless a generator draws images like those of a store"
-    for what, mine, its in (
-        ('channels', pipe.config.channels, store.channels),
-        ('size', pipe.size, store.size),
-        ('classes', pipe.config.classes, store.vocab.names),
-    ):
-        if what == 'size' and mine != its or what != 'size' and list(mine) != list(its):
-            raise InputError(f'{store.path} has {what} {brief(its)}, the generator draws {brief(mine)}')
-
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2bcabd85
 def generator_hash(pipe: LabelConditionedPipeline) -> str:  # 16 hexadecimal digits
     "A name for the weights of a generator"
@@ -267,7 +253,7 @@ def draw_block(
         best = new if best is None else _better(best, new)
     return best
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #a46c1946
 def _better(old, new):
     "Of two candidates for each image the one of higher rank, the earlier of equals"
     up = new['rank'] > old['rank']
@@ -315,7 +301,7 @@ class _Assembly:
         if judged:
             self.w.made['dropped'] = dict(sum((Counter(n['dropped']) for n in self.notes), Counter()))
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
 def block_path(
     folder: Path,  # of the blocks
     i: int,  # number of the block
@@ -376,7 +362,7 @@ def _ready(pipe, c, device):
         module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #f8af87cb
 def _made(pipe, c, seed, judge, base):
     "What the manifest says of the images"
     unused = {'images', *(() if base else ('strength',))}
@@ -390,7 +376,7 @@ def _made(pipe, c, seed, judge, base):
         **(dict(filter=judge.settings) if judge else {}),
     )
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #6ba3daf7
 def _describer(pipe, labels, c, base):
     "What the table says of image i"
     if base:

@@ -32,7 +32,7 @@ def to_signal(
     share = images.float() / 255
     return share if kind == 'unit' else (share.sqrt() if kind == 'sqrt' else share) * 2 - 1
 
-
+# %% ../../nbs/06_diffusion/01_objective.ipynb #ecad358e
 def to_images(
     signal: Tensor,  # (N, C, H, W) floats, nominally in the range of the kind
     kind: SignalKind = 'sqrt',  # as given to `to_signal`

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, derive_seed, lookup
+from ..data.kind import ImageKind
 from .denoiser import Denoiser, fold, unfold
 from .objective import to_images, to_signal
 from ..labels import Vocabulary
@@ -44,7 +45,7 @@ def known_schedulers() -> dict[str, str]:  # name -> diffusers class
     "The short names, and diffusers' own"
     return {**SCHEDULERS, **{k.name: k.name for k in KarrasDiffusionSchedulers if k.name != 'EDMEulerScheduler'}}
 
-
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #1ff96f01
 def with_scheduler(
     scheduler,  # the scheduler that the model was trained with
     name: str,  # a short name, or the name of a diffusers class
@@ -158,6 +159,11 @@ class LabelConditionedPipeline(DiffusionPipeline):
         "Height and width of its images in pixels"
         return self.unet.config.sample_size * self.config.patch_size
 
+    @property
+    def kind(self) -> ImageKind:
+        "What its images are"
+        return ImageKind(tuple(self.config.channels), self.size, tuple(self.config.classes), owner='the generator')
+
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #a313eee7
 def _check_settings(guidance_scale, num_inference_steps, output_type, guidance_rescale, interval, strength):
     "Check a call's numbers"
@@ -173,7 +179,7 @@ def _check_settings(guidance_scale, num_inference_steps, output_type, guidance_r
         raise InputError(f'strength must be above 0 and at most 1, got {strength}')
     lookup('output type', output_type, dict.fromkeys(('uint8', 'signal')))
 
-
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #cd374a2e
 def _told(pipe, rows, condition):
     "Append the condition to (N, K) rows, on the pipeline's device"
     names = pipe.config.conditions
@@ -190,7 +196,7 @@ def _told(pipe, rows, condition):
         raise InputError(f'{len(told)} conditions for {len(rows)} images: give one an image, or one for all')
     return torch.from_numpy(np.hstack([rows, np.broadcast_to(told, (len(rows), len(names)))])).to(pipe.device)
 
-
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #9c16f186
 def _checked_rows(pipe, labels, negative_labels, generator, condition):
     "Turn labels, and the negative ones, into rows"
     rows = pipe.vocab.multi_hot(labels)
@@ -205,7 +211,7 @@ def _checked_rows(pipe, labels, negative_labels, generator, condition):
         )
     return _told(pipe, rows, condition), _told(pipe, np.broadcast_to(negative, rows.shape), condition)
 
-
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #79c40962
 def _checked_images(pipe, images, n):
     "Check real images that are to be edited"
     images, shape = torch.as_tensor(images), (len(pipe.config.channels), pipe.size, pipe.size)

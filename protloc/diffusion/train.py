@@ -16,7 +16,7 @@ import yaml
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import Config, InputError, atomic_path, derive_seed, hold_settings, rng_for, versions, write_json
+from ..core import Config, InputError, atomic_path, claim_settings, derive_seed, rng_for, versions, write_json
 from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
@@ -111,7 +111,7 @@ class TrainingImages(Batches):
             else None
         )
 
-
+# %% ../../nbs/06_diffusion/03_train.ipynb #a164c055
 @patch
 def augmented(
     self: TrainingImages,
@@ -192,25 +192,25 @@ def preview_rows(
     some = present[np.linspace(0, len(present) - 1, min(n, len(present))).round().astype(int)]
     return np.where(labels[:, some] > 0, labels.sum(1, keepdims=True), np.inf).argmin(0)
 
-
+# %% ../../nbs/06_diffusion/03_train.ipynb #e76787b1
 def previews(
     batches: TrainingImages,  # of the training
     c: GeneratorConfig,
     folder: str | Path,  # of the training; step-000123.png goes into its previews/
     seed: int = 0,  # of the noise
-):  # evaluate(denoiser) -> {}, for `fit`
+):  # evaluate(denoiser, step) -> {}, for `fit`
     "Draw and keep a picture of what a denoiser can do so far"
     store, chosen = batches.store, batches.rows[preview_rows(batches.store.labels[batches.rows])]
     titles = [textwrap.fill(' + '.join(store.vocab.names_of(y)), 14) for y in store.labels[chosen]]
 
-    def evaluate(denoiser):
+    def evaluate(denoiser, step):
         if not this_process().is_main_process:
             return {}
-        pipe, steps = pipeline_of(denoiser, store, c), batches.progress['steps']
+        pipe = pipeline_of(denoiser, store, c)
         pipe.set_progress_bar_config(disable=True)
         made = pipe(store.labels[chosen], 1, generator=generators_for(seed, range(len(chosen)))).cpu().numpy()
-        fig = show_cells({'real': store.images[chosen], f'step {steps}': made}, store.channels, titles, edge=1.1)
-        with atomic_path(Path(folder) / 'previews' / f'step-{steps:06d}.png') as p:
+        fig = show_cells({'real': store.images[chosen], f'step {step}': made}, store.channels, titles, edge=1.1)
+        with atomic_path(Path(folder) / 'previews' / f'step-{step:06d}.png') as p:
             fig.savefig(p, format='png', bbox_inches='tight')
         plt.close(fig)
         return {}
@@ -255,7 +255,7 @@ Not evidence of where a protein is, and not meant for diagnosis. It draws no cla
 def _rows(values):
     return '\n'.join(f'| {k} | {v:.4g} |' if isinstance(v, float) else f'| {k} | {v} |' for k, v in values.items())
 
-
+# %% ../../nbs/06_diffusion/03_train.ipynb #0b99242b
 def model_card(
     denoiser: Denoiser,  # trained
     store: ImageStore,  # that it was trained on
@@ -328,7 +328,7 @@ def train_generator(
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, c.unet, c.objective.num_train_timesteps)
     if this_process().is_main_process:
-        hold_settings(folder, _settings(store, c, seed))
+        claim_settings(folder / 'settings.json', _settings(store, c, seed))
     if (folder / 'pipeline').exists():
         return open_pipeline(folder)
     if c.gradient_checkpointing:

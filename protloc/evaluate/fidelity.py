@@ -14,13 +14,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from ..classify.backbone import Classifier
-from ..classify.predict import walk
+from ..classify.predict import map_batches
 from ..core import InputError
 from ..data.store import ImageStore
 from ..metrics import scores
 
 # %% auto #0
-__all__ = ['features', 'frechet_distance', 'kernel_distance', 'reach', 'covered', 'precision_recall', 'coverage',
+__all__ = ['features', 'frechet_distance', 'kernel_distance', 'knn_radius', 'covered_share', 'precision_recall', 'coverage',
            'label_fidelity', 'mean_interval', 'measure']
 
 # %% ../../nbs/08_evaluate/01_fidelity.ipynb #45262246
@@ -36,7 +36,7 @@ def features(
         f = classifier.features(images)
         return f, classifier.head(f).sigmoid()
 
-    return walk(classifier, store, rows, both, batch_size)
+    return map_batches(classifier, store, rows, both, batch_size)
 
 # %% ../../nbs/08_evaluate/01_fidelity.ipynb #0fb268bf
 def frechet_distance(
@@ -51,7 +51,7 @@ def frechet_distance(
     metric.update(synthetic.double(), real=False)
     return max(metric.compute().item(), 0.0)
 
-
+# %% ../../nbs/08_evaluate/01_fidelity.ipynb #c6bc3fb9
 def kernel_distance(
     real: Tensor,  # (n, F) features
     synthetic: Tensor,  # (m, F) features
@@ -61,30 +61,30 @@ def kernel_distance(
     return poly_mmd(real[:n].double(), synthetic[:n].double()).item()
 
 # %% ../../nbs/08_evaluate/01_fidelity.ipynb #bb2242e7
-def reach(
+def knn_radius(
     points: Tensor,  # (n, F) features
     k: int = 3,  # neighbours
 ) -> Tensor:  # (n,)
     "Distance of each point to its k-th neighbour among them"
     return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
 
-
-def covered(
+# %% ../../nbs/08_evaluate/01_fidelity.ipynb #8cbf951c
+def covered_share(
     points: Tensor,  # (n, F) features
     by: Tensor,  # (m, F) features of the set that spans the region
     k: int = 3,  # neighbours
 ) -> float:  # in [0, 1]
     "Share of points within the reach of some member of a set"
-    return (torch.cdist(points, by) <= reach(by, k)).any(1).float().mean().item()
+    return (torch.cdist(points, by) <= knn_radius(by, k)).any(1).float().mean().item()
 
-
+# %% ../../nbs/08_evaluate/01_fidelity.ipynb #b2c8062d
 def precision_recall(
     real: Tensor,  # (n, F) features
     synthetic: Tensor,  # (m, F) features
     k: int = 3,  # neighbours
 ) -> tuple[float, float]:  # both in [0, 1]
     "Share of synthetic images that look real, share of real ones that the synthetic set covers (Kynkäänniemi et al. 2019)"
-    return covered(synthetic, real, k), covered(real, synthetic, k)
+    return covered_share(synthetic, real, k), covered_share(real, synthetic, k)
 
 # %% ../../nbs/08_evaluate/01_fidelity.ipynb #a647b7ed
 def coverage(
@@ -93,7 +93,7 @@ def coverage(
     k: int = 3,  # neighbours
 ) -> float:  # in [0, 1]
     "Share of real images that have a synthetic one within their reach (Naeem et al. 2020)"
-    return (torch.cdist(real, synthetic) <= reach(real, k)[:, None]).any(1).float().mean().item()
+    return (torch.cdist(real, synthetic) <= knn_radius(real, k)[:, None]).any(1).float().mean().item()
 
 # %% ../../nbs/08_evaluate/01_fidelity.ipynb #2ad550b7
 def label_fidelity(
@@ -122,7 +122,7 @@ def mean_interval(
     half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
     return mean, mean - half, mean + half
 
-
+# %% ../../nbs/08_evaluate/01_fidelity.ipynb #960d5ef4
 def measure(
     real: tuple[Tensor, Tensor, np.ndarray],  # features, probabilities and labels of unseen real images
     synthetic: tuple[Tensor, Tensor, np.ndarray],  # the same of synthetic ones

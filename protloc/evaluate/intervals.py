@@ -27,7 +27,7 @@ def bootstrap_weights(
     times = rng_for(seed, 'bootstrap').multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return times[:, member].astype(np.float32)
 
-
+# %% ../../nbs/08_evaluate/00_intervals.ipynb #3c557a2e
 def weighted_f1(
     said: np.ndarray,  # (N, K) bool decisions
     labels: np.ndarray,  # (N, K) multi-hot
@@ -39,7 +39,7 @@ def weighted_f1(
     either = weights @ said.astype(np.float32) + weights @ truth.astype(np.float32)
     return np.where(truth.any(0), 2 * hits / np.maximum(either, 1e-9), np.nan)
 
-
+# %% ../../nbs/08_evaluate/00_intervals.ipynb #4c533b3e
 def macro(
     f1: np.ndarray,  # (..., K), NaN where a class does not occur
 ) -> np.ndarray:  # (...,)

@@ -21,8 +21,8 @@ from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
 
 # %% auto #0
-__all__ = ['PARTS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset',
-           'commands_of', 'with_overrides', 'study_config', 'part_config', 'arm_of']
+__all__ = ['SECTIONS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset',
+           'commands_of', 'with_overrides', 'study_config', 'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #47cda5a5
 class SimulateConfig(Config):
@@ -38,7 +38,7 @@ class SimulateConfig(Config):
         None, ge=1
     )  # antibodies of every class in each part; four, or fewer in small parts, unless given
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(Config):
     "A folder of fields, see `prepare`"
 
@@ -46,7 +46,7 @@ class PrepareConfig(Config):
     tile: int | None = pydantic.Field(None, ge=8)  # cut fields into tiles of this many pixels
     fractions: Fractions = Fractions()  # of train, val and test
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #ffce59eb
 class DataConfig(Config):
     "One of the two; `folder` wins"
 
@@ -136,19 +136,19 @@ def _yaml_files(folder, above=''):
         elif f.name.endswith('.yaml'):
             yield above + f.name.removesuffix('.yaml'), yaml.safe_load(f.read_text())
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #483c1eeb
 def presets() -> dict[str, dict]:  # name -> settings
     "The presets that come with protloc"
     return dict(_yaml_files(files('protloc') / 'assets' / 'presets'))
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #94104816
 def read_preset(
     name: str,  # of a preset, or the path of a YAML file
 ) -> dict:
     "Settings by name or path, not yet validated; raises `InputError` for an unknown one"
     return read_yaml(name) if name.endswith(('.yaml', '.yml')) else lookup('preset', name, presets())
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #fa16efb3
 def commands_of(
     values: dict,  # of a preset
 ) -> list[str]:  # 'run', 'train-generator', 'train-classifier'
@@ -182,7 +182,7 @@ def with_overrides(
         }
     return values
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #1861a7a1
 def study_config(
     preset: str = 'demo',  # a preset or a YAML file
     data: str | None = None,  # a store or a folder of fields, instead of the preset's own
@@ -198,10 +198,10 @@ def study_config(
     return read_config(StudyConfig, values, f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #75438821
-PARTS = dict(generator=GeneratorConfig, classifier=ClassifierConfig)
+SECTIONS = dict(generator=GeneratorConfig, classifier=ClassifierConfig)
 
 
-def part_config(
+def section_config(
     part: str,  # 'generator' or 'classifier'
     preset: str = '',  # a preset or a YAML file; protloc's defaults unless given
     overrides: list[str] = (),  # 'a.b=value', within the part
@@ -210,7 +210,7 @@ def part_config(
     values = (
         read_preset(preset)
         if preset
-        else {part: dict(loop=PARTS[part]().loop.model_dump(mode='json', exclude_unset=True))}
+        else {part: dict(loop=SECTIONS[part]().loop.model_dump(mode='json', exclude_unset=True))}
     )
     if part not in values:
         raise InputError(
@@ -218,10 +218,10 @@ def part_config(
             f" {f'use it with `protloc {commands_of(values)[0]}`' if commands_of(values) else f'put its settings under `{part}:`'}"
         )
     return read_config(
-        PARTS[part], with_overrides(values[part] or {}, overrides), f"preset '{preset}'" if preset else '--set'
+        SECTIONS[part], with_overrides(values[part] or {}, overrides), f"preset '{preset}'" if preset else '--set'
     )
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #aac119e7
 def arm_of(
     preset: str = '',  # a preset or a YAML file
     name: str = '',  # of the arm, or of a strategy where the preset has no such arm; the preset's only one, or 'real', unless given

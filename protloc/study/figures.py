@@ -136,7 +136,7 @@ def examples(
     rows = rows[store.labels[rows, k] > 0.5]
     return store.images[rows[np.argsort(store.labels[rows].sum(1), kind='stable')][:n]]
 
-
+# %% ../../nbs/09_study/03_figures.ipynb #705d91f3
 def fig_cells(
     r: Results,
     n: int = 6,  # images a class and side
@@ -170,7 +170,7 @@ def fig_fidelity(r: Results) -> Figure:
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-
+# %% ../../nbs/09_study/03_figures.ipynb #810d4444
 def fidelity(r: Results) -> float:  # about 0 to 1
     "Macro-F1 on synthetic images over macro-F1 on unseen real ones"
     t = r.label_fidelity.dropna()

@@ -102,7 +102,7 @@ def check_images(c: StudyConfig):
         for part in ('train', 'val', 'test'):
             ImageStore(given).rows(part)
 
-
+# %% ../../nbs/09_study/01_runner.ipynb #f04cf111
 def is_store(
     folder: str | Path,  # may be absent
 ) -> bool:
@@ -160,7 +160,7 @@ def synthetic_images(
     }
     return {s: ImageStore(path) if path.exists() else make[s](path) for s, path in paths.items()}
 
-
+# %% ../../nbs/09_study/01_runner.ipynb #5450e56f
 def _draw(c, real, folder, plan, path):
     "The generator's images"
     pipe = stage(
@@ -181,7 +181,7 @@ def run_folder(
     "Where a classifier lives"
     return Path(folder) / 'classifiers' / arm / f'seed-{seed}'
 
-
+# %% ../../nbs/09_study/01_runner.ipynb #c2e0fc6f
 def train_arm(
     c: StudyConfig,
     arm: ArmConfig,  # of c.arms
@@ -215,13 +215,13 @@ def cores() -> int:
         return max(int(os.environ['OMP_NUM_THREADS']), 1)
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-
+# %% ../../nbs/09_study/01_runner.ipynb #680fdb52
 def _train_arm_with(threads, quiet, *args):
     torch.set_num_threads(threads)
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         train_arm(*args)
 
-
+# %% ../../nbs/09_study/01_runner.ipynb #9517af2f
 def train_arms(
     c: StudyConfig,
     real: ImageStore,  # the study's images

@@ -86,7 +86,7 @@ def all_scores(study: Study) -> pd.DataFrame:  # columns arm, seed, part, macro_
         ]
     )
 
-
+# %% ../../nbs/09_study/02_verdict.ipynb #c89b7a9c
 def class_scores(study: Study) -> pd.DataFrame:  # columns arm, seed, class, precision, recall, f1, images
     "Test precision, recall and F1 of every class and classifier"
     return pd.concat(
@@ -137,7 +137,7 @@ def verdict(
     found = _intervals(study, lambda a, s: macro(f1[a, s]), others, 'real')
     return found.assign(verdict=np.select([found.low > 0, found.high < 0], ['helps', 'hurts'], 'undecided'))
 
-
+# %% ../../nbs/09_study/02_verdict.ipynb #42001fe0
 def score_intervals(
     study: Study,  # finished
     f1: dict,  # of `resampled_f1`
@@ -145,7 +145,7 @@ def score_intervals(
     "Macro-F1 of every arm with a 95 % interval"
     return _intervals(study, lambda a, s: macro(f1[a, s]), study.arms)
 
-
+# %% ../../nbs/09_study/02_verdict.ipynb #1bd6d457
 def class_changes(
     study: Study,  # finished
     f1: dict,  # of `resampled_f1`
@@ -240,7 +240,7 @@ def _sizes(study):
         f' {len(r.channels)} channels; {more}{len(study.seeds)} seeds an arm.'
     )
 
-
+# %% ../../nbs/09_study/02_verdict.ipynb #d9217d23
 def _progress(study):
     "What is done of a study without results, in one line"
     runs = [run_folder(study.folder, a, s) / 'test.npy' for a in study.arms for s in study.seeds]
