@@ -34,8 +34,8 @@ from .core import Config, InputError, atomic_path, derive_seed, remove, sha256, 
 from .data.loading import loader
 
 # %% auto #0
-__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA',
-           'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint',
+__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of',
+           'PowerEMA', 'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint',
            'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
            'enough_memory', 'fit']
 
@@ -45,30 +45,25 @@ class LoopConfig(Config):
 
     steps: int = pydantic.Field(1000, ge=1)  # optimizer steps
     batch_size: int = pydantic.Field(64, ge=1)  # images a step, over all processes
-    accumulate: int = pydantic.Field(1, ge=1)  # parts that each process cuts its images of a step into, to save memory
+    accumulate: int = pydantic.Field(1, ge=1)  # micro-batches a step and process, to save memory
     lr: float = pydantic.Field(1e-3, gt=0)  # peak learning rate
     weight_decay: float = pydantic.Field(0.01, ge=0)  # of AdamW
     warmup: int = pydantic.Field(0, ge=0)  # steps of linear warm-up
     schedule: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine'  # of the rate; cosine ends at 0
     lr_factor: float = pydantic.Field(0.1, gt=0, lt=1)  # by which 'step' and 'plateau' lower the rate
     lr_every: int = pydantic.Field(1000, ge=1)  # steps between two drops of 'step'
-    plateau_patience: int = pydantic.Field(
-        5, ge=1
-    )  # validations without a better score before 'plateau' lowers the rate
-    plateau_mode: Literal['max', 'min'] = (
-        'max'  # which scores are better to 'plateau'; 'min' repeats a slip of published code
-    )
-    patience: int | None = pydantic.Field(
-        None, ge=1
-    )  # validations without a better score before training stops; None to go on
+    # validations without a better score before 'plateau' lowers the rate
+    plateau_patience: int = pydantic.Field(5, ge=1)
+    # which scores 'plateau' takes for better; 'min' repeats a slip of published code
+    plateau_mode: Literal['max', 'min'] = 'max'
+    # validations without a better score before training stops; None to go on
+    patience: int | None = pydantic.Field(None, ge=1)
     max_grad_norm: float = pydantic.Field(1.0, gt=0)  # gradients are clipped to this norm
     ema_decay: float | None = pydantic.Field(None, gt=0, lt=1)  # moving average of the weights; None for none
-    ema_length: float | None = pydantic.Field(
-        None, gt=0, lt=0.28
-    )  # instead of ema_decay: width of a power-law average, a share of the training
-    swa_start: float | None = pydantic.Field(
-        None, ge=0, lt=1
-    )  # instead of both: share of the training after which all steps weigh the same
+    # instead of ema_decay: width of a power-law average, as a share of the training
+    ema_length: float | None = pydantic.Field(None, gt=0, lt=0.28)
+    # instead of both: share of the training after which all steps weigh the same
+    swa_start: float | None = pydantic.Field(None, ge=0, lt=1)
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # bf16 on GPUs; slower on CPUs
     compile: bool = False  # torch.compile: minutes before the first step, shorter steps on GPUs
     workers: int = pydantic.Field(0, ge=0)  # loader processes
@@ -84,31 +79,25 @@ class LoopConfig(Config):
 
     @pydantic.model_validator(mode='after')
     def _one_average(self):
-        kinds = [k for k in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, k) is not None]
-        if len(kinds) > 1:
-            raise InputError(f"{' and '.join(kinds)} are {len(kinds)} kinds of averages: set one of them")
-        if (
-            self.schedule == 'plateau'
-            and self.plateau_mode == 'max'
-            and self.patience
-            and self.patience <= self.plateau_patience
-        ):
+        averages = [name for name in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, name) is not None]
+        if len(averages) > 1:
+            raise InputError(f"{' and '.join(averages)} are {len(averages)} kinds of averages: set one of them")
+        return self
+
+    @pydantic.model_validator(mode='after')
+    def _rate_falls_before_the_end(self):
+        on_plateau = self.schedule == 'plateau' and self.plateau_mode == 'max'
+        if on_plateau and self.patience and self.patience <= self.plateau_patience:
             raise InputError(
-                f'training stops after {self.patience} validations without a better score, before the plateau of'
-                f' {self.plateau_patience} lowers the rate: make plateau_patience smaller than patience'
+                f'training stops after {self.patience} validations without a better score,'
+                f' before the plateau of {self.plateau_patience} lowers the rate:'
+                ' make plateau_patience smaller than patience'
             )
         return self
 
-
-RUNTIME = {
-    'accumulate',
-    'compile',
-    'workers',
-    'checkpoint_seconds',
-    'checkpoint_steps',
-    'keep',
-    'trackers',
-}  # settings that may change when a run is continued
+# %% ../nbs/05_training.ipynb #0070e472
+# settings that may change when a run is continued
+RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep', 'trackers'}
 
 # %% ../nbs/05_training.ipynb #bb9889d2
 def plateaus(
@@ -116,39 +105,43 @@ def plateaus(
     patience: int,  # validations without a better score that make a plateau
     mode: str = 'max',  # 'max' or 'min': which scores are better
 ) -> int:
-    "How often the score has stood still; after each time the count begins anew, as in torch's ReduceLROnPlateau"
-    best, waited, found = -math.inf, 0, 0
-    for s in scores:
-        s = s if mode == 'max' else -s
-        best, waited = (s, 0) if s > best else (best, waited + 1)
+    "How often the score has stood still; the count restarts after each plateau, as in torch's ReduceLROnPlateau"
+    best = -math.inf
+    waited = 0
+    count = 0
+    for score in scores:
+        gain = score if mode == 'max' else -score
+        waited += 1
+        if gain > best:
+            best = gain
+            waited = 0
         if waited == patience:
-            found, waited = found + 1, 0
-    return found
+            count += 1
+            waited = 0
+    return count
 
 # %% ../nbs/05_training.ipynb #e2011ea4
 def lr_at(
     step: int,  # from 0
-    c: LoopConfig,
+    config: LoopConfig,
     scores=(),  # of the validations so far, for 'plateau'
 ) -> float:  # learning rate of the step
     "Linear warm-up, then the schedule; 'step' and 'plateau' lower the rate during the warm-up too"
-    drops = (
-        step // c.lr_every
-        if c.schedule == 'step'
-        else plateaus(scores, c.plateau_patience, c.plateau_mode)
-        if c.schedule == 'plateau'
-        else 0
-    )
-    lr = c.lr * c.lr_factor**drops
-    if step < c.warmup:
-        return lr * (step + 1) / c.warmup
-    if c.schedule != 'cosine':
+    drops = 0
+    if config.schedule == 'step':
+        drops = step // config.lr_every
+    if config.schedule == 'plateau':
+        drops = plateaus(scores, config.plateau_patience, config.plateau_mode)
+    lr = config.lr * config.lr_factor**drops
+    if step < config.warmup:
+        return lr * (step + 1) / config.warmup
+    if config.schedule != 'cosine':
         return lr
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(c.steps - c.warmup, 1)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(config.steps - config.warmup, 1)))
 
 # %% ../nbs/05_training.ipynb #ebba1fd1
 def fork_rng():
-    "Keep torch's random state outside a block as it is; of several GPUs only this process's is meant"
+    "Restore torch's random state after the block; of several GPUs, that of this process's own"
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
@@ -188,23 +181,23 @@ class PowerEMA(EMAModel):
 # %% ../nbs/05_training.ipynb #f127d73b
 def moving_average(
     parameters,  # of a model
-    c: LoopConfig,
+    config: LoopConfig,
 ) -> EMAModel | None:  # None where none is wanted
     "The moving average that the settings ask for"
-    if c.ema_length:
-        return PowerEMA(parameters, c.ema_length)
-    if c.swa_start is not None:
+    if config.ema_length:
+        return PowerEMA(parameters, config.ema_length)
+    if config.swa_start is not None:
         return EMAModel(
             parameters,
             decay=1.0,
-            update_after_step=int(c.swa_start * c.steps),
+            update_after_step=int(config.swa_start * config.steps),
             use_ema_warmup=True,
             inv_gamma=1,
             power=1,
             foreach=True,
         )
-    if c.ema_decay:
-        return EMAModel(parameters, decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4, foreach=True)
+    if config.ema_decay:
+        return EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4, foreach=True)
 
 # %% ../nbs/05_training.ipynb #2c0911db
 def save_weights(
@@ -213,11 +206,10 @@ def save_weights(
     without: str = '',  # weights with this in their names are left out; all are written unless given
 ):
     "Write a model's weights atomically"
-    weights = {
-        k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not without or without not in k
-    }
-    with atomic_path(path) as p:
-        p.write_bytes(safetensors.torch.save(weights))
+    kept = {name: w for name, w in model.state_dict().items() if not without or without not in name}
+    weights = {name: w.detach().cpu().contiguous() for name, w in kept.items()}
+    with atomic_path(path) as partial:
+        partial.write_bytes(safetensors.torch.save(weights))
 
 # %% ../nbs/05_training.ipynb #73bfd904
 def load_weights(
@@ -230,7 +222,8 @@ def load_weights(
     except FileNotFoundError:
         raise InputError(f'there are no weights {path}') from None
     except (RuntimeError, safetensors.SafetensorError) as e:
-        raise InputError(f"{path} does not fit this model: {' '.join(str(e).split())[:200]}") from None
+        reason = ' '.join(str(e).split())[:200]
+        raise InputError(f'{path} does not fit this model: {reason}') from None
 
 # %% ../nbs/05_training.ipynb #8682bbbf
 @dataclass
@@ -259,15 +252,19 @@ def save_checkpoint(
     keep: int = 1,  # checkpoints to keep
 ):
     "Write checkpoints/step-N and drop older ones"
-    folder, buffer = run.folder / 'checkpoints', io.BytesIO()
+    folder = run.folder / 'checkpoints'
+    newest = folder / f'step-{run.step:08d}'
     state = dict(step=run.step, best=run.best, log=run.log, id=run.id, optimizer=run.optimizer.state_dict())
-    torch.save({**state, **{k: v and v.state_dict() for k, v in (('ema', run.ema), ('scaler', run.scaler))}}, buffer)
-    with atomic_path(folder / f'step-{run.step:08d}') as p:
-        p.mkdir()
-        save_weights(run.model, p / 'model.safetensors')
-        (p / 'state.pt').write_bytes(buffer.getbuffer())
-        write_json(p / 'sha256.json', {f.name: sha256(f) for f in sorted(p.iterdir())})
-    whole = [p for p in _checkpoints(run.folder) if p.name <= f'step-{run.step:08d}']
+    state['ema'] = run.ema and run.ema.state_dict()
+    state['scaler'] = run.scaler and run.scaler.state_dict()
+    with atomic_path(newest) as partial:
+        partial.mkdir()
+        save_weights(run.model, partial / 'model.safetensors')
+        buffer = io.BytesIO()  # torch.save tells no OSError where the disk is full
+        torch.save(state, buffer)
+        (partial / 'state.pt').write_bytes(buffer.getbuffer())
+        write_json(partial / 'sha256.json', {file.name: sha256(file) for file in sorted(partial.iterdir())})
+    whole = [checkpoint for checkpoint in _checkpoints(run.folder) if checkpoint.name <= newest.name]
     for path in set(folder.iterdir()) - set(whole[-keep:]):
         remove(path)
 
@@ -275,10 +272,8 @@ def save_checkpoint(
 def _is_whole(checkpoint):
     "Whether the files are those that were written"
     try:
-        return all(
-            sha256(checkpoint / name) == written
-            for name, written in json.loads((checkpoint / 'sha256.json').read_text()).items()
-        )
+        written = json.loads((checkpoint / 'sha256.json').read_text())
+        return all(sha256(checkpoint / name) == digest for name, digest in written.items())
     except (OSError, ValueError):
         return False
 
@@ -287,23 +282,24 @@ def load_checkpoint(
     run: Run,  # a fresh one, of the same model; changed in place
 ) -> bool:  # whether there was one
     "Go on from the newest whole checkpoint in the run's folder; raises `InputError` where there are only damaged ones"
-    found = _checkpoints(run.folder)
-    if not found:
+    checkpoints = _checkpoints(run.folder)
+    if not checkpoints:
         return False
-    path = next(filter(_is_whole, reversed(found)), None)
+    newest = checkpoints[-1]
+    path = next(filter(_is_whole, reversed(checkpoints)), None)
     if not path:
         raise InputError(
-            f'{found[-1]} is damaged, and no older checkpoint is whole: remove {found[-1].parent} to begin again'
+            f'{newest} is damaged, and no older checkpoint is whole: remove {newest.parent} to begin again'
         )
-    if path != found[-1]:
-        warnings.warn(f'{found[-1]} is damaged: training goes on from {path.name}')
+    if path != newest:
+        warnings.warn(f'{newest} is damaged: training goes on from {path.name}', stacklevel=2)
     load_weights(run.model, path / 'model.safetensors')
     state = torch.load(path / 'state.pt', weights_only=True, map_location='cpu')
     run.step, run.best, run.log, run.id = (state[k] for k in ('step', 'best', 'log', 'id'))
     run.scores = [line[run.score] for line in run.log if run.score in line]
-    for k in ('optimizer', 'ema', 'scaler'):
-        if getattr(run, k):
-            getattr(run, k).load_state_dict(state[k])
+    for name in ('optimizer', 'ema', 'scaler'):
+        if getattr(run, name):
+            getattr(run, name).load_state_dict(state[name])
     if run.ema:
         run.ema.to(next(run.model.parameters()).device)
     return True
@@ -317,8 +313,8 @@ class _Objective(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, batch):
-        found = self.loss(self.model, batch)
-        return found if isinstance(found, tuple) else (found, {})
+        loss = self.loss(self.model, batch)
+        return loss if isinstance(loss, tuple) else (loss, {})
 
 # %% ../nbs/05_training.ipynb #445c118e
 def this_process() -> PartialState:  # its rank among how many, and its device
@@ -330,14 +326,13 @@ def accelerator_for(
     mixed_precision: str = 'no',  # 'no', 'bf16' or 'fp16'; on CPUs 'fp16' is 'no'
     **options,  # further ones of `Accelerator`
 ) -> Accelerator:
-    "An Accelerator on whatever there is, with another precision each time if need be; raises `InputError` for one that the device lacks"
+    "An Accelerator on the device at hand, in any precision; raises `InputError` for one that the device lacks"
     AcceleratorState._reset_state()
     try:
         return Accelerator(mixed_precision=mixed_precision, cpu=this_process().device.type == 'cpu', **options)
     except ValueError as e:
-        raise InputError(
-            f"mixed_precision: {mixed_precision} cannot be had here ({str(e).rstrip('.')}): use no"
-        ) from None
+        reason = str(e).rstrip('.')
+        raise InputError(f'mixed_precision: {mixed_precision} cannot be had here ({reason}): use no') from None
 
 # %% ../nbs/05_training.ipynb #d911aed6
 def to_device(
@@ -346,9 +341,9 @@ def to_device(
 ):  # the same dicts and tuples
     "Move a batch; images become channels_last, which convolutions like best"
     if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(to_device(v, device) for v in batch)
+        return {name: to_device(tensor, device) for name, tensor in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(to_device(tensor, device) for tensor in batch)
     batch = batch.to(device, non_blocking=True)
     return batch.contiguous(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
@@ -363,12 +358,12 @@ def device_batch(
     return to_device(batches.augmented(send_to_device(batch, device, non_blocking=True), step), device)
 
 # %% ../nbs/05_training.ipynb #e5ceed06
-def _slice(batch, i, n):
-    "Part i of n of every tensor in nested dicts and tuples"
+def _micro_batch(batch, i, n):
+    "Micro-batch i of n: a slice of every tensor in nested dicts and tuples"
     if isinstance(batch, dict):
-        return {k: _slice(v, i, n) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(_slice(v, i, n) for v in batch)
+        return {name: _micro_batch(tensor, i, n) for name, tensor in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_micro_batch(tensor, i, n) for tensor in batch)
     if batch.ndim and len(batch) % n:
         raise InputError(f'accumulate: {n} does not divide the {len(batch)} images that a process has in a step')
     return batch[i * len(batch) // n : (i + 1) * len(batch) // n] if batch.ndim else batch
@@ -379,26 +374,28 @@ def train_step(
     batch,  # what the loss takes
     run: Run,  # its step and its weights are moved on
     accelerator: Accelerator,
-    c: LoopConfig,
+    config: LoopConfig,
     seed: int,  # of the whole training
 ) -> dict[str, Tensor]:  # the loss, and what it adds: (accumulate,) each, detached, on the device
     "One optimizer step; a function of the run's state, the batch, the seed and the step"
-    group, n, found = run.optimizer.param_groups[0], c.accumulate, []
-    group['lr'] = lr_at(run.step, c, run.scores)
+    group = run.optimizer.param_groups[0]
+    group['lr'] = lr_at(run.step, config, run.scores)
     torch.manual_seed(derive_seed(seed, 'step', run.step, accelerator.process_index))
-    for i in range(n):
-        with contextlib.nullcontext() if i == n - 1 else accelerator.no_sync(objective):
+    numbers = []
+    for i in range(config.accumulate):
+        is_last = i == config.accumulate - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
             with accelerator.autocast():
-                loss, extra = objective(_slice(batch, i, n))
-            accelerator.backward(loss / n)
-        found.append(dict(loss=loss.detach(), **extra))
-    accelerator.clip_grad_norm_(group['params'], c.max_grad_norm)
+                loss, extra = objective(_micro_batch(batch, i, config.accumulate))
+            accelerator.backward(loss / config.accumulate)
+        numbers.append(dict(loss=loss.detach(), **extra))
+    accelerator.clip_grad_norm_(group['params'], config.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema:
         run.ema.step(group['params'])
     run.step += 1
-    return {k: torch.stack([f[k] for f in found]) for k in found[0]}
+    return {name: torch.stack([one[name] for one in numbers]) for name in numbers[0]}
 
 # %% ../nbs/05_training.ipynb #6b099703
 BATCHNORM_STEPS = 16  # training batches that averaged weights see for their BatchNorm statistics
@@ -409,7 +406,7 @@ def use_average(
     objective: nn.Module,  # the loss as a module, not wrapped
     batches,  # of the training
     accelerator: Accelerator,
-    c: LoopConfig,
+    config: LoopConfig,
     seed: int,  # of the whole training
 ):
     "Give the model its averaged weights, if it has any, and BatchNorm statistics that belong to them"
@@ -417,14 +414,15 @@ def use_average(
         return
     run.ema.copy_to(run.model.parameters())
 
-    def parts():
+    def micro_batches():
         first = max(run.step - BATCHNORM_STEPS, 0)
         for step, batch in enumerate(loader(batches, first, run.step), first):
             batch = device_batch(batches, batch, step, accelerator.device)
-            yield from ((_slice(batch, i, c.accumulate),) for i in range(c.accumulate))
+            for i in range(config.accumulate):
+                yield (_micro_batch(batch, i, config.accumulate),)
 
     with seeded(seed, 'batchnorm', run.step), accelerator.autocast():
-        torch.optim.swa_utils.update_bn(parts(), objective)
+        torch.optim.swa_utils.update_bn(micro_batches(), objective)
 
 # %% ../nbs/05_training.ipynb #248d801f
 @contextlib.contextmanager
@@ -444,44 +442,41 @@ def averaged(
         run.model.train()
         if run.ema:
             run.ema.restore(run.model.parameters())
-            for b, was in zip(run.model.buffers(), buffers):
-                b.copy_(was)
+            for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
 # %% ../nbs/05_training.ipynb #2c8236fe
 def _validate(run, evaluate, use, main):
     "Evaluate the averaged weights, keep the best; all processes go by what the main one found"
     with averaged(run, use) as model, torch.no_grad():
-        found = broadcast_object_list([{k: float(v) for k, v in evaluate(model, run.step).items()}])[0]
+        numbers = {name: float(number) for name, number in evaluate(model, run.step).items()}
+        numbers = broadcast_object_list([numbers])[0]
         if run.score:
-            run.scores.append(found[run.score])
-        if run.score and found[run.score] > run.best:
-            run.best = found[run.score]
+            run.scores.append(numbers[run.score])
+        if run.score and numbers[run.score] > run.best:
+            run.best = numbers[run.score]
             if main:
                 save_weights(model, run.folder / 'best.safetensors')
-    return found
+    return numbers
 
 # %% ../nbs/05_training.ipynb #fc07bac4
-def _line(run, found, started, c, accelerator):
+def _line(run, numbers, started, config, accelerator):
     "A line of the log; stops at the first loss that is not a number"
-    values = accelerator.gather(
-        torch.stack([torch.stack([*f.values()]) for f in found]).float()
-    )  # (processes * steps, numbers, accumulate)
-    good = values[:, 0].isfinite().all(1).view(-1, len(found)).all(0)
+    steps = [torch.stack([*step.values()]) for step in numbers]  # each (numbers, accumulate)
+    values = accelerator.gather(torch.stack(steps).float())  # (processes * steps, numbers, accumulate)
+    losses = values[:, 0]
+    good = losses.isfinite().all(1).view(-1, len(steps)).all(0)
     if not good.all():
-        bad = run.step - len(found) + int((~good).nonzero()[0])
+        bad = run.step - len(steps) + int((~good).nonzero()[0])
         raise InputError(
-            f'the loss is not finite at step {bad} of {run.folder}: lower the learning rate ({c.lr}) or use'
-            ' mixed_precision: no'
+            f'the loss is not finite at step {bad} of {run.folder}:'
+            f' lower the learning rate ({config.lr}) or use mixed_precision: no'
         )
-    rate = len(found) * c.batch_size / (time.time() - started)
-    extra = {k: v for k, v in zip([*found[0]][1:], values[:, 1:].nanmean((0, 2)).tolist()) if math.isfinite(v)}
-    return dict(
-        step=run.step,
-        loss=values[:, 0].mean().item(),
-        **extra,
-        lr=run.optimizer.param_groups[0]['lr'],
-        images_per_second=round(rate, 1),
-    )
+    means = dict(zip(numbers[0], values.nanmean((0, 2)).tolist(), strict=True))
+    extra = {name: mean for name, mean in means.items() if name != 'loss' and math.isfinite(mean)}
+    rate = len(steps) * config.batch_size / (time.time() - started)
+    lr = run.optimizer.param_groups[0]['lr']
+    return dict(step=run.step, loss=losses.mean().item(), **extra, lr=lr, images_per_second=round(rate, 1))
 
 # %% ../nbs/05_training.ipynb #aa54282b
 def _lines(log):
@@ -489,10 +484,10 @@ def _lines(log):
 
 # %% ../nbs/05_training.ipynb #e057c8e3
 @contextlib.contextmanager
-def _tracked(accelerator, run, c, name):
+def _tracked(accelerator, run, config, name):
     "The trackers that the settings name get the lines of the log inside the block"
-    wandb = dict(id=run.id, resume='allow', dir=str(run.folder), config=c.model_dump())
-    if c.trackers:
+    wandb = dict(id=run.id, resume='allow', dir=str(run.folder), config=config.model_dump())
+    if config.trackers:
         accelerator.init_trackers(name, init_kwargs=dict(tensorboard=dict(purge_step=run.step + 1), wandb=wandb))
     try:
         yield
@@ -501,23 +496,27 @@ def _tracked(accelerator, run, c, name):
             tracker.finish()
 
 # %% ../nbs/05_training.ipynb #5f84dc54
-def _check_trackers(c):
+def _check_trackers(config):
     "Raise `InputError` for a tracker that is not installed"
-    for t in c.trackers:
-        if t not in map(str, get_available_trackers()):
-            raise InputError(f"the tracker {t} is not installed: run `pip install {t}`, or leave it out of trackers")
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in config.trackers:
+        if name not in installed:
+            raise InputError(
+                f'the tracker {name} is not installed: run `pip install {name}`, or leave it out of trackers'
+            )
 
 # %% ../nbs/05_training.ipynb #d58860af
-def _check_score(c, score):
-    "Raise `InputError` where the rate or the end depends on a score that there is none of"
-    for name, wants in (('schedule: plateau', c.schedule == 'plateau'), ('patience', c.patience)):
-        if wants and not score:
-            raise InputError(f'{name} needs a validation score, which this training has not: leave it out')
+def _check_score(config, score):
+    "Raise `InputError` where the rate or the end depends on a score, and there is none"
+    needing = ['schedule: plateau'] if config.schedule == 'plateau' else []
+    needing += ['patience'] if config.patience else []
+    if needing and not score:
+        raise InputError(f'{needing[0]} needs a validation score, which this training has not: leave it out')
 
 # %% ../nbs/05_training.ipynb #e711c9e1
 @contextlib.contextmanager
 def enough_memory(
-    c: LoopConfig,  # named in the message
+    config: LoopConfig,  # named in the message
 ):
     "Raises `InputError` where memory runs out inside the block"
     try:
@@ -526,8 +525,8 @@ def enough_memory(
         if not should_reduce_batch_size(e):
             raise
         raise InputError(
-            f'a batch of {c.batch_size} images in {c.accumulate} part(s) does not fit into memory: raise accumulate, or'
-            ' lower batch_size; checkpoints are kept'
+            f'a batch of {config.batch_size} images in {config.accumulate} micro-batch(es) does not fit into memory:'
+            ' raise accumulate, or lower batch_size; checkpoints are kept'
         ) from None
 
 # %% ../nbs/05_training.ipynb #e482351b
@@ -535,39 +534,42 @@ def fit(
     model: nn.Module,  # trained in place
     loss: Callable,  # loss(model, batch) -> scalar, or scalar and dict of detached scalars
     batches,  # `batches[step]`, `batches.augmented(batch, step)` and `batches.shard(rank, world)`
-    c: LoopConfig,
+    config: LoopConfig,
     folder: str | Path,  # log.jsonl, checkpoints/, last.safetensors, best.safetensors
     seed: int = 0,  # of all that is random in the loss
     evaluate: Callable | None = None,  # evaluate(model, step) -> dict of numbers; step counts the finished steps
     score: str = '',  # the number to maximise
     name: str = 'train',  # shown beside the progress bar
-    unused: bool = False,  # whether a step may leave parameters out, which several processes have to know
+    unused: bool = False,  # whether a step may leave some parameters unused; several processes have to know
 ) -> Run:  # finished; the model has its averaged weights
-    "Train, or continue, or find that all is done; raises `InputError` where the loss stops being a number or memory runs out"
-    _check_trackers(c)
-    _check_score(c, evaluate and score)
-    folder, plain = Path(folder), _Objective(model, loss)
+    "Train, continue, or load a finished run; raises `InputError` for a loss that is no number, or too little memory"
+    _check_trackers(config)
+    _check_score(config, evaluate and score)
+    folder = Path(folder)
+    plain = _Objective(model, loss)
     accelerator = accelerator_for(
-        c.mixed_precision,
-        log_with=[*c.trackers] or None,
+        config.mixed_precision,
+        log_with=[*config.trackers] or None,
         project_dir=folder / 'tensorboard',
-        dynamo_backend='inductor' if c.compile else None,
+        dynamo_backend='inductor' if config.compile else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     objective, optimizer = accelerator.prepare(
-        plain, torch.optim.AdamW(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
+        plain, torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     )
-    run = Run(model, optimizer, moving_average(model.parameters(), c), folder, scaler=accelerator.scaler, score=score)
+    run = Run(
+        model, optimizer, moving_average(model.parameters(), config), folder, scaler=accelerator.scaler, score=score
+    )
     if _is_done(run):
         return run
     batches = batches.shard(accelerator.process_index, accelerator.num_processes)
 
     def use():
-        use_average(run, plain, batches, accelerator, c, seed)
+        use_average(run, plain, batches, accelerator, config, seed)
 
-    with fork_rng(), enough_memory(c), _tracked(accelerator, run, c, name):
-        _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator)
+    with fork_rng(), enough_memory(config), _tracked(accelerator, run, config, name):
+        _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator)
         use()
     if accelerator.is_main_process:
         save_weights(model, folder / 'last.safetensors')
@@ -576,31 +578,38 @@ def fit(
     return run
 
 # %% ../nbs/05_training.ipynb #5cc3013b
-def _steps(run, objective, batches, c, seed, evaluate, use, name, accelerator):
-    "From the run's step to the last one, or to where the score stands still for too long"
-    main, saved, started, found = accelerator.is_main_process, time.time(), time.time(), []
+LOG_STEPS = 20  # at most so many steps share a line of the log
+
+
+def _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator):
+    "From the run's step to the last one, or until the score has not improved for too long"
+    main = accelerator.is_main_process
     if main:
         write_text(run.folder / 'log.jsonl', _lines(run.log))
-    bar = tqdm(total=c.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
-    for batch in loader(batches, run.step, c.steps, c.workers, accelerator.device.type == 'cuda'):
+    bar = tqdm(total=config.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
+    numbers = []
+    started = saved = time.time()
+    for batch in loader(batches, run.step, config.steps, config.workers, accelerator.device.type == 'cuda'):
         batch = device_batch(batches, batch, run.step, accelerator.device)
-        found.append(train_step(objective, batch, run, accelerator, c, seed))
+        numbers.append(train_step(objective, batch, run, accelerator, config, seed))
         bar.update()
-        last, due = run.step == c.steps, bool(c.checkpoint_steps) and run.step % c.checkpoint_steps == 0
-        evaluates = bool(evaluate) and (run.step % c.evaluate_every == 0 or last)
-        if not (evaluates or due or last or len(found) == 20):
+        last = run.step == config.steps
+        checkpoint_due = bool(config.checkpoint_steps) and run.step % config.checkpoint_steps == 0
+        evaluates = bool(evaluate) and (run.step % config.evaluate_every == 0 or last)
+        if not (evaluates or checkpoint_due or last or len(numbers) == LOG_STEPS):
             continue
-        run.log.append(_line(run, found, started, c, accelerator))
+        run.log.append(_line(run, numbers, started, config, accelerator))
         if evaluates:
             run.log[-1].update(_validate(run, evaluate, use, main))
         if main:
             _tell(run, bar, accelerator)
-        if last or (evaluates and c.patience and plateaus(run.scores, c.patience)):
+        if last or (evaluates and config.patience and plateaus(run.scores, config.patience)):
             break
-        if main and (due or time.time() - saved > c.checkpoint_seconds):
-            save_checkpoint(run, c.keep)
+        if main and (checkpoint_due or time.time() - saved > config.checkpoint_seconds):
+            save_checkpoint(run, config.keep)
             saved = time.time()
-        started, found = time.time(), []
+        numbers = []
+        started = time.time()
     bar.close()
 
 # %% ../nbs/05_training.ipynb #f06699d2
@@ -609,7 +618,8 @@ def _tell(run, bar, accelerator):
     with open(run.folder / 'log.jsonl', 'a', encoding='utf-8') as f:
         f.write(_lines(run.log[-1:]))
     accelerator.log(run.log[-1], step=run.step)
-    bar.set_postfix({k: f'{v:.4g}' for k, v in run.log[-1].items() if k not in ('step', 'lr', 'images_per_second')})
+    hidden = ('step', 'lr', 'images_per_second')
+    bar.set_postfix({name: f'{number:.4g}' for name, number in run.log[-1].items() if name not in hidden})
 
 # %% ../nbs/05_training.ipynb #d4e978be
 def _is_done(run):
