@@ -2,17 +2,25 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test docs lab export clean
+.PHONY: demo test quick lint docs lab export clean
 
 demo: .venv/.installed  ## the main job on the embedded data; ends with the path of the report
 	$(BIN)/protloc run demo
 
-test: .venv/.installed-dev  ## every check
-	$(BIN)/python tests/check_notebooks.py
-	$(BIN)/lint-imports
+test: lint  ## every check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES)
 	$(BIN)/python docs/build.py
 	$(BIN)/pytest
+
+quick: lint  ## what to run between two edits: under two minutes
+	$(BIN)/pytest -m 'not slow'
+
+lint: .venv/.installed-dev  ## exported code is current; ruff, types, directions of imports
+	$(BIN)/python tests/check_notebooks.py
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ty check
+	$(BIN)/lint-imports
 
 docs: .venv/.installed-dev  ## the documentation site, into _docs/
 	$(BIN)/python docs/build.py
@@ -20,7 +28,9 @@ docs: .venv/.installed-dev  ## the documentation site, into _docs/
 lab: .venv/.installed-dev  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-export: .venv/.installed-dev  ## notebooks -> protloc/, README.md and the sidebar, outputs' noise removed
+export: .venv/.installed-dev  ## notebooks -> protloc/, README.md and the sidebar; formatted, noise removed from outputs
+	$(BIN)/ruff check --quiet --select I --fix nbs
+	$(BIN)/ruff format --quiet nbs
 	$(BIN)/nbdev_export
 	$(BIN)/python docs/outputs.py
 	$(BIN)/nbdev_clean

@@ -1,11 +1,12 @@
-"""From a notebook that nbdev has processed to one that MyST-NB reads: titles, callouts, API entries, links, cell options."""
+"""From a notebook that nbdev has processed to one that MyST-NB reads: titles, callouts, API entries, links, tags."""
 
 import re
 
 import yaml
-from api import Item, Symbol
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
+
+from api import Item, Symbol
 from outputs import readable
 
 SHOW_DOC = re.compile(r'^show_doc\(([\w.]+)', re.MULTILINE)
@@ -33,7 +34,10 @@ class Symbols:
         self.modules = modules
 
     def find(self, name: str, module: str = '') -> Symbol | None:
-        "By full name or the name in its module; first in this module, last among the commands, which have the names of what they call"
+        """By full name, or by the name in its module: in this one first, in the command line's last.
+
+        Commands are called like the functions that they call.
+        """
         if name in self.modules.get(module, {}):
             return self.modules[module][name]
         found = [s for m, symbols in self.modules.items() for n, s in symbols.items() if name in (n, f'{m}.{n}')]
@@ -50,7 +54,10 @@ class Symbols:
 
 
 def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebook_url: str) -> NotebookNode:
-    "The same notebook for MyST-NB; `base_url` is where the site is published, as nbdev's links have it; `module` is empty where nothing is exported"
+    """The same notebook for MyST-NB.
+
+    `base_url` is where the site is published, as in nbdev's links; `module` is empty where nothing is exported.
+    """
     front, level, waiting, shown = front_matter(nb), 1, [], set()
     where = f'Module `{module}`, made from [this notebook]({notebook_url})' if module else f'[Notebook]({notebook_url})'
     cells = [

@@ -1,4 +1,4 @@
-"""What the exported modules say of themselves, read from their text: signatures, docstrings, docments. Nothing is imported."""
+"""What the exported modules say of themselves: signatures, docstrings, docments, read as text."""
 
 import ast
 import io
@@ -33,10 +33,22 @@ class Symbol:
     members: list[str] = field(default_factory=list)  # names of the documented methods in the body of a class
 
 
-def comments_of(source: str) -> dict[int, str]:
-    "Line -> text of the comment on it"
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip('# ').rstrip() for t in tokens if t.type == tokenize.COMMENT}
+class Comments:
+    "The comments of a source file, by line"
+
+    def __init__(self, source: str):
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+        self.beside = {t.start[0]: t.string.lstrip('# ').rstrip() for t in tokens}
+        self.alone = {t.start[0] for t in tokens if t.line.strip() == t.string.strip()}
+
+    def of(self, first: int, last: int) -> str:
+        "The comment beside the last line of something, else the lines of comment right above it"
+        if last in self.beside:
+            return self.beside[last]
+        line = first
+        while line - 1 in self.alone:
+            line -= 1
+        return ' '.join(self.beside[i] for i in range(line, first))
 
 
 def imported(tree: ast.Module, module: str) -> dict[str, str]:
@@ -57,7 +69,7 @@ class Module:
     def __init__(self, path: Path, module: str):
         source = path.read_text(encoding='utf-8')
         tree = ast.parse(source)
-        self.module, self.comments, self.known = module, comments_of(source), imported(tree, module)
+        self.module, self.comments, self.known = module, Comments(source), imported(tree, module)
         self.aliases = {
             n.targets[0].id: n.value
             for n in tree.body
@@ -101,14 +113,12 @@ class Module:
         if node.name.startswith('_') and not (owner and node.name.startswith('__')):
             return
         marks = {ast.unparse(d).split('.')[-1] for d in node.decorator_list}
-        kind = (
-            ('property' if marks & {'property', 'cached_property', 'patch(as_prop=True)'} else 'method')
-            if owner
-            else 'function'
-        )
+        kind = 'method' if owner else 'function'
+        if owner and marks & {'property', 'cached_property', 'patch(as_prop=True)'}:
+            kind = 'property'
         params = self.params(node)[1 if owner and 'staticmethod' not in marks else 0 :]
         returns = (
-            Item('return', self.qualified(node.returns), about=self.comments.get(node.returns.end_lineno, ''))
+            Item('return', self.qualified(node.returns), about=self.comments.beside.get(node.returns.end_lineno, ''))
             if node.returns
             else None
         )
@@ -127,18 +137,17 @@ class Module:
     def params(self, node) -> list[Item]:
         a, found = node.args, []
         plain = a.posonlyargs + a.args
-        for arg, default in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults):
+        for arg, default in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults, strict=True):
             found.append((arg, default, ''))
         if a.vararg:
             found.append((a.vararg, None, '*'))
         elif a.kwonlyargs:
             found.append((None, None, '*'))
-        found += [(arg, default, '') for arg, default in zip(a.kwonlyargs, a.kw_defaults)]
+        found += [(arg, default, '') for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
         if a.kwarg:
             found.append((a.kwarg, None, '**'))
-        last = {
-            arg.end_lineno: arg for arg, _, _ in found if arg
-        }  # a comment belongs to the last parameter on its line
+        # a comment belongs to the last parameter on its line
+        last = {arg.end_lineno: arg for arg, _, _ in found if arg}
         if node.returns:
             last.pop(node.returns.end_lineno, None)
         return [self.item(arg, default, star, last) for arg, default, star in found]
@@ -147,7 +156,7 @@ class Module:
         if arg is None:
             return Item('*')
         kind, help = self.type_and_help(arg.annotation)
-        about = self.comments.get(arg.end_lineno, '') if last.get(arg.end_lineno) is arg else ''
+        about = self.comments.of(arg.lineno, arg.end_lineno) if last.get(arg.end_lineno) is arg else ''
         return Item(star + arg.arg, kind, ast.unparse(default) if default else '', about or help)
 
     def add_class(self, node):
@@ -169,9 +178,9 @@ class Module:
                 symbol.members += [f'{node.name}.{n.name}'] if f'{node.name}.{n.name}' in self.symbols else []
 
     def field(self, node) -> Item:
-        "A field of a dataclass or of settings; limits given to pydantic, or to the simulator's `parameter`, are part of its type"
+        "A field of a dataclass or of settings; limits (pydantic's, or the simulator's `parameter`) belong to its type"
         kind, value = self.qualified(node.annotation), node.value
-        limits, about = '', self.comments.get(node.end_lineno, '')
+        limits, about = '', self.comments.of(node.lineno, node.end_lineno)
         if isinstance(value, ast.Call) and ast.unparse(value.func) in ('pydantic.Field', 'field'):
             signs = dict(ge='≥', gt='>', le='≤', lt='<')
             limits = ', '.join(f'{signs[k.arg]} {ast.unparse(k.value)}' for k in value.keywords if k.arg in signs)
@@ -184,10 +193,14 @@ class Module:
 
 def written(params: list[Item], returns: Item | None) -> str:
     "A signature in Python's own form"
-    one = lambda p: (
-        p.name + (f': {p.type}' if p.type else '') + ((' = ' if p.type else '=') + p.default if p.default else '')
-    )
-    return f"({', '.join(map(one, params))})" + (f' -> {returns.type}' if returns else '')
+
+    def one(param):
+        kind = f': {param.type}' if param.type else ''
+        equals = ' = ' if param.type else '='
+        return param.name + kind + (equals + param.default if param.default else '')
+
+    ending = f' -> {returns.type}' if returns else ''
+    return f"({', '.join(map(one, params))}){ending}"
 
 
 def read_package(root: Path) -> dict[str, dict[str, Symbol]]:

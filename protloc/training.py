@@ -254,9 +254,15 @@ def save_checkpoint(
     "Write checkpoints/step-N and drop older ones"
     folder = run.folder / 'checkpoints'
     newest = folder / f'step-{run.step:08d}'
-    state = dict(step=run.step, best=run.best, log=run.log, id=run.id, optimizer=run.optimizer.state_dict())
-    state['ema'] = run.ema and run.ema.state_dict()
-    state['scaler'] = run.scaler and run.scaler.state_dict()
+    state = dict(
+        step=run.step,
+        best=run.best,
+        log=run.log,
+        id=run.id,
+        optimizer=run.optimizer.state_dict(),
+        ema=run.ema and run.ema.state_dict(),
+        scaler=run.scaler and run.scaler.state_dict(),
+    )
     with atomic_path(newest) as partial:
         partial.mkdir()
         save_weights(run.model, partial / 'model.safetensors')
@@ -329,7 +335,8 @@ def accelerator_for(
     "An Accelerator on the device at hand, in any precision; raises `InputError` for one that the device lacks"
     AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=mixed_precision, cpu=this_process().device.type == 'cpu', **options)
+        on_cpu = str(this_process().device) == 'cpu'
+        return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, **options)
     except ValueError as e:
         reason = str(e).rstrip('.')
         raise InputError(f'mixed_precision: {mixed_precision} cannot be had here ({reason}): use no') from None
@@ -554,7 +561,7 @@ def fit(
         dynamo_backend='inductor' if config.compile else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
-    model.to(accelerator.device, memory_format=torch.channels_last).train()
+    model.to(accelerator.device).to(memory_format=torch.channels_last).train()
     objective, optimizer = accelerator.prepare(
         plain, torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     )

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
+
 from adapter import DocsError, Symbols, adapt, callouts
 from api import Module, read_package
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = 'https://lab.example/cells'
@@ -38,7 +39,11 @@ def shrink(
 
 class Camera:
     "Takes pictures"
-    def __init__(self, gain:float=1.): pass # of the sensor
+    def __init__(self,
+        # of the sensor,
+        # in photons
+        gain:float=1.
+    ): pass
     def shoot(self, optics:Optics)->Tensor:
         "One picture"
     def hidden_by_silence(self): pass
@@ -91,6 +96,7 @@ def test_classes_have_fields_methods_and_patches(symbols):
         ('psf', 'float, > 0', '1.5', 'width of the blur in pixels'),
         ('lens', 'str | None', "'oil'", 'see `shrink`'),
     ]
+    assert [p.about for p in found['Camera'].params] == ['of the sensor, in photons']
     assert found['Camera'].members == ['Camera.shoot'] and found['Camera'].signature == '(gain: float = 1.0)'
     assert found['Camera.shoot'].signature == '(optics: lab.optics.Optics) -> Tensor'
     assert found['Camera.close'].kind == 'method' and found['Camera.close'].signature == '()'

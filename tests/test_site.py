@@ -1,4 +1,4 @@
-"""The site in _docs/: every link inside it leads somewhere, no page shows raw markup, and it works in a browser without the net."""
+"""The site in _docs/: links lead somewhere, no page shows raw markup, and a browser needs no other host."""
 
 import functools
 import http.server
@@ -10,8 +10,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
-from api import read_package
 from bs4 import BeautifulSoup
+
+from api import read_package
 from build import page_of
 
 SITE = Path(__file__).resolve().parent.parent / '_docs'
@@ -42,7 +43,7 @@ def test_internal_links_lead_somewhere(pages):
     }
     checked, broken = 0, []
     for name, page in pages.items():
-        for tag, address in addresses(page):
+        for _, address in addresses(page):
             if urlparse(address).scheme or address.startswith('//'):
                 continue
             target, anchor = urldefrag(urljoin(f'/{name}', address))

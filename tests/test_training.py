@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from noisy_training import Noise, build, loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from noisy_training import Noise, build, loss
 from protloc import training
 from protloc.core import InputError, sha256
 from protloc.training import RUNTIME, LoopConfig, accelerator_for, fit, train_step

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from noisy_training import Noise, build, loss
 from torch import nn
 
+from noisy_training import Noise, build, loss
 from protloc.core import sha256
 from protloc.training import LoopConfig, fit
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from noisy_training import Noise, build, loss
 from torch import nn
 
+from noisy_training import Noise, build, loss
 from protloc.training import LoopConfig, fit
 
 folder = Path(sys.argv[1])

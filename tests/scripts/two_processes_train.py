@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from noisy_training import Noise, build, loss
 
+from noisy_training import Noise, build, loss
 from protloc.core import InputError
 from protloc.training import LoopConfig, fit
 
