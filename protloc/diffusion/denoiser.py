@@ -20,7 +20,7 @@ from ..core import Config, InputError, lookup
 from ..labels import HPA
 
 # %% auto #0
-__all__ = ['PRESETS', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'ClassEncoder', 'PaperSimplified',
+__all__ = ['ARCHITECTURES', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'ClassEncoder', 'PaperSimplified',
            'MultiHotEncoder', 'PaperOriginal', 'Denoiser', 'build_denoiser', 'denoiser_cost']
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #4ed10a82
@@ -40,11 +40,13 @@ class LabelEncoder(ModelMixin, ConfigMixin):
     def forward(
         self,
         labels: Tensor,  # (N, K) multi-hot
-        drop: Tensor | None = None,  # (N,) bool, True where the labels are to be ignored
+        drop: Tensor | None = None,  # (N,) bool, True where the labels are ignored
     ) -> Tensor:  # (N, width)
-        "A vector an image; 'no label' where dropped"
+        "One vector per image; 'no label' where dropped"
         vectors = self.layers(labels.to(self.no_label.dtype))
-        return vectors if drop is None else torch.where(drop[:, None], self.no_label.to(vectors.dtype), vectors)
+        if drop is None:
+            return vectors
+        return torch.where(drop[:, None], self.no_label.to(vectors.dtype), vectors)
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #76688f03
 def fold(
@@ -63,7 +65,7 @@ def unfold(
     return F.pixel_shuffle(folded, patch_size)
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #6bf47f23
-PRESETS = {  # what differs from the defaults of `UNetConfig`
+ARCHITECTURES = {  # what differs from the defaults of `UNetConfig`
     'xs': dict(),
     's': dict(widths=(96, 192, 192), layers_per_block=2, attention=True, norm_groups=32),
     'm': dict(widths=(128, 256, 256, 256), layers_per_block=2, attention=True, norm_groups=32),
@@ -74,12 +76,12 @@ PRESETS = {  # what differs from the defaults of `UNetConfig`
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #cb8007bb
 class UNetConfig(Config):
-    "The size of a denoiser: one of `PRESETS`, and what is to differ from it"
+    "The size of a denoiser: one of `ARCHITECTURES`, and what differs from it"
 
-    preset: str = 'xs'  # a name from `PRESETS`
+    architecture: str = 'xs'  # a name from `ARCHITECTURES`
     widths: tuple[int, ...] = (32, 64, 64)  # channels at each resolution, each half of the one before
-    layers_per_block: int = pydantic.Field(1, ge=1)  # residual blocks a resolution
-    patch_size: int = pydantic.Field(2, ge=1)  # pixels folded into channels before the first convolution
+    layers_per_block: int = pydantic.Field(1, ge=1)  # residual blocks per resolution
+    patch_size: int = pydantic.Field(2, ge=1)  # edge of the patches that are folded into channels, in pixels
     attention: bool = False  # self-attention at the lowest resolution
     norm_groups: int = pydantic.Field(8, ge=1)  # groups of GroupNorm
 
@@ -88,53 +90,54 @@ class UNetConfig(Config):
     def _filled(cls, given):
         if not isinstance(given, Mapping):
             return given
-        return {**lookup('denoiser', str(given.get('preset', 'xs')), PRESETS), **given}
+        named = lookup('denoiser', str(given.get('architecture', 'xs')), ARCHITECTURES)
+        return {**named, **given}
 
     @pydantic.model_validator(mode='after')
-    def _fixed(self):
-        if not self.preset.startswith('paper'):
+    def _only_widths_of_the_papers_change(self):
+        if not self.architecture.startswith('paper'):
             return self
+        name = f"the denoiser '{self.architecture}'"
         if len(self.widths) != 1:
-            raise InputError(f"the denoiser '{self.preset}' has one width, not {len(self.widths)}: give widths as [64]")
-        fixed = {
-            k: PRESETS[self.preset].get(k, f.default)
-            for k, f in type(self).model_fields.items()
-            if k not in ('preset', 'widths')
-        }
-        changed = [k for k, v in fixed.items() if getattr(self, k) != v]
-        if changed:
-            raise InputError(f"the denoiser '{self.preset}' has no {changed[0]}: only its widths can be changed")
+            raise InputError(f'{name} has one width, not {len(self.widths)}: give widths as [64]')
+        for key, field in type(self).model_fields.items():
+            fixed = ARCHITECTURES[self.architecture].get(key, field.default)
+            if key not in ('architecture', 'widths') and getattr(self, key) != fixed:
+                raise InputError(f'{name} has no {key}: only its widths can be changed')
         return self
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #94187120
-def _check_size(size, grain, why):
+def _check_size(size, multiple, need):
     "Refuse images that a network cannot halve"
-    if size < grain or size % grain:
-        raise InputError(f'images of {size} pixels cannot be {why}: use a multiple of {grain}')
+    if size < multiple or size % multiple:
+        raise InputError(f'images of {size} pixels cannot be {need}: use a multiple of {multiple}')
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #17c2bdd4
 def build_unet(
     channels: int,  # C, of the images
     size: int,  # height and width of the images in pixels
-    c: UNetConfig = UNetConfig(),
+    config: UNetConfig | None = None,  # `xs` unless given
 ) -> UNet2DModel:
     "A conditional U-Net for folded images; raises `InputError` where the sizes do not divide"
-    n = len(c.widths)
-    _check_size(size, c.patch_size * 2 ** (n - 1), f'halved {n - 1} times after patches of {c.patch_size}')
-    if any(w % c.norm_groups for w in c.widths):
-        raise InputError(f'widths {c.widths} must be multiples of norm_groups {c.norm_groups}')
-    folded, deep = channels * c.patch_size**2, c.attention
+    config = config or UNetConfig()
+    halvings = len(config.widths) - 1
+    need = f'halved {halvings} times after patches of {config.patch_size}'
+    _check_size(size, config.patch_size * 2**halvings, need)
+    if any(width % config.norm_groups for width in config.widths):
+        raise InputError(f'widths {config.widths} must be multiples of norm_groups {config.norm_groups}')
+    folded_channels = channels * config.patch_size**2
+    prefix = 'Attn' if config.attention else ''
     return UNet2DModel(
-        sample_size=size // c.patch_size,
-        in_channels=folded,
-        out_channels=folded,
-        block_out_channels=c.widths,
-        layers_per_block=c.layers_per_block,
-        norm_num_groups=c.norm_groups,
+        sample_size=size // config.patch_size,
+        in_channels=folded_channels,
+        out_channels=folded_channels,
+        block_out_channels=config.widths,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_groups,
         class_embed_type='identity',
-        down_block_types=('DownBlock2D',) * (n - 1) + ('AttnDownBlock2D' if deep else 'DownBlock2D',),
-        up_block_types=('AttnUpBlock2D' if deep else 'UpBlock2D',) + ('UpBlock2D',) * (n - 1),
-        add_attention=deep,
+        down_block_types=('DownBlock2D',) * halvings + (f'{prefix}DownBlock2D',),
+        up_block_types=(f'{prefix}UpBlock2D',) + ('UpBlock2D',) * halvings,
+        add_attention=config.attention,
     )
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #17bee713
@@ -152,17 +155,19 @@ class ClassEncoder(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        labels: Tensor,  # (N, K) multi-hot; in training one label is drawn from each row, else it is the first
-        drop: Tensor | None = None,  # (N,) bool, True where the labels are to be ignored
+        labels: Tensor,  # (N, K) multi-hot; in training one label of each row is picked, else the first is used
+        drop: Tensor | None = None,  # (N,) bool, True where the labels are ignored
     ) -> Tensor:  # (N, width)
-        "A vector an image; 0 where dropped, or where there is no label"
-        chances = labels * (1 - torch.rand_like(labels)) if self.training else labels
-        known = labels.any(1) if drop is None else labels.any(1) & ~drop
-        return self.embedding(chances.argmax(1)) * known[:, None]
+        "One vector per image; 0 where dropped, or where there is no label"
+        scores = labels * (1 - torch.rand_like(labels)) if self.training else labels
+        known = labels.any(1)
+        if drop is not None:
+            known = known & ~drop
+        return self.embedding(scores.argmax(1)) * known[:, None]
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #68833303
 class PaperSimplified(ModelMixin, ConfigMixin):
-    "Three convolutions over the image and its class, blind to the time step (Lin and Cao 2025, simplified DDPM)"
+    "Three convolutions over the image and its class, blind to the timestep (Lin and Cao 2025, simplified DDPM)"
 
     @register_to_config
     def __init__(
@@ -205,25 +210,31 @@ class MultiHotEncoder(ModelMixin, ConfigMixin):
     def forward(
         self,
         labels: Tensor,  # (N, K) multi-hot
-        drop: Tensor | None = None,  # (N,) bool, True where the labels are to be ignored
+        drop: Tensor | None = None,  # (N,) bool, True where the labels are ignored
     ) -> Tensor:  # (N, K)
         "The labels; zeros where dropped"
         labels = labels.to(self.no_label.dtype)
         return labels if drop is None else torch.where(drop[:, None], self.no_label, labels)
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #4994755a
-def _block(channels, width):
+def _conv_block(channels, width):
     "Two convolutions with GroupNorm and GELU"
-    layers = [(nn.Conv2d(n, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU()) for n in (channels, width)]
-    return nn.Sequential(*layers[0], *layers[1])
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.GroupNorm(8, width),
+        nn.GELU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.GroupNorm(8, width),
+        nn.GELU(),
+    )
 
 
-def _mlp(inputs, width):
+def _two_layers(inputs, width):
     return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #37e404d2
 class PaperOriginal(ModelMixin, ConfigMixin):
-    "A two-level U-Net; labels scale, the step shifts by a tenth, on the way up (Lin and Cao 2025, original DDPM)"
+    "A two-level U-Net; labels scale, the timestep shifts by a tenth, on the way up (Lin and Cao 2025, original DDPM)"
 
     @register_to_config
     def __init__(
@@ -232,34 +243,31 @@ class PaperOriginal(ModelMixin, ConfigMixin):
         num_classes: int,  # K
         in_channels: int = 4,  # C
         num_hiddens: int = 128,  # channels at every level
-        num_train_timesteps: int = 300,  # T, diffusion steps
+        num_train_timesteps: int = 300,  # T
     ):
         super().__init__()
-        h = num_hiddens
-        self.down = nn.ModuleList([_block(in_channels, h), _block(h, h), _block(h, h)])
-        self.scale = nn.ModuleList([_mlp(num_classes, h) for _ in range(2)])
-        self.shift = nn.ModuleList([_mlp(1, h) for _ in range(2)])
-        self.up = nn.ModuleList([_block(2 * h, h) for _ in range(2)])
-        self.out = nn.Conv2d(h, in_channels, 3, padding=1)
+        width = num_hiddens
+        self.down = nn.ModuleList([_conv_block(n, width) for n in (in_channels, width, width)])
+        self.scale = nn.ModuleList([_two_layers(num_classes, width) for _ in range(2)])
+        self.shift = nn.ModuleList([_two_layers(1, width) for _ in range(2)])
+        self.up = nn.ModuleList([_conv_block(2 * width, width) for _ in range(2)])
+        self.out = nn.Conv2d(width, in_channels, 3, padding=1)
 
     def forward(
         self,
         sample: Tensor,  # (N, C, S, S) noisy images
-        timestep: Tensor,  # scalar or (N,), diffusion steps
+        timestep: Tensor,  # scalar or (N,)
         class_labels: Tensor,  # (N, K) multi-hot
     ) -> UNet2DOutput:  # `.sample` is (N, C, S, S)
         "The U-Net's answer"
-        y = class_labels.to(sample.dtype)
-        t = (
-            (torch.as_tensor(timestep, device=sample.device) / self.config.num_train_timesteps)
-            .to(sample.dtype)
-            .expand(len(sample))[:, None]
-        )
+        labels = class_labels.to(sample.dtype)
+        share = torch.as_tensor(timestep, device=sample.device) / self.config.num_train_timesteps
+        share = share.to(sample.dtype).expand(len(sample))[:, None]
         full = self.down[0](sample)
         half = self.down[1](F.avg_pool2d(full, 2))
         x = self.down[2](F.avg_pool2d(half, 2))
-        for scale, shift, up, skip in zip(self.scale, self.shift, self.up, (half, full)):
-            x = scale(y)[:, :, None, None] * x + 0.1 * shift(t)[:, :, None, None]
+        for scale, shift, up, skip in zip(self.scale, self.shift, self.up, (half, full), strict=True):
+            x = scale(labels)[:, :, None, None] * x + 0.1 * shift(share)[:, :, None, None]
             x = up(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
         return UNet2DOutput(sample=self.out(x))
 
@@ -270,58 +278,61 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         unet: ModelMixin,  # unet(sample, timestep, class_labels=vectors).sample
-        label_encoder: ModelMixin,  # label_encoder(labels, drop) -> vectors, as the U-Net wants them
+        label_encoder: ModelMixin,  # label_encoder(labels, drop) -> vectors for the U-Net
     ):
         super().__init__()
-        self.unet, self.label_encoder = unet, label_encoder
+        self.unet = unet
+        self.label_encoder = label_encoder
 
     def forward(
         self,
         noisy: Tensor,  # (N, C', s, s) folded noisy images
-        steps: Tensor,  # (N,) diffusion steps
+        timesteps: Tensor,  # (N,)
         labels: Tensor,  # (N, K) multi-hot
-        drop: Tensor | None = None,  # (N,) bool, True where the labels are to be ignored
-    ) -> Tensor:  # (N, C', s, s) what the objective asks for: noise, velocity or image
+        drop: Tensor | None = None,  # (N,) bool, True where the labels are ignored
+    ) -> Tensor:  # (N, C', s, s) the objective's target: noise, velocity or image
         "The U-Net's answer; raises `InputError` for labels of another width"
-        k = self.label_encoder.config.num_classes
-        if labels.shape[1:] != (k,):
+        num_classes = self.label_encoder.config.num_classes
+        if labels.shape[1:] != (num_classes,):
             raise InputError(
-                f'labels of shape {tuple(labels.shape)} do not fit a denoiser of {k} classes: give rows of {k} numbers'
+                f'labels of shape {tuple(labels.shape)} do not fit a denoiser of {num_classes} classes:'
+                f' give rows of {num_classes} numbers'
             )
-        return self.unet(noisy, steps, class_labels=self.label_encoder(labels, drop)).sample
+        return self.unet(noisy, timesteps, class_labels=self.label_encoder(labels, drop)).sample
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #8e5481fe
 def build_denoiser(
     channels: int,  # C, of the images
     num_classes: int,  # K
     size: int,  # height and width of the images in pixels
-    c: UNetConfig = UNetConfig(),
-    num_train_timesteps: int = 1000,  # T, diffusion steps; only `paper_original` needs to know
+    config: UNetConfig | None = None,  # `xs` unless given
+    num_train_timesteps: int = 1000,  # T; only `paper_original` needs it
 ) -> Denoiser:
     "A fresh denoiser; raises `InputError` for sizes that do not fit"
-    if c.preset == 'paper_simplified':
-        return Denoiser(PaperSimplified(size, channels, *c.widths), ClassEncoder(num_classes, *c.widths))
-    if c.preset == 'paper_original':
+    config = config or UNetConfig()
+    width = config.widths[0]
+    if config.architecture == 'paper_simplified':
+        return Denoiser(PaperSimplified(size, channels, width), ClassEncoder(num_classes, width))
+    if config.architecture == 'paper_original':
         _check_size(size, 4, 'halved twice')
-        if c.widths[0] % 8:
-            raise InputError(f'the width of paper_original must be a multiple of 8, not {c.widths[0]}')
-        return Denoiser(
-            PaperOriginal(size, num_classes, channels, *c.widths, num_train_timesteps), MultiHotEncoder(num_classes)
-        )
-    unet = build_unet(channels, size, c)
+        if width % 8:
+            raise InputError(f'the width of paper_original must be a multiple of 8, not {width}')
+        unet = PaperOriginal(size, num_classes, channels, width, num_train_timesteps)
+        return Denoiser(unet, MultiHotEncoder(num_classes))
+    unet = build_unet(channels, size, config)
     return Denoiser(unet, LabelEncoder(num_classes, unet.time_embedding.linear_2.out_features))
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #982682ff
 def denoiser_cost(
-    c: UNetConfig,
+    config: UNetConfig,
     size: int = 64,  # height and width of the images in pixels
     channels: int = 4,  # C
     num_classes: int = len(HPA),  # K
 ) -> dict[str, int]:  # parameters, and multiply_adds of one image
     "How large a denoiser is, and how much it computes"
     with torch.device('meta'):
-        denoiser = build_denoiser(channels, num_classes, size, c).eval()
-        s, folded = size // c.patch_size, channels * c.patch_size**2
+        denoiser = build_denoiser(channels, num_classes, size, config).eval()
+        noisy = fold(torch.empty(1, channels, size, size), config.patch_size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            denoiser(torch.empty(1, folded, s, s), torch.zeros(1), torch.zeros(1, num_classes))
+            denoiser(noisy, torch.zeros(1), torch.zeros(1, num_classes))
     return dict(parameters=sum(p.numel() for p in denoiser.parameters()), multiply_adds=counter.get_total_flops() // 2)
