@@ -517,6 +517,6 @@ def test_labels_of_another_width(architecture):
 
 
 def test_a_store_without_training_images(cells, tmp_path):
-    others = simulate_store(tmp_path / 'others', dict(val=8), size=32, classes=['Nucleoli', 'Cytosol'])
+    rest = simulate_store(tmp_path / 'rest', dict(val=8), size=32, classes=['Nucleoli', 'Cytosol'])
     with pytest.raises(InputError, match="no image in its part 'train'"):
-        train_generator(others, tmp_path / 'run', GeneratorConfig(unet=dict(widths=(16, 32))))
+        train_generator(rest, tmp_path / 'run', GeneratorConfig(unet=dict(widths=(16, 32))))

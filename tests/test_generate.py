@@ -321,7 +321,7 @@ def drawn(tmp_path_factory):
     return generate(quiet(open_pipeline(folder)), folder / 'whole', PLAN, BLOCKS, seed=3), folder, others
 
 
-def assert_same(one, two):
+def same(one, two):
     "Stores are equal to the last byte, except for the command that made them"
     manifests = [json.loads((path / 'manifest.json').read_text()) for path in (one, two)]
     for manifest in manifests:
@@ -342,7 +342,7 @@ def test_killed_and_continued(drawn, tmp_path):
     pipe, passes = quiet(open_pipeline(folder)), []
     pipe.unet.register_forward_pre_hook(lambda m, args: passes.append(len(args[0])))
     generate(pipe, tmp_path / 'cut', PLAN, BLOCKS, seed=3)
-    assert_same(tmp_path / 'cut', whole.path)
+    same(tmp_path / 'cut', whole.path)
     assert len(passes) == 2 * 3 and not partial.exists()
 
 
@@ -351,7 +351,7 @@ def test_two_processes_draw_one_store(drawn, tmp_path):
     whole, folder, others = drawn
     done = others(tmp_path / 'two', processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(tmp_path / 'two', whole.path)
+    same(tmp_path / 'two', whole.path)
     assert [(folder / f'passes-{r}').read_text() for r in (0, 1)] == ['6', '6']
 
 
@@ -361,7 +361,7 @@ def test_one_of_two_processes_is_killed(drawn, tmp_path):
     assert others(tmp_path / 'cut', processes=2, killed_at=4, rank=1).returncode != 0
     assert (tmp_path / '.cut.partial').exists() and not (tmp_path / 'cut').exists()
     generate(quiet(open_pipeline(folder)), tmp_path / 'cut', PLAN, BLOCKS, seed=3)
-    assert_same(tmp_path / 'cut', whole.path)
+    same(tmp_path / 'cut', whole.path)
 
 
 def interrupted(pipe, after, error=KeyboardInterrupt):
@@ -376,7 +376,7 @@ def interrupted(pipe, after, error=KeyboardInterrupt):
     return pipe.unet.register_forward_pre_hook(stop)
 
 
-def test_other_settings_start_over(drawn, tmp_path):
+def test_other_settings_begin_anew(drawn, tmp_path):
     whole, folder, _ = drawn
     pipe = quiet(open_pipeline(folder))
     hook = interrupted(pipe, 5)
@@ -384,7 +384,7 @@ def test_other_settings_start_over(drawn, tmp_path):
         generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=4)
     hook.remove()
     generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=3)
-    assert_same(tmp_path / 'a', whole.path)
+    same(tmp_path / 'a', whole.path)
     with pytest.raises(InputError, match='exists already'):
         generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=3)
 
@@ -448,7 +448,7 @@ def test_edits_change_training_images_only(real, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         edit(pipe, tmp_path / 'cut', real, config, seed=1)
     hook.remove()
-    assert_same(edit(pipe, tmp_path / 'cut', real, config, seed=1).path, whole.path)
+    same(edit(pipe, tmp_path / 'cut', real, config, seed=1).path, whole.path)
 
 
 class Unchanged(Knows):
@@ -508,7 +508,7 @@ def test_an_error_costs_no_finished_blocks_but_bad_input_leaves_nothing(drawn, t
         generate(pipe, tmp_path / 'e', PLAN, BLOCKS, seed=3)
     hook.remove()
     assert (tmp_path / '.e.partial').exists() == kept
-    assert_same(generate(pipe, tmp_path / 'e', PLAN, BLOCKS, seed=3).path, whole.path)
+    same(generate(pipe, tmp_path / 'e', PLAN, BLOCKS, seed=3).path, whole.path)
 
 
 def test_command_line(protloc, real, drawn, tmp_path):

@@ -9,7 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from math import comb
+from math import ceil, comb
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,9 @@ def match_plan(
     seed: int = 0,  # of the order
 ) -> np.ndarray:  # (n, K) multi-hot
     "The training images' own label sets, in a shuffled order"
-    rounds = [rng_for(seed, 'plan', i).permutation(len(labels)) for i in range(-(-n // len(labels)))]
-    return labels[np.concatenate(rounds)[:n]]
+    rounds = range(ceil(n / len(labels)))
+    order = np.concatenate([rng_for(seed, 'plan', i).permutation(len(labels)) for i in rounds])
+    return labels[order[:n]]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #9a5c3b44
 def _occurring(labels):
@@ -49,11 +50,11 @@ def _occurring(labels):
     return sets[labelled], counts[labelled], np.flatnonzero(sets.any(0))
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #e93b0b56
-def _next_set(sets, counts, classes, planned, rng):
+def _next_set(sets, counts, classes, so_far, rng):
     "The number of the set to plan next: one with the rarest class, and with few of the common ones"
-    rarest = classes[planned[classes].argmin()]
+    rarest = classes[so_far[classes].argmin()]
     options = np.flatnonzero(sets[:, rarest])
-    ahead = sets[options] @ (planned - planned[rarest]).clip(0)
+    ahead = sets[options] @ (so_far - so_far[rarest]).clip(0)
     options = options[ahead == ahead.min()]
     return rng.choice(options, p=counts[options] / counts[options].sum())
 
@@ -65,12 +66,12 @@ def balance_plan(
 ) -> np.ndarray:  # (n, K) multi-hot
     "Each class equally often, as far as label sets that really occur allow"
     sets, counts, classes = _occurring(labels)
-    planned = np.zeros(labels.shape[1])
+    so_far = np.zeros(labels.shape[1])  # images of each class
     rng = rng_for(seed, 'balance')
     chosen = []
     for _ in range(n):
-        chosen.append(_next_set(sets, counts, classes, planned, rng))
-        planned += sets[chosen[-1]]
+        chosen.append(_next_set(sets, counts, classes, so_far, rng))
+        so_far += sets[chosen[-1]]
     return sets[chosen]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #44fa58db
@@ -81,12 +82,12 @@ def fill_tail_plan(
 ) -> np.ndarray:  # (as many as needed, K) multi-hot; raises `InputError` where none is
     "Bring each class up to n images with label sets that really occur"
     sets, counts, classes = _occurring(labels)
-    planned = labels.sum(0, dtype=float)
+    so_far = labels.sum(0, dtype=float)  # images of each class
     rng = rng_for(seed, 'fill tail')
     chosen = []
-    while planned[classes].min() < n:
-        chosen.append(_next_set(sets, counts, classes, planned, rng))
-        planned += sets[chosen[-1]]
+    while so_far[classes].min() < n:
+        chosen.append(_next_set(sets, counts, classes, so_far, rng))
+        so_far += sets[chosen[-1]]
     if not chosen:
         raise InputError(f'every class has {n} training images already: ask for more with --images')
     return sets[rng.permutation(chosen)]
@@ -168,7 +169,7 @@ def plan_labels(
     labels: np.ndarray,  # (N, K) multi-hot, of the training images
     vocab: Vocabulary,  # the classes
     n: int,  # images wanted; of each class for `fill_tail`; a file has its own numbers
-    seed: int = 0,  # of everything drawn by lot
+    seed: int = 0,  # of all random choices
 ) -> np.ndarray:  # (n, K) multi-hot
     "The labels to draw; raises `InputError` for an unknown plan"
     if str(plan).endswith('.csv'):
@@ -265,6 +266,74 @@ def _better(old, new):
 
     return {key: pick(key) for key in old}
 
+# %% ../../nbs/06_diffusion/04_generate.ipynb #463d2f5a
+def generate(
+    pipe: LabelConditionedPipeline,  # moved to the GPU if there is one
+    path: str | Path,  # the new store
+    labels: np.ndarray,  # (n, K) multi-hot, one row per image
+    config: GenerateConfig | None = None,  # the defaults unless given
+    seed: int = 0,  # with an image's number, decides its noise
+    judge: Callable | None = None,  # see `draw_block`; its `settings` go into the manifest
+    base: tuple[ImageStore, np.ndarray] | None = None,  # real images to edit: a store, and n row numbers
+) -> ImageStore:
+    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
+    config = config or GenerateConfig()
+    if config.best_of > 1 and not judge:
+        raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
+    labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
+    made = _provenance(pipe, config, seed, judge, base)
+    _make_fast(pipe, config, process.device)
+    with _claimed(path, pipe, labels, config, made, base) as assembly:
+        for i in _dealt(assembly, process):
+            numbers = range(i * config.batch_size, min((i + 1) * config.batch_size, len(labels)))
+            mine = slice(numbers.start, numbers.stop)
+            real = base[0].images[base[1][mine]] if base else None
+            block = draw_block(pipe, labels[mine], numbers, config, seed, judge, real)
+            _save_block(_block_file(path, i), block)
+            if assembly:
+                assembly.append_ready()
+        process.wait_for_everyone()
+        if assembly:
+            assembly.finish(judged=bool(judge))
+    process.wait_for_everyone()
+    return ImageStore(path)
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #f8af87cb
+def _provenance(pipe, config, seed, judge, base):
+    "What the manifest says of the images"
+    made = dict(
+        kind='synthetic',
+        generator=generator_hash(pipe),
+        dtype=str(pipe.unet.dtype).removeprefix('torch.'),
+        seed=seed,
+        **config.model_dump(exclude={'images'} if base else {'images', 'strength'}),
+    )
+    if base:
+        made['edited'] = base[0].manifest['sha256']['images']
+    if judge:
+        made['filter'] = judge.settings
+    return made
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #36aad644
+def _make_fast(pipe, config, device):
+    "Put a pipeline where it draws fast, with the solver that is asked for"
+    pipe.scheduler = with_scheduler(pipe.scheduler, config.scheduler)
+    pipe.to(device)
+    for module in (pipe.unet, pipe.label_encoder):
+        module.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
+def _block_file(path, i):
+    "The file of finished block i of the store at `path`"
+    return path.parent / f'.{path.name}.partial' / 'blocks' / f'{i:08d}.npz'
+
+
+def _save_block(file, block):
+    "Write a block, whole or not at all"
+    with atomic_path(file) as unfinished, open(unfinished, 'wb') as f:
+        np.savez(f, **block)
+
 # %% ../../nbs/06_diffusion/04_generate.ipynb #fd13c05d
 class _Assembly:
     "A growing store, to which finished blocks are appended in order"
@@ -272,10 +341,10 @@ class _Assembly:
     def __init__(self, writer, path, labels, config, describe):
         self.writer = writer
         self.path = path
-        self.size = config.batch_size
+        self.size = config.batch_size  # of a block
         self.describe = describe  # describe(i) -> columns of image i
         self.notes = list(writer.done)  # of each block in the store: how many were drawn and dropped
-        self.count = -(-len(labels) // self.size)
+        self.count = ceil(len(labels) / self.size)  # blocks
         drawn = sum(note['drawn'] for note in self.notes)
         self.bar = tqdm(total=len(labels), initial=drawn, desc='generate', unit='image')
 
@@ -311,74 +380,6 @@ class _Assembly:
         if judged:
             dropped = sum((Counter(note['dropped']) for note in self.notes), Counter())
             self.writer.made['dropped'] = dict(dropped)
-
-# %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
-def _block_file(path, i):
-    "The file of finished block i of the store at `path`"
-    return path.parent / f'.{path.name}.partial' / 'blocks' / f'{i:08d}.npz'
-
-
-def _save_block(file, block):
-    "Write a block, whole or not at all"
-    with atomic_path(file) as unfinished, open(unfinished, 'wb') as f:
-        np.savez(f, **block)
-
-# %% ../../nbs/06_diffusion/04_generate.ipynb #463d2f5a
-def generate(
-    pipe: LabelConditionedPipeline,  # moved to the GPU if there is one
-    path: str | Path,  # the new store
-    labels: np.ndarray,  # (n, K) multi-hot, one row per image
-    config: GenerateConfig | None = None,  # the defaults unless given
-    seed: int = 0,  # with an image's number, decides its noise
-    judge: Callable | None = None,  # see `draw_block`; its `settings` go into the manifest
-    base: tuple[ImageStore, np.ndarray] | None = None,  # real images to edit: a store, and n row numbers
-) -> ImageStore:
-    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
-    config = config or GenerateConfig()
-    if config.best_of > 1 and not judge:
-        raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
-    labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
-    made = _provenance(pipe, config, seed, judge, base)
-    _make_fast(pipe, config, process.device)
-    with _claimed(path, pipe, labels, config, made, base) as assembly:
-        for i in _dealt(assembly, process):
-            numbers = range(i * config.batch_size, min((i + 1) * config.batch_size, len(labels)))
-            mine = slice(numbers.start, numbers.stop)
-            real = base[0].images[base[1][mine]] if base else None
-            block = draw_block(pipe, labels[mine], numbers, config, seed, judge, real)
-            _save_block(_block_file(path, i), block)
-            if assembly:
-                assembly.append_ready()
-        process.wait_for_everyone()
-        if assembly:
-            assembly.finish(judged=bool(judge))
-    process.wait_for_everyone()
-    return ImageStore(path)
-
-# %% ../../nbs/06_diffusion/04_generate.ipynb #36aad644
-def _make_fast(pipe, config, device):
-    "Put a pipeline where it draws fast, with the solver that is asked for"
-    pipe.scheduler = with_scheduler(pipe.scheduler, config.scheduler)
-    pipe.to(device)
-    for module in (pipe.unet, pipe.label_encoder):
-        module.to(memory_format=torch.channels_last)
-    pipe.set_progress_bar_config(disable=True)
-
-# %% ../../nbs/06_diffusion/04_generate.ipynb #f8af87cb
-def _provenance(pipe, config, seed, judge, base):
-    "What the manifest says of the images"
-    made = dict(
-        kind='synthetic',
-        generator=generator_hash(pipe),
-        dtype=str(pipe.unet.dtype).removeprefix('torch.'),
-        seed=seed,
-        **config.model_dump(exclude={'images'} if base else {'images', 'strength'}),
-    )
-    if base:
-        made['edited'] = base[0].manifest['sha256']['images']
-    if judge:
-        made['filter'] = judge.settings
-    return made
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #6ba3daf7
 def _describe(pipe, labels, config, base, i):
