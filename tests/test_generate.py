@@ -247,7 +247,7 @@ def test_an_image_does_not_depend_on_its_company(scheduler):
 def test_values_that_are_no_numbers_are_not_stored_as_black():
     pipe = untrained(prediction_type='v_prediction')
     pipe.scheduler = with_scheduler(pipe.scheduler, 'EulerAncestralDiscreteScheduler')
-    message = 'EulerAncestralDiscreteScheduler with 4 steps ended in values that are no numbers'
+    message = 'EulerAncestralDiscreteScheduler with 4 steps ended in values that are not numbers'
     with pytest.raises(InputError, match=message):
         pipe('Cytosol', num_inference_steps=4)
 

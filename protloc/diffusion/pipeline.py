@@ -285,7 +285,7 @@ def __call__(
         x = self.scheduler.step(prediction, timestep, x, **options).prev_sample
     if not x.isfinite().all():
         raise InputError(
-            f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are no numbers:'
+            f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
             ' take more steps, another scheduler or full precision'
         )
     return _output(unfold(x, self.config.patch_size), self.config.signal, output_type)
