@@ -1,14 +1,16 @@
-"""Generators under the same training time: distance to real images, precision, recall, coverage, and whether the labels can be read.
+"""Generators after the same training time: distance to real images, precision, recall, coverage, and legible labels.
 
-    python benchmarks/generator_quality.py [--minutes 15] [--recipes paper_simplified paper_original ours] [--out runs/quality]
+    python benchmarks/generator_quality.py [--minutes 15] [--recipes paper_simplified paper_original ours]
+        [--out runs/quality]
 
-Prints JSON, a line a measure and recipe, with 95 % intervals over blocks of synthetic images (of one trained generator each).
-Simulated cells of 32 px, all 28 classes. How many steps fit into the time is found by timing some; then the recipe trains
-for that many with its own schedule. A ResNet trained on the real training images judges all of them; the synthetic images
-are drawn for the label sets of the validation part, unseen cells of the same lines, and measured beside them (one label of each
-for the paper's simplified model, which knows no more). The paper's models draw as the paper does, 1000 ancestral steps and
-guidance 5, save that the original's 300 steps are 30 of DPM-Solver++, a tenth of the cost.
-The first lines measure real training images, which is what a perfect generator would reach. Run it again to continue.
+Prints JSON, one line per measure and recipe, with 95 % intervals over blocks of synthetic images (of one trained
+generator each). The images are simulated cells of 32 px with all 28 classes. Timing a few steps tells how many fit
+into the time; the recipe then trains for that many with its own schedule. A ResNet trained on the real training
+images judges all generators. The synthetic images are drawn for the label sets of the validation split, unseen cells
+of the same lines, and measured beside them (one label of each for the paper's simplified model, which knows no more).
+The paper's models draw as the paper does, 1000 ancestral steps and guidance 5, except that the original's 300 steps
+are 30 of DPM-Solver++, a tenth of the cost. The first lines measure real training images, which is what a perfect
+generator would reach. Run it again to continue.
 """
 
 import argparse
@@ -50,32 +52,49 @@ def images(folder, size, train, val):
 
 def configured(recipe, steps, overrides):
     "A recipe's settings for some steps"
-    return section_config(
-        'generator',
-        f"paper/generator_{recipe.removeprefix('paper_')}" if recipe.startswith('paper_') else '',
-        [f'loop.steps={steps}', *overrides],
-    )
+    preset = ''
+    if recipe.startswith('paper_'):
+        preset = f'paper/generator_{recipe.removeprefix("paper_")}'
+    return section_config('generator', preset, [f'loop.steps={steps}', *overrides])
 
 
 def plan_for(recipe, labels):
     "Label sets to draw; the simplified model of the paper knows one class an image"
     if recipe != 'paper_simplified':
         return labels
-    one = [np.random.default_rng(i).choice(np.flatnonzero(row)) for i, row in enumerate(labels)]
-    return np.eye(labels.shape[1], dtype=labels.dtype)[one]
+    classes = [np.random.default_rng(i).choice(np.flatnonzero(row)) for i, row in enumerate(labels)]
+    return np.eye(labels.shape[1], dtype=labels.dtype)[classes]
 
 
 def seconds_per_step(recipe, real, folder, overrides, steps=30):
     "Measured between two short trainings, so that the start does not count"
-    took = []
+    seconds = []
     for n in (10, 10 + steps):
         start = time.perf_counter()
         train_generator(real, folder / f'{recipe}.{n}.{time.time_ns()}', configured(recipe, n, overrides))
-        took.append(time.perf_counter() - start)
-    return (took[1] - took[0]) / steps
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / steps
 
 
-def main():
+def steps_within(minutes, recipe, real, folder, overrides):
+    "The steps that fit into the time; measured once and noted in plan.json"
+    path = folder / 'plan.json'
+    if not path.exists():
+        seconds = seconds_per_step(recipe, real, folder, overrides)
+        steps = max(int(60 * minutes / seconds), 1)
+        path.write_text(json.dumps(dict(ms_per_step=1000 * seconds, steps=steps, minutes=minutes)))
+    return json.loads(path.read_text())
+
+
+def draw(recipe, pipe, real, folder, images):
+    "The synthetic images of a recipe; drawn once"
+    if not (folder / 'synthetic').exists():
+        config = GenerateConfig(**{**dict(images=images, batch_size=100), **DRAW.get(recipe, {})})
+        generate(pipe, folder / 'synthetic', plan_for(recipe, real.labels[real.rows('val')][:images]), config)
+    return ImageStore(folder / 'synthetic')
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--minutes', type=float, default=15, help='of training, for each')
     parser.add_argument('--recipes', nargs='+', default=['paper_simplified', 'paper_original', 'ours'])
@@ -88,63 +107,45 @@ def main():
     )
     parser.add_argument('--name', default='', help='of ours with these settings')
     parser.add_argument('--out', type=Path, default=Path('runs/quality'))
-    a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    real, judge = images(a.out, a.size, a.train, a.images)
-    if len(real.rows('val')) != a.images:
+    return parser, parser.parse_args()
+
+
+def main():
+    parser, args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    real, judge = images(args.out, args.size, args.train, args.images)
+    unseen = real.rows('val')
+    if len(unseen) != args.images:
         parser.error(
-            f"{a.out} holds {len(real.rows('val'))} validation images: use --images with that number, or another --out"
+            f'{args.out} holds {len(unseen)} validation images: use --images with that number, or another --out'
         )
 
-    def seen(store, rows):
+    def judged(store, rows):
         return (*features(judge, store, rows), store.labels[rows])
 
-    unseen = seen(real, real.rows('val'))
+    reference = judged(real, unseen)
 
-    def told(recipe, found, **more):
-        for name, row in found.iterrows():
-            print(
-                json.dumps(
-                    dict(
-                        benchmark='generator_quality',
-                        recipe=recipe,
-                        measure=name,
-                        **row.round(4).to_dict(),
-                        images=a.images,
-                        blocks=a.blocks,
-                        **more,
-                    )
-                ),
-                flush=True,
-            )
+    def report(recipe, store, rows, **more):
+        rows = np.random.default_rng(0).permutation(rows)[: args.images]
+        for name, row in measure(reference, judged(store, rows), args.blocks).iterrows():
+            line = dict(benchmark='generator_quality', recipe=recipe, measure=name, **row.round(4).to_dict())
+            print(json.dumps(dict(line, images=args.images, blocks=args.blocks, **more)), flush=True)
 
-    rows = real.rows('train')
-    told(
-        'real training images',
-        measure(unseen, seen(real, np.random.default_rng(0).permutation(rows)[: a.images]), a.blocks),
-    )
-    for recipe in a.recipes:
-        overrides = a.set if recipe == 'ours' else []
-        here = a.out / (a.name or recipe if recipe == 'ours' else recipe)
-        here.mkdir(exist_ok=True)
-        if not (here / 'plan.json').exists():
-            per = seconds_per_step(recipe, real, here, overrides)
-            (here / 'plan.json').write_text(
-                json.dumps(dict(ms_per_step=1000 * per, steps=max(int(60 * a.minutes / per), 1), minutes=a.minutes))
-            )
-        plan = json.loads((here / 'plan.json').read_text())
-        if plan['minutes'] != a.minutes:
-            parser.error(f"{here} was begun with --minutes {plan['minutes']}: choose another --out")
-        pipe = train_generator(real, here / 'generator', configured(recipe, plan['steps'], overrides))
-        how = GenerateConfig(**{**dict(images=a.images, batch_size=100), **DRAW.get(recipe, {})})
-        if not (here / 'synthetic').exists():
-            generate(pipe, here / 'synthetic', plan_for(recipe, real.labels[real.rows('val')][: a.images]), how)
-        synthetic = ImageStore(here / 'synthetic')
-        rows = np.random.default_rng(0).permutation(len(synthetic))
-        told(
-            here.name,
-            measure(unseen, seen(synthetic, rows), a.blocks),
-            minutes=a.minutes,
+    report('real training images', real, real.rows('train'))
+    for recipe in args.recipes:
+        overrides, name = (args.set, args.name or recipe) if recipe == 'ours' else ([], recipe)
+        folder = args.out / name
+        folder.mkdir(exist_ok=True)
+        plan = steps_within(args.minutes, recipe, real, folder, overrides)
+        if plan['minutes'] != args.minutes:
+            parser.error(f"{folder} was begun with --minutes {plan['minutes']}: choose another --out")
+        pipe = train_generator(real, folder / 'generator', configured(recipe, plan['steps'], overrides))
+        synthetic = draw(recipe, pipe, real, folder, args.images)
+        report(
+            name,
+            synthetic,
+            np.arange(len(synthetic)),
+            minutes=args.minutes,
             steps=plan['steps'],
             ms_per_step=round(plan['ms_per_step'], 1),
             parameters=sum(p.numel() for p in pipe.unet.parameters()),

@@ -2,10 +2,12 @@
 
     python benchmarks/recipes.py [--minutes 0.75] [--out runs/quality]
 
-Prints JSON, a line a trial. Data, judge and measures are those of generator_quality.py, whose folder is used. Each trial
-trains for as many steps as fit into the time: the milliseconds of its step are the defaults' times a ratio, the median
-over some rounds in which the two take turns, so that a busy machine does not decide. One training each, with the same
-seed: intervals are over blocks of synthetic images and say nothing of other seeds. Run it again to continue."""
+Prints JSON, one line per trial. Data, judge and measures are those of generator_quality.py, whose folder is used.
+Each trial trains for as many steps as fit into the time. The milliseconds of its step are the defaults' times a
+ratio, the median over some rounds in which the two take turns, so that a busy machine does not decide. One training
+each, with the same seed: intervals are over blocks of synthetic images and say nothing of other seeds. Run it again
+to continue.
+"""
 
 import argparse
 import json
@@ -42,34 +44,42 @@ TRIALS = {
 }
 
 
-def seconds(changes, real, folder, steps=20):
-    "A step's, over the later half of a short training, so that the start does not count"
-    c = configured('ours', 2 * steps, changes)
-    here = folder / f'timed-{time.time_ns()}'
-    train_generator(real, here, c)
-    line = json.loads((here / 'log.jsonl').read_text().splitlines()[-1])
-    remove(here)
-    return c.loop.batch_size / line['images_per_second']
+def seconds_per_step(changes, real, folder, steps=20):
+    "Over the later half of a short training, so that the start does not count"
+    config = configured('ours', 2 * steps, changes)
+    training = folder / f'timed-{time.time_ns()}'
+    train_generator(real, training, config)
+    line = json.loads((training / 'log.jsonl').read_text().splitlines()[-1])
+    remove(training)
+    return config.loop.batch_size / line['images_per_second']
 
 
-def steps_for(name, real, folder, minutes, rounds=2):
+def time_trial(name, real, folder, rounds=2):
+    "A trial's step beside that of the defaults, and the milliseconds of the latter"
+    if name == 'defaults':
+        return dict(ratio=1.0, ms=1000 * seconds_per_step(TRIALS['defaults'], real, folder))
+    turns = []
+    for _ in range(rounds):
+        turns.append([seconds_per_step(TRIALS[trial], real, folder) for trial in ('defaults', name)])
+    ratio = statistics.median(changed / defaults for defaults, changed in turns)
+    return dict(ratio=ratio, ms=1000 * min(defaults for defaults, _ in turns))
+
+
+def steps_for(name, real, folder, minutes):
     "How many steps of a trial fit into the time; measured once, beside the defaults"
     path = folder / 'plan.json'
     if not path.exists():
-        turns = [
-            [seconds(changes, real, folder) for changes in (TRIALS['defaults'], TRIALS[name])]
-            for _ in range(1 if name == 'defaults' else rounds)
-        ]
-        path.write_text(
-            json.dumps(
-                dict(
-                    ratio=statistics.median(b / a for a, b in turns) if name != 'defaults' else 1.0,
-                    ms=1000 * min(a for a, _ in turns),
-                )
-            )
-        )
-    plan, base = (json.loads((f / 'plan.json').read_text()) for f in (folder, folder.parent / 'defaults'))
-    return plan['ratio'], max(int(6e4 * minutes / base['ms'] / plan['ratio']), 1)
+        path.write_text(json.dumps(time_trial(name, real, folder)))
+    ratio = json.loads(path.read_text())['ratio']
+    ms = json.loads((folder.parent / 'defaults' / 'plan.json').read_text())['ms']
+    return ratio, max(int(6e4 * minutes / ms / ratio), 1)
+
+
+def draw(pipe, path, plan):
+    "The synthetic images of a trial; drawn once"
+    if not path.exists():
+        generate(pipe, path, plan, GenerateConfig(images=len(plan), batch_size=100))
+    return ImageStore(path)
 
 
 def main():
@@ -82,43 +92,37 @@ def main():
     parser.add_argument('--trials', nargs='+', default=list(TRIALS))
     parser.add_argument('--plan', action='store_true', help='only measure the steps')
     parser.add_argument('--out', type=Path, default=Path('runs/quality'))
-    a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    real, judge = images(a.out, a.size, a.train, a.images)
-    folders = {name: a.out / 'recipes' / name for name in dict.fromkeys(['defaults', *a.trials])}
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    real, judge = images(args.out, args.size, args.train, args.images)
+    folders = {name: args.out / 'recipes' / name for name in dict.fromkeys(['defaults', *args.trials])}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    steps = {name: steps_for(name, real, folder, a.minutes) for name, folder in folders.items()}
-    if a.plan:
-        return print(json.dumps(steps))
-    val = real.rows('val')
-    if len(val) < a.images:
-        parser.error(f'{a.out} holds {len(val)} validation images: ask for no more with --images')
-    unseen = *features(judge, real, val), real.labels[val]
-    for name, (ratio, n) in steps.items():
+    plans = {name: steps_for(name, real, folder, args.minutes) for name, folder in folders.items()}
+    if args.plan:
+        return print(json.dumps(plans))
+    unseen = real.rows('val')
+    if len(unseen) < args.images:
+        parser.error(f'{args.out} holds {len(unseen)} validation images: ask for no more with --images')
+    judged = *features(judge, real, unseen), real.labels[unseen]
+    for name, (ratio, steps) in plans.items():
         folder = folders[name]
-        pipe = train_generator(real, folder / f'generator-{n}', configured('ours', n, TRIALS[name]))
-        path = folder / f'synthetic-{n}'
-        if not path.exists():
-            generate(pipe, path, real.labels[val][: a.images], GenerateConfig(images=a.images, batch_size=100))
-        rows, synthetic = np.random.default_rng(0).permutation(a.images), ImageStore(path)
-        found = measure(unseen, (*features(judge, synthetic, rows), synthetic.labels[rows]), a.blocks)
-        print(
-            json.dumps(
-                dict(
-                    benchmark='recipes',
-                    trial=name,
-                    settings=TRIALS[name],
-                    step_ratio=round(ratio, 2),
-                    steps=n,
-                    minutes=a.minutes,
-                    images=a.images,
-                    parameters=sum(p.numel() for p in pipe.unet.parameters()),
-                    **{k: [round(v, 3) for v in row] for k, row in zip(found.index, found.values)},
-                )
-            ),
-            flush=True,
+        pipe = train_generator(real, folder / f'generator-{steps}', configured('ours', steps, TRIALS[name]))
+        synthetic = draw(pipe, folder / f'synthetic-{steps}', real.labels[unseen][: args.images])
+        rows = np.random.default_rng(0).permutation(args.images)
+        table = measure(judged, (*features(judge, synthetic, rows), synthetic.labels[rows]), args.blocks)
+        line = dict(
+            benchmark='recipes',
+            trial=name,
+            settings=TRIALS[name],
+            step_ratio=round(ratio, 2),
+            steps=steps,
+            minutes=args.minutes,
+            images=args.images,
+            parameters=sum(p.numel() for p in pipe.unet.parameters()),
         )
+        line.update({key: row.round(3).tolist() for key, row in table.iterrows()})
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == '__main__':

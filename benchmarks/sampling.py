@@ -1,11 +1,13 @@
-"""Solvers: images a second and distance to real images, beside DDPM with 1000 steps, of one trained generator.
+"""Solvers beside DDPM with 1000 steps: images per second and distance to real images, of one trained generator.
 
     python benchmarks/sampling.py [--folder runs/quality] [--generator ours] [--images 400] [--only NAME ...]
 
-Prints JSON, a line a setting. The folder is one of `generator_quality.py`: its real images, its judge and a generator of it. All
-settings draw the same label sets from the same noise. The distance is the kernel distance to unseen real images in the judge's
-features, with a 95 % interval over blocks; `worse_than_ddpm` is the interval of the paired difference, block by block. The
-fastest setting whose difference is not above 0 by its interval is the one to use. Run it again to continue."""
+Prints JSON, one line per setting. The folder is one of `generator_quality.py`: its real images, its judge and one of
+its generators are used. All settings draw the same label sets from the same noise. The distance is the kernel
+distance to unseen real images in the judge's features, with a 95 % interval over blocks; `worse_than_ddpm` is the
+interval of the paired difference, block by block. The setting to use is the fastest one whose interval of the
+difference reaches down to 0. Run it again to continue.
+"""
 
 import argparse
 import json
@@ -21,13 +23,31 @@ from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import open_pipeline
 from protloc.evaluate.fidelity import features, kernel_distance, label_fidelity, mean_interval
 
-SETTINGS = {
+SETTINGS = {  # name -> scheduler, num_inference_steps, guidance_scale
     'ddpm-1000': ('ddpm', 1000, 1.0),
     'ddim-50': ('ddim', 50, 1.0),
     **{f'dpm++-{n}': ('dpm++', n, 1.0) for n in (10, 15, 20, 30)},
     **{f'unipc-{n}': ('unipc', n, 1.0) for n in (10, 15, 20)},
     **{f'dpm++-15, guidance {g}': ('dpm++', 15, g) for g in (1.5, 2.0, 3.0, 4.0)},
 }
+
+
+def draw(name, generator, plan, folder):
+    "Draw with a setting, once; returns the store and the seconds that it took"
+    path, timing = folder / name, folder / f'{name}.json'
+    if not timing.exists():
+        start = time.perf_counter()
+        scheduler, num_inference_steps, guidance_scale = SETTINGS[name]
+        config = GenerateConfig(
+            images=len(plan),
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=100,
+        )
+        generate(open_pipeline(generator), path, plan, config)
+        timing.write_text(json.dumps(time.perf_counter() - start))
+    return ImageStore(path), json.loads(timing.read_text())
 
 
 def main():
@@ -37,56 +57,37 @@ def main():
     parser.add_argument('--images', type=int, default=400)
     parser.add_argument('--blocks', type=int, default=4)
     parser.add_argument('--only', nargs='+', default=list(SETTINGS), help='settings besides ddpm-1000')
-    a = parser.parse_args()
-    real, judge = ImageStore(a.folder / 'real'), load_classifier(a.folder / 'judge')[0]
-    rows, here = real.rows('val'), a.folder / f'sampling-{a.generator}'
-    here.mkdir(exist_ok=True)
-    unseen, said = features(judge, real, rows)
-    parts, base = np.array_split(np.random.default_rng(0).permutation(a.images), a.blocks), None
-    for name in dict.fromkeys(['ddpm-1000', *a.only]):
-        scheduler, steps, guidance = SETTINGS[name]
-        path, timing = here / name, here / f'{name}.json'
-        if not timing.exists():
-            start = time.perf_counter()
-            pipe, plan = open_pipeline(a.folder / a.generator / 'generator'), real.labels[rows][: a.images]
-            generate(
-                pipe,
-                path,
-                plan,
-                GenerateConfig(
-                    images=a.images,
-                    scheduler=scheduler,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    batch_size=100,
-                ),
-            )
-            timing.write_text(json.dumps(time.perf_counter() - start))
-        store, seconds = ImageStore(path), json.loads(timing.read_text())
-        f, p = features(judge, store, store.rows())
-        blocks = np.array([kernel_distance(unseen, f[part]) for part in parts])
-        base = (blocks, seconds) if base is None else base
-        fidelity = label_fidelity(p.numpy(), store.labels, said.numpy(), real.labels[rows])
-        (mean, low, high), worse = mean_interval(blocks), mean_interval(blocks - base[0])
-        print(
-            json.dumps(
-                dict(
-                    benchmark='sampling',
-                    setting=name,
-                    images=a.images,
-                    images_per_second=round(a.images / seconds, 2),
-                    times_ddpm=round(base[1] / seconds, 1),
-                    kernel_distance=round(mean, 5),
-                    low=round(low, 5),
-                    high=round(high, 5),
-                    worse_than_ddpm=[round(x, 5) for x in worse],
-                    fidelity_macro=round(fidelity['macro'], 3),
-                    fidelity_micro=round(fidelity['micro'], 3),
-                    threads=torch.get_num_threads(),
-                )
-            ),
-            flush=True,
+    args = parser.parse_args()
+    real, judge = ImageStore(args.folder / 'real'), load_classifier(args.folder / 'judge')[0]
+    folder = args.folder / f'sampling-{args.generator}'
+    folder.mkdir(exist_ok=True)
+    rows = real.rows('val')
+    real_features, real_scores = features(judge, real, rows)
+    blocks = np.array_split(np.random.default_rng(0).permutation(args.images), args.blocks)
+    ddpm = None
+    for name in dict.fromkeys(['ddpm-1000', *args.only]):
+        plan = real.labels[rows][: args.images]
+        store, seconds = draw(name, args.folder / args.generator / 'generator', plan, folder)
+        drawn_features, drawn_scores = features(judge, store, store.rows())
+        distances = np.array([kernel_distance(real_features, drawn_features[block]) for block in blocks])
+        ddpm = ddpm or (distances, seconds)
+        fidelity = label_fidelity(drawn_scores.numpy(), store.labels, real_scores.numpy(), real.labels[rows])
+        mean, low, high = mean_interval(distances)
+        line = dict(
+            benchmark='sampling',
+            setting=name,
+            images=args.images,
+            images_per_second=round(args.images / seconds, 2),
+            times_ddpm=round(ddpm[1] / seconds, 1),
+            kernel_distance=round(mean, 5),
+            low=round(low, 5),
+            high=round(high, 5),
+            worse_than_ddpm=[round(x, 5) for x in mean_interval(distances - ddpm[0])],
+            fidelity_macro=round(fidelity['macro'], 3),
+            fidelity_micro=round(fidelity['micro'], 3),
+            threads=torch.get_num_threads(),
         )
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == '__main__':

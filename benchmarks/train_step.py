@@ -1,16 +1,19 @@
-"""Milliseconds a training step of a generator: this package's loop, beside a plain one.
+"""Milliseconds of a generator's training step: this package's loop, beside a plain one.
 
     python benchmarks/train_step.py [--steps 12] [--batch 64] [--size 32] [--rounds 7] [--widths 32 64 64]
 
-Prints JSON. The named alternative is a loop written as in the unconditional training example of diffusers: weights and
-images in the usual memory order, plain AdamW, a scheduler object for the rate, EMAModel as it comes,
-`accelerator.accumulate`, the loss read at every step, and images that Pillow and torchvision turn and normalise one by
-one in the loader. Both train the same U-Net on the same simulated images with the same batch, loss, rate, decay and
-clipping. They take turns: `ratio` is the median over the rounds, each of which compares two neighbours in time. `loader_share` is the part of a step spent waiting
-for the batch and augmenting it; `utilisation` is the arithmetic of a step's forward and backward passes, as torch counts
-it, over what a large matrix product reaches on this machine, by whichever library is faster at it."""
+Prints JSON. The plain loop is written as in the unconditional training example of diffusers: weights and images in
+the usual memory order, plain AdamW, a scheduler object for the rate, EMAModel with its own defaults,
+`accelerator.accumulate`, the loss read at every step, and images that Pillow and torchvision turn and normalise one
+by one in the loader. Both train the same U-Net on the same simulated images with the same batch, loss, rate, decay
+and clipping. They take turns: `ratio` is the median over the rounds, each of which compares two neighbours in time.
+`loader_share` is the share of a step spent waiting for the batch and augmenting it. `utilisation` is the arithmetic
+of a step's forward and backward passes, as torch counts it, over what a large matrix product reaches on this machine,
+by whichever library is faster at it.
+"""
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -39,11 +42,9 @@ SCHEDULER = DDPMScheduler()
 def squared_error(denoiser, clean, labels, patch):
     "Mean squared error of the predicted noise, for images in [-1, 1]"
     clean = fold(clean, patch)
-    noise, steps = (
-        torch.randn(clean.shape, device=clean.device),
-        torch.randint(1000, (len(clean),), device=clean.device),
-    )
-    return F.mse_loss(denoiser(SCHEDULER.add_noise(clean, noise, steps), steps, labels), noise)
+    noise = torch.randn(clean.shape, device=clean.device)
+    timesteps = torch.randint(1000, (len(clean),), device=clean.device)
+    return F.mse_loss(denoiser(SCHEDULER.add_noise(clean, noise, timesteps), timesteps, labels), noise)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -68,19 +69,21 @@ class Pictures(torch.utils.data.Dataset):
         return self.change(self.images[i]), self.labels[i]
 
 
-def plain(denoiser, store, c, patch, folder):
+def plain(denoiser, store, config, patch, folder):
     "Times of steps and of the loader in a loop as in diffusers' example"
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=this_process().device.type == 'cpu')
-    ema = EMAModel(denoiser.parameters(), decay=c.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), c.lr, weight_decay=c.weight_decay)
-    data = torch.utils.data.DataLoader(Pictures(store), c.batch_size, shuffle=True, drop_last=True)
-    rate = get_scheduler('cosine', optimizer, num_warmup_steps=c.warmup, num_training_steps=c.steps)
+    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), config.lr, weight_decay=config.weight_decay)
+    data = torch.utils.data.DataLoader(Pictures(store), config.batch_size, shuffle=True, drop_last=True)
+    rate = get_scheduler('cosine', optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
     denoiser, optimizer, data, rate = accelerator.prepare(denoiser, optimizer, data, rate)
     ema.to(accelerator.device)
     denoiser.train()
-    bar, steps, waits, images = tqdm(total=c.steps, leave=False), [], [], iter(data)
-    for step in range(c.steps):
+    bar = tqdm(total=config.steps, leave=False)
+    times, waits = [], []
+    images = iter(data)
+    for step in range(config.steps):
         start = time.perf_counter()
         try:
             clean, labels = next(images)
@@ -92,7 +95,7 @@ def plain(denoiser, store, c, patch, folder):
             loss = squared_error(denoiser, clean, labels, patch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(denoiser.parameters(), c.max_grad_norm)
+                accelerator.clip_grad_norm_(denoiser.parameters(), config.max_grad_norm)
             optimizer.step()
             rate.step()
             optimizer.zero_grad()
@@ -100,9 +103,9 @@ def plain(denoiser, store, c, patch, folder):
             ema.step(denoiser.parameters())
             bar.update()
         bar.set_postfix(loss=loss.detach().item(), lr=rate.get_last_lr()[0], step=step)
-        steps.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start)
     bar.close()
-    return steps, waits
+    return times, waits
 
 
 class Timed:
@@ -128,44 +131,46 @@ class Timed:
         return batch
 
 
-def ours(denoiser, store, c, patch, folder):
+def ours(denoiser, store, config, patch, folder):
     "Times of steps and of the loader in `fit`"
-    batches = Timed(Batches(store, store.rows('train'), c.batch_size, 0, AugmentConfig()))
-    fit(denoiser, lambda m, b: squared_error(m, b[0].float() / 127.5 - 1, b[1], patch), batches, c, folder)
-    return [b - a for a, b in zip(batches.asked, batches.asked[1:])], batches.waits
+    batches = Timed(Batches(store, store.rows('train'), config.batch_size, 0, AugmentConfig()))
+
+    def loss(model, batch):
+        images, labels = batch
+        return squared_error(model, images.float() / 127.5 - 1, labels, patch)
+
+    fit(denoiser, loss, batches, config, folder)
+    return [later - earlier for earlier, later in itertools.pairwise(batches.asked)], batches.waits
 
 
-def flops(denoiser, c, size, patch):
+def flops(denoiser, batch_size, size, patch):
     "Operations of a forward and a backward pass"
     device = this_process().device
     denoiser.to(device)
     with FlopCounterMode(display=False) as counted:
-        squared_error(
-            denoiser,
-            torch.zeros(c.batch_size, 4, size, size, device=device),
-            torch.zeros(c.batch_size, denoiser.label_encoder.config.num_classes, device=device),
-            patch,
-        ).backward()
+        images = torch.zeros(batch_size, 4, size, size, device=device)
+        labels = torch.zeros(batch_size, denoiser.label_encoder.config.num_classes, device=device)
+        squared_error(denoiser, images, labels, patch).backward()
     return counted.get_total_flops()
 
 
 def product_rate(n=2048, times=5):
-    "Operations a second of a large matrix product, written as one or as a convolution of 1 x 1: the best of some"
-    device, best = this_process().device, 0
-    a, x = (
-        torch.randn(n, n, device=device),
-        torch.randn(64, 256, 16, 16, device=device).contiguous(memory_format=torch.channels_last),
-    )
+    "Operations per second of a large matrix product, written as one or as a convolution of 1 x 1: the best of some"
+    device = this_process().device
+    square = torch.randn(n, n, device=device)
+    images = torch.randn(64, 256, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
-    for work, product in (
-        (2 * n**3, lambda: (a @ a)[0, 0]),
-        (2 * 256 * 256 * 64 * 16 * 16, lambda: F.conv2d(x, kernel)[0, 0, 0, 0]),
-    ):
-        for _ in range(times):
-            start = time.perf_counter()
-            product().item()
-            best = max(best, work / (time.perf_counter() - start))
-    return best
+
+    def rate(operations, product):
+        start = time.perf_counter()
+        product().item()
+        return operations / (time.perf_counter() - start)
+
+    matrix = [rate(2 * n**3, lambda: (square @ square)[0, 0]) for _ in range(times)]
+    convolution = [
+        rate(2 * 256 * 256 * 64 * 16 * 16, lambda: F.conv2d(images, kernel)[0, 0, 0, 0]) for _ in range(times)
+    ]
+    return max(matrix + convolution)
 
 
 def main():
@@ -177,46 +182,40 @@ def main():
     parser.add_argument('--images', type=int, default=512, help='in the store')
     parser.add_argument('--widths', type=int, nargs='+', default=[32, 64, 64])
     parser.add_argument('--patch', type=int, default=2)
-    a = parser.parse_args()
-    c = LoopConfig(steps=a.steps, batch_size=a.batch, warmup=5, ema_decay=0.995, checkpoint_seconds=1e9)
+    args = parser.parse_args()
+    config = LoopConfig(steps=args.steps, batch_size=args.batch, warmup=5, ema_decay=0.995, checkpoint_seconds=1e9)
 
     def build(store):
+        unet = UNetConfig(widths=tuple(args.widths), patch_size=args.patch)
         with seeded(0, 'generator'):
-            return build_denoiser(4, len(store.vocab), a.size, UNetConfig(widths=tuple(a.widths), patch_size=a.patch))
+            return build_denoiser(4, len(store.vocab), args.size, unet)
 
-    found = {'plain': [], 'fit': []}
+    rounds = {'plain': [], 'fit': []}  # name -> median seconds of a step and of its wait, for each round
     with tempfile.TemporaryDirectory() as folder:
-        store = simulate_store(f'{folder}/store', dict(train=a.images), size=a.size)
-        work, reach = flops(build(store), c, a.size, a.patch), product_rate()
-        for i in range(a.rounds):
+        store = simulate_store(f'{folder}/store', dict(train=args.images), size=args.size)
+        work, reach = flops(build(store), config.batch_size, args.size, args.patch), product_rate()
+        for i in range(args.rounds):
             for name, loop in (('plain', plain), ('fit', ours)):
-                found[name].append(
-                    [
-                        statistics.median(times[2:])
-                        for times in loop(build(store), store, c, a.patch, f'{folder}/{name}-{i}')
-                    ]
-                )
-    for name, rounds in found.items():
-        step, wait = (statistics.median(r[k] for r in rounds) for k in (0, 1))
-        ratio = statistics.median(p[0] / r[0] for p, r in zip(found['plain'], rounds))
-        print(
-            json.dumps(
-                dict(
-                    benchmark='train_step',
-                    way=name,
-                    size=a.size,
-                    batch=a.batch,
-                    ms_per_step=round(1e3 * step, 1),
-                    ratio=round(ratio, 2),
-                    loader_share=round(wait / step, 4),
-                    gflop_per_step=round(work / 1e9, 1),
-                    matrix_gflop_per_second=round(reach / 1e9, 1),
-                    utilisation=round(work / step / reach, 3),
-                    device=this_process().device.type,
-                    threads=torch.get_num_threads(),
-                )
-            )
+                times, waits = loop(build(store), store, config, args.patch, f'{folder}/{name}-{i}')
+                rounds[name].append([statistics.median(times[2:]), statistics.median(waits[2:])])
+    for name, medians in rounds.items():
+        step, wait = (statistics.median(column) for column in zip(*medians, strict=True))
+        ratios = [base[0] / own[0] for base, own in zip(rounds['plain'], medians, strict=True)]
+        line = dict(
+            benchmark='train_step',
+            way=name,
+            size=args.size,
+            batch=args.batch,
+            ms_per_step=round(1e3 * step, 1),
+            ratio=round(statistics.median(ratios), 2),
+            loader_share=round(wait / step, 4),
+            gflop_per_step=round(work / 1e9, 1),
+            matrix_gflop_per_second=round(reach / 1e9, 1),
+            utilisation=round(work / step / reach, 3),
+            device=this_process().device.type,
+            threads=torch.get_num_threads(),
         )
+        print(json.dumps(line))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -34,6 +33,7 @@ from protloc.diffusion.train import open_pipeline
 from protloc.labels import STAINS
 from protloc.training import seeded
 
+SCRIPT = Path(__file__).parent / 'scripts' / 'generate.py'
 CLASSES = ['Nucleoli', 'Plasma membrane', 'Cytosol']
 BLOCKS = GenerateConfig(num_inference_steps=2, batch_size=3, scheduler='ddpm')
 PLAN = np.eye(3, dtype=np.float32)[np.arange(16) % 3]
@@ -44,14 +44,11 @@ def quiet(pipe):
     return pipe
 
 
-def untrained(size=32, **objective):
+def untrained(signal='sqrt', **objective):
     with seeded(0, 'untrained'):
-        d = build_denoiser(4, 3, size, UNetConfig(widths=(16, 32)))
-    return quiet(
-        LabelConditionedPipeline(
-            d.unet, d.label_encoder, make_scheduler(ObjectiveConfig(**objective)), CLASSES, STAINS, 2
-        )
-    )
+        denoiser = build_denoiser(4, 3, 32, UNetConfig(widths=(16, 32)))
+    modules = denoiser.unet, denoiser.label_encoder, make_scheduler(ObjectiveConfig(**objective))
+    return quiet(LabelConditionedPipeline(*modules, CLASSES, STAINS, 2, signal))
 
 
 class Knows(ModelMixin, ConfigMixin):
@@ -60,28 +57,27 @@ class Knows(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, in_channels: int = 4, sample_size: int = 8, target: str = 'sample', low: float = -1.0):
         super().__init__()
-        self.answer = torch.nn.Parameter(
-            torch.linspace(low, 1, sample_size).expand(in_channels, sample_size, -1).clone()
-        )
-        self.alphas, self.target, self.passes = make_scheduler().alphas_cumprod, target, []
+        ramp = torch.linspace(low, 1, sample_size).expand(in_channels, sample_size, -1)
+        self.answer = torch.nn.Parameter(ramp.clone())
+        self.alphas_cumprod = make_scheduler().alphas_cumprod
+        self.target = target
+        self.passes = []
 
     def forward(self, sample, timestep, class_labels=None):
         self.passes.append(len(sample))
-        share = self.alphas[timestep.round().long()].view(-1, 1, 1, 1)
+        alpha_bar = self.alphas_cumprod[timestep.round().long()].view(-1, 1, 1, 1)
         clean = self.answer.expand(len(sample), -1, -1, -1)
-        noise = (sample - share.sqrt() * clean) / (1 - share).sqrt()
-        found = dict(sample=clean, epsilon=noise, v_prediction=share.sqrt() * noise - (1 - share).sqrt() * clean)[
-            self.target
-        ]
-        return type('Answer', (), dict(sample=found))
+        noise = (sample - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+        velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+        answer = dict(sample=clean, epsilon=noise, v_prediction=velocity)[self.target]
+        return type('Answer', (), dict(sample=answer))
 
 
 def knowing(target='sample', scheduler='ddim', **signal):
     solver = with_scheduler(make_scheduler(ObjectiveConfig(prediction_type=target)), scheduler)
     low = 0.0 if signal.get('signal') == 'unit' else -1.0
-    return quiet(
-        LabelConditionedPipeline(Knows(target=target, low=low), LabelEncoder(3, 16), solver, CLASSES, STAINS, **signal)
-    )
+    unet = Knows(target=target, low=low)
+    return quiet(LabelConditionedPipeline(unet, LabelEncoder(3, 16), solver, CLASSES, STAINS, **signal))
 
 
 @pytest.fixture(scope='module')
@@ -94,8 +90,8 @@ def real(tmp_path_factory):
 def test_every_solver_arrives(scheduler, target):
     "Noise schedule and target are carried over: a perfect denoiser leads any solver to its image"
     pipe = knowing(target, scheduler)
-    found = pipe('Cytosol', generator=generators_for(0, [0]), num_inference_steps=28, output_type='signal')
-    assert (found[0] - pipe.unet.answer).abs().max() < 0.1
+    drawn = pipe('Cytosol', generator=generators_for(0, [0]), num_inference_steps=28, output_type='signal')
+    assert (drawn[0] - pipe.unet.answer).abs().max() < 0.1
 
 
 def test_unknown_scheduler_is_one_sentence():
@@ -117,20 +113,17 @@ def test_signal_kind_decides_the_images_and_is_saved(kind, tmp_path):
     assert signal.min() >= low and signal.max() <= high
     untrained().save_pretrained(tmp_path / 'sqrt')
     assert open_pipeline(tmp_path / 'sqrt').config.signal == 'sqrt'
-    real_one = untrained()
-    LabelConditionedPipeline(
-        real_one.unet, real_one.label_encoder, real_one.scheduler, CLASSES, STAINS, 2, kind
-    ).save_pretrained(tmp_path / 'p')
-    assert open_pipeline(tmp_path / 'p').config.signal == kind
+    untrained(signal=kind).save_pretrained(tmp_path / 'kind')
+    assert open_pipeline(tmp_path / 'kind').config.signal == kind
 
 
 def test_passes_of_the_denoiser():
     "One pass without guidance, a double one with it, and only inside the interval"
     pipe = knowing()
 
-    def passes(**how):
+    def passes(**options):
         pipe.unet.passes.clear()
-        pipe(['Cytosol', 'Nucleoli'], num_inference_steps=10, **how)
+        pipe(['Cytosol', 'Nucleoli'], num_inference_steps=10, **options)
         return pipe.unet.passes.copy()
 
     assert passes(guidance_scale=1) == [2] * 10
@@ -139,46 +132,42 @@ def test_passes_of_the_denoiser():
 
 
 def test_rescaled_guidance_is_the_papers():
-    def denoiser(x, t, labels, drop):
-        return x * torch.where(drop, 1.0, 2.0).view(-1, 1, 1, 1) + 0.5
+    def denoiser(noisy, timesteps, labels, drop):
+        return noisy * torch.where(drop, 1.0, 2.0).view(-1, 1, 1, 1) + 0.5
 
-    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows, t = torch.ones(3, 2), torch.tensor(0)
-    w, phi, with_labels, without = 4.0, 0.7, 2 * x + 0.5, x + 0.5
-    plain = without + w * (with_labels - without)
-    rescaled = plain * with_labels.flatten(1).std(1).view(-1, 1, 1, 1) / plain.flatten(1).std(1).view(-1, 1, 1, 1)
-    assert torch.allclose(guided(denoiser, x, t, rows, w), plain)
-    assert torch.allclose(guided(denoiser, x, t, rows, w, phi), phi * rescaled + (1 - phi) * plain, atol=1e-5)
+    def spread(images):
+        return images.flatten(1).std(1).view(-1, 1, 1, 1)
+
+    noisy = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, timestep = torch.ones(3, 2), torch.tensor(0)
+    scale, share = 4.0, 0.7
+    with_labels, without = 2 * noisy + 0.5, noisy + 0.5
+    plain = without + scale * (with_labels - without)
+    rescaled = plain * spread(with_labels) / spread(plain)
+    assert torch.allclose(guided(denoiser, noisy, timestep, labels, scale), plain)
+    mixed = guided(denoiser, noisy, timestep, labels, scale, share)
+    assert torch.allclose(mixed, share * rescaled + (1 - share) * plain, atol=1e-5)
 
 
 def test_negative_labels_lead_away():
     pipe = untrained()
 
-    def draw(**how):
+    def draw(guidance_scale=8.0, **options):
         return pipe(
             ['Nucleoli', 'Cytosol'],
+            guidance_scale,
             generator=generators_for(0, [0, 1]),
             num_inference_steps=2,
-            guidance_scale=8.0,
             output_type='signal',
-            **how,
+            **options,
         )
 
-    one, row, each = (
-        draw(negative_labels='Plasma membrane'),
-        draw(negative_labels=np.array([[0, 1, 0]])),
-        draw(negative_labels=[1, 1]),
-    )
+    one = draw(negative_labels='Plasma membrane')
+    row = draw(negative_labels=np.array([[0, 1, 0]]))
+    each = draw(negative_labels=[1, 1])
     assert torch.equal(one, row) and torch.equal(one, each) and not torch.equal(one, draw())
     same = draw(negative_labels=['Nucleoli', 'Cytosol'])
-    unguided = pipe(
-        ['Nucleoli', 'Cytosol'],
-        generator=generators_for(0, [0, 1]),
-        num_inference_steps=2,
-        guidance_scale=1,
-        output_type='signal',
-    )
-    assert torch.allclose(same, unguided, atol=1e-4)
+    assert torch.allclose(same, draw(guidance_scale=1), atol=1e-4)
 
 
 @pytest.mark.parametrize('scheduler', ['dpm++', 'ddpm', 'euler'])
@@ -202,7 +191,7 @@ def test_half_precision_is_close(scheduler):
 
 
 @pytest.mark.parametrize(
-    'labels, how, message',
+    'labels, options, message',
     [
         ('Golgi', {}, "there is no class 'Golgi'"),
         ([3], {}, 'there is no class number 3'),
@@ -222,33 +211,35 @@ def test_half_precision_is_close(scheduler):
         ('Cytosol', dict(strength=0), 'strength must be above 0'),
     ],
 )
-def test_bad_calls_are_one_sentence(labels, how, message):
-    with pytest.raises(InputError) as e:
-        untrained()(labels, **how)
-    assert message in str(e.value) and '\n' not in str(e.value)
+def test_bad_calls_are_one_sentence(labels, options, message):
+    with pytest.raises(InputError) as error:
+        untrained()(labels, **options)
+    assert message in str(error.value) and '\n' not in str(error.value)
 
 
 def test_more_channels_than_the_model():
-    d = build_denoiser(4, 3, 32, UNetConfig(widths=(16, 32)))
-    with pytest.raises(
-        InputError, match='5 channels in patches of 2 need a U-Net with 20 input channels, this one has 16'
-    ):
-        LabelConditionedPipeline(d.unet, d.label_encoder, make_scheduler(), CLASSES, [*STAINS, 'gray'], 2)
+    denoiser = build_denoiser(4, 3, 32, UNetConfig(widths=(16, 32)))
+    modules = denoiser.unet, denoiser.label_encoder, make_scheduler()
+    message = '5 channels in patches of 2 need a U-Net with 20 input channels, this one has 16'
+    with pytest.raises(InputError, match=message):
+        LabelConditionedPipeline(*modules, CLASSES, [*STAINS, 'gray'], 2)
 
 
 @pytest.mark.parametrize(
     'scheduler', ['dpm++', 'ddpm', 'EulerAncestralDiscreteScheduler', 'KDPM2AncestralDiscreteScheduler']
 )
 def test_an_image_does_not_depend_on_its_company(scheduler):
-    "Solvers that draw fresh noise at each step draw it from the image's own generator too"
+    "Solvers that add noise at each step draw it from the image's own generator too"
     pipe = untrained(prediction_type='v_prediction', beta_schedule='linear')
     pipe.scheduler = with_scheduler(pipe.scheduler, scheduler)
 
-    def draw(some):
-        return pipe([CLASSES[i % 3] for i in some], generator=generators_for(5, some), num_inference_steps=4).int()
+    def draw(numbers):
+        labels = [CLASSES[i % 3] for i in numbers]
+        return pipe(labels, generator=generators_for(5, numbers), num_inference_steps=4).int()
 
-    together, again, apart = draw(range(6)), draw(range(6)), torch.cat([draw(range(4)), draw([4]), draw([5])])
-    assert torch.equal(together, again)
+    together = draw(range(6))
+    apart = torch.cat([draw(range(4)), draw([4]), draw([5])])
+    assert torch.equal(together, draw(range(6)))
     assert ((together - apart).abs() > 1).float().mean() < 0.001
     assert (together[0] - together[3]).abs().float().mean() > 5
 
@@ -256,24 +247,33 @@ def test_an_image_does_not_depend_on_its_company(scheduler):
 def test_values_that_are_no_numbers_are_not_stored_as_black():
     pipe = untrained(prediction_type='v_prediction')
     pipe.scheduler = with_scheduler(pipe.scheduler, 'EulerAncestralDiscreteScheduler')
-    with pytest.raises(
-        InputError, match='EulerAncestralDiscreteScheduler with 4 steps ended in values that are no numbers'
-    ):
+    message = 'EulerAncestralDiscreteScheduler with 4 steps ended in values that are not numbers'
+    with pytest.raises(InputError, match=message):
         pipe('Cytosol', num_inference_steps=4)
 
 
-def test_plans():
-    rng = np.random.default_rng(0)
-    labels = (rng.random((300, 6)) < [0.7, 0.4, 0.2, 0.1, 0.03, 0]).astype(np.float32)
-    sets, real = {r.tobytes() for r in labels}, labels.sum(0)
-    for name in PLANS:
-        plan = plan_labels(name, labels, None, 120, 7)
-        assert np.array_equal(plan, plan_labels(name, labels, None, 120, 7)) and np.array_equal(
-            plan, plan_labels(name, labels, None, 120, 8)
-        ) == (name == 'single')
-        assert plan[:, 5].sum() == 0 and plan.dtype == np.float32
-        if name not in ('novel', 'single'):
-            assert {r.tobytes() for r in plan} <= sets
+@pytest.fixture(scope='module')
+def labels():
+    "300 rows of six classes, the last of which never occurs"
+    return (np.random.default_rng(0).random((300, 6)) < [0.7, 0.4, 0.2, 0.1, 0.03, 0]).astype(np.float32)
+
+
+def sets(rows):
+    return {row.tobytes() for row in rows}
+
+
+@pytest.mark.parametrize('name', PLANS)
+def test_every_plan(name, labels):
+    plan = plan_labels(name, labels, None, 120, 7)
+    assert np.array_equal(plan, plan_labels(name, labels, None, 120, 7))
+    assert np.array_equal(plan, plan_labels(name, labels, None, 120, 8)) == (name == 'single')
+    assert plan[:, 5].sum() == 0 and plan.dtype == np.float32
+    if name not in ('novel', 'single'):
+        assert sets(plan) <= sets(labels)
+
+
+def test_plans(labels):
+    real = labels.sum(0)
     assert np.array_equal(match_plan(labels, 300).sum(0), real)
     assert plan_labels('single', labels, None, 120).sum(0).tolist() == [24] * 5 + [0]
     balanced = plan_labels('balance', labels, None, 120)
@@ -282,7 +282,7 @@ def test_plans():
     assert (real + filled.sum(0))[:5].min() >= 100 and (real + filled[1:].sum(0))[:5].min() <= 100
     assert filled[:, 0].sum() < 0.1 * len(filled)
     novel = plan_labels('novel', labels, None, 120)
-    assert not {r.tobytes() for r in novel} & sets and set(novel.sum(1)) <= set(labels.sum(1))
+    assert not sets(novel) & sets(labels) and set(novel.sum(1)) <= set(labels.sum(1))
     with pytest.raises(ValueError, match="did you mean 'balance'"):
         GenerateConfig(plan='balanse')
 
@@ -303,60 +303,39 @@ def test_plan_from_a_file(tmp_path):
             plan_labels(file, None, vocab, 0)
 
 
-PART = '''
-import os, signal, sys
-import numpy as np
-from pathlib import Path
-from protloc.diffusion.generate import GenerateConfig, generate
-from protloc.diffusion.train import open_pipeline
-folder, die = Path(sys.argv[1]), int(sys.argv[2])
-pipe, passes, rank = open_pipeline(folder), [], os.environ.get('RANK', '0')
-def count(module, args):
-    passes.append(len(args[0]))
-    if len(passes) == die and rank == sys.argv[3]: os.kill(os.getpid(), signal.SIGKILL)
-pipe.unet.register_forward_pre_hook(count)
-c = GenerateConfig(num_inference_steps=2, batch_size=3, scheduler='ddpm')
-generate(pipe, sys.argv[4], np.load(folder/'plan.npy'), c, seed=3)
-(folder/f'passes-{rank}').write_text(str(len(passes)))
-'''
-
-
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     "An uninterrupted store, its folder, and a way to draw it in other processes"
     folder = tmp_path_factory.mktemp('drawn')
     untrained().save_pretrained(folder)
     np.save(folder / 'plan.npy', PLAN)
-    (folder / 'part.py').write_text(PART)
 
-    def others(out, processes=1, die=0, rank=0):
-        start = (
-            [Path(sys.executable).parent / 'torchrun', '--nproc_per_node', str(processes)]
-            if processes > 1
-            else [sys.executable]
-        )
+    def others(out, processes=1, killed_at=0, rank=0):
+        start = [sys.executable]
+        if processes > 1:
+            start = [Path(sys.executable).parent / 'torchrun', '--nproc_per_node', str(processes)]
+        command = [*start, SCRIPT, folder, out, str(killed_at), str(rank)]
         env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}
-        return subprocess.run(
-            [*start, folder / 'part.py', folder, str(die), str(rank), out], capture_output=True, text=True, env=env
-        )
+        return subprocess.run(command, capture_output=True, text=True, env=env)
 
     return generate(quiet(open_pipeline(folder)), folder / 'whole', PLAN, BLOCKS, seed=3), folder, others
 
 
-def same(a, b):
-    "Stores are equal to the last byte, but for the command that made them"
-    texts = [json.loads((p / 'manifest.json').read_text()) for p in (a, b)]
-    for t in texts:
-        t['made'].pop('command')
-    assert texts[0] == texts[1] and sorted(os.listdir(a)) == sorted(os.listdir(b))
+def same(one, two):
+    "Stores are equal to the last byte, except for the command that made them"
+    manifests = [json.loads((path / 'manifest.json').read_text()) for path in (one, two)]
+    for manifest in manifests:
+        manifest['made'].pop('command')
+    assert manifests[0] == manifests[1] and sorted(os.listdir(one)) == sorted(os.listdir(two))
     for name in ('images.npy', 'table.csv'):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_killed_and_continued(drawn, tmp_path):
-    "Killed in the fourth of six blocks; a block that was committed but not swept is no trouble"
+    "Killed in the fourth of six blocks; a block that was committed but not removed does no harm"
     whole, folder, others = drawn
-    assert others(tmp_path / 'cut', die=8).returncode == -signal.SIGKILL
+    assert others(tmp_path / 'cut', killed_at=8).returncode == -signal.SIGKILL
     partial = tmp_path / '.cut.partial'
     assert len((partial / 'log.jsonl').read_text().splitlines()) == 3 and not (tmp_path / 'cut').exists()
     (partial / 'blocks' / '00000001.npz').write_bytes(b'stale')
@@ -367,6 +346,7 @@ def test_killed_and_continued(drawn, tmp_path):
     assert len(passes) == 2 * 3 and not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_draw_one_store(drawn, tmp_path):
     whole, folder, others = drawn
     done = others(tmp_path / 'two', processes=2)
@@ -375,9 +355,10 @@ def test_two_processes_draw_one_store(drawn, tmp_path):
     assert [(folder / f'passes-{r}').read_text() for r in (0, 1)] == ['6', '6']
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed(drawn, tmp_path):
     whole, folder, others = drawn
-    assert others(tmp_path / 'cut', processes=2, die=4, rank=1).returncode != 0
+    assert others(tmp_path / 'cut', processes=2, killed_at=4, rank=1).returncode != 0
     assert (tmp_path / '.cut.partial').exists() and not (tmp_path / 'cut').exists()
     generate(quiet(open_pipeline(folder)), tmp_path / 'cut', PLAN, BLOCKS, seed=3)
     same(tmp_path / 'cut', whole.path)
@@ -410,18 +391,15 @@ def test_other_settings_begin_anew(drawn, tmp_path):
 
 def test_batch_size_changes_next_to_nothing(drawn, tmp_path):
     whole, folder, _ = drawn
-    other = generate(
-        quiet(open_pipeline(folder)), tmp_path / 'b', PLAN, BLOCKS.model_copy(update=dict(batch_size=7)), seed=3
-    )
+    larger = BLOCKS.model_copy(update=dict(batch_size=7))
+    other = generate(quiet(open_pipeline(folder)), tmp_path / 'b', PLAN, larger, seed=3)
     assert (np.abs(other.images.astype(int) - whole.images) > 1).mean() < 0.001
 
 
 def test_fidelity():
-    p, labels = (
-        np.array([[0.9, 0.2, 0.4], [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]]),
-        np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1]]),
-    )
-    assert np.allclose(image_fidelity(p, labels), [(0.9 + 0.7) / 2, 0.8, 0.8])
+    probabilities = np.array([[0.9, 0.2, 0.4], [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
+    labels = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1]])
+    assert np.allclose(image_fidelity(probabilities, labels), [(0.9 + 0.7) / 2, 0.8, 0.8])
 
 
 def brightness(images):
@@ -435,14 +413,11 @@ def test_judge_drops_counts_and_keeps_the_best(drawn, tmp_path):
     bright = plain.images.mean((1, 2, 3)) / 255
     middle = float(np.median(bright))
     kept = generate(pipe, tmp_path / 'kept', labels, BLOCKS, 3, Judge(brightness, middle, name='brightness'))
-    assert np.array_equal(kept.images, plain.images[bright >= middle])
-    assert list(kept.table.id) == list(plain.table.id[bright >= middle]) and np.allclose(
-        kept.table.fidelity, bright[bright >= middle], atol=1e-4
-    )
-    assert (
-        kept.manifest['made']['dropped'] == {'low fidelity': 16 - len(kept)}
-        and kept.manifest['made']['filter']['classifier'] == 'brightness'
-    )
+    passed, made = bright >= middle, kept.manifest['made']
+    assert np.array_equal(kept.images, plain.images[passed])
+    assert list(kept.table.id) == list(plain.table.id[passed])
+    assert np.allclose(kept.table.fidelity, bright[passed], atol=1e-4)
+    assert made['dropped'] == {'low fidelity': 16 - len(kept)} and made['filter']['classifier'] == 'brightness'
     best = generate(pipe, tmp_path / 'best', labels, BLOCKS.model_copy(update=dict(best_of=3)), 3, Judge(brightness))
     gain = best.images.mean((1, 2, 3)) / 255 - bright
     assert gain.min() >= 0 and gain.max() > 0 and len(best) == 16
@@ -455,60 +430,58 @@ def test_judge_drops_counts_and_keeps_the_best(drawn, tmp_path):
 def test_copies_are_found_turned_or_not(real):
     rows = real.rows('train')
     known, images = KnownImages(real, rows), real.images[rows]
-    for change in (lambda x: x, lambda x: np.rot90(x, 1, (2, 3)), lambda x: x[..., ::-1], lambda x: x // 2):
-        assert (known.likeness(change(images)) > 0.98).all()
-    assert (known.likeness(real.images[real.rows('test')]) < 0.99).all()
+    for copies in (images, np.rot90(images, 1, (2, 3)), images[..., ::-1], images // 2):
+        assert (known.similarity(copies) > 0.98).all()
+    assert (known.similarity(real.images[real.rows('test')]) < 0.99).all()
     fidelity, reason = Judge(known=known)(images, None)
     assert np.isnan(fidelity).all() and set(reason) == {'copy'}
 
 
 def test_edits_change_training_images_only(real, tmp_path):
-    pipe, c = untrained(), GenerateConfig(images=30, strength=0.5, num_inference_steps=2, batch_size=8)
-    whole = edit(pipe, tmp_path / 'whole', real, c, seed=1)
+    pipe, config = untrained(), GenerateConfig(images=30, strength=0.5, num_inference_steps=2, batch_size=8)
+    whole = edit(pipe, tmp_path / 'whole', real, config, seed=1)
     base = real.table.set_index('id').loc[whole.table.edited]
-    assert (
-        set(base.split) == {'train'}
-        and list(base.group) == list(whole.table.group)
-        and list(base.target) == list(whole.table.target)
-    )
+    assert set(base.split) == {'train'}
+    assert list(base.group) == list(whole.table.group) and list(base.target) == list(whole.table.target)
     assert set(whole.table.edited) == set(real.table.id[real.rows('train')]) and set(whole.table.split) == {'train'}
     hook = interrupted(pipe, 3)
     with pytest.raises(KeyboardInterrupt):
-        edit(pipe, tmp_path / 'cut', real, c, seed=1)
+        edit(pipe, tmp_path / 'cut', real, config, seed=1)
     hook.remove()
-    same(edit(pipe, tmp_path / 'cut', real, c, seed=1).path, whole.path)
+    same(edit(pipe, tmp_path / 'cut', real, config, seed=1).path, whole.path)
 
 
-def test_strength_is_a_noise_level(real):
+class Unchanged(Knows):
+    "A perfect denoiser of a single image that notes the timesteps"
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.timesteps.append(timestep.max().item())
+        return super().forward(sample, timestep)
+
+
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_strength_is_a_noise_level(name, real):
     "With a perfect denoiser of nothing but the noise that was added, an edit gives the image back"
-
-    class Unchanged(Knows):
-        def forward(self, sample, timestep, class_labels=None):
-            steps.append(timestep.max().item())
-            return super().forward(sample, timestep)
-
-    for name in SCHEDULERS:
-        unet, steps = Unchanged(sample_size=32), []
-        pipe = quiet(
-            LabelConditionedPipeline(unet, LabelEncoder(3, 16), with_scheduler(make_scheduler(), name), CLASSES, STAINS)
-        )
-        image = torch.tensor(real.images[:1])
-        unet.answer.data = to_signal(image[0])
-        edited = pipe('Cytosol', images=image, strength=0.3, guidance_scale=1, num_inference_steps=10)
-        assert (edited.int() - image.int()).abs().max() <= 1
-        assert max(steps) == steps[0] and 150 < steps[0] < 350, name
-        pipe('Cytosol', guidance_scale=1, num_inference_steps=10)
-        assert max(steps) > 800
+    image = torch.tensor(real.images[:1])
+    unet = Unchanged(sample_size=32)
+    unet.answer.data, unet.timesteps = to_signal(image[0]), []
+    solver = with_scheduler(make_scheduler(), name)
+    pipe = quiet(LabelConditionedPipeline(unet, LabelEncoder(3, 16), solver, CLASSES, STAINS))
+    edited = pipe('Cytosol', images=image, strength=0.3, guidance_scale=1, num_inference_steps=10)
+    assert (edited.int() - image.int()).abs().max() <= 1
+    assert max(unet.timesteps) == unet.timesteps[0] and 150 < unet.timesteps[0] < 350
+    pipe('Cytosol', guidance_scale=1, num_inference_steps=10)
+    assert max(unet.timesteps) > 800
 
 
-def test_an_edit_starts_with_as_much_noise_as_its_step_has(real):
+def test_an_edit_starts_with_as_much_noise_as_its_timestep_has(real):
     pipe, image = untrained(), torch.tensor(real.images[:1])
     pipe.scheduler = with_scheduler(pipe.scheduler, 'ddim')
-    x, steps = _start(pipe, 1, 10, generators_for(0, [0]), image, 0.4)
-    share, noise = pipe.scheduler.alphas_cumprod[steps[0]], torch.randn(x.shape, generator=generators_for(0, [0])[0])
-    assert len(steps) == 4 and torch.allclose(
-        x, share.sqrt() * fold(to_signal(image), 2) + (1 - share).sqrt() * noise, atol=1e-5
-    )
+    start, timesteps = _start(pipe, 1, 10, generators_for(0, [0]), image, 0.4)
+    alpha_bar = pipe.scheduler.alphas_cumprod[timesteps[0]]
+    noise = torch.randn(start.shape, generator=generators_for(0, [0])[0])
+    expected = alpha_bar.sqrt() * fold(to_signal(image), 2) + (1 - alpha_bar).sqrt() * noise
+    assert len(timesteps) == 4 and torch.allclose(start, expected, atol=1e-5)
 
 
 def test_a_dropped_candidate_never_wins(drawn):
@@ -516,17 +489,13 @@ def test_a_dropped_candidate_never_wins(drawn):
     pipe, calls = quiet(open_pipeline(drawn[1])), []
 
     def judge(images, labels):
+        fidelity, reason = [(0.2, ''), (0.9, 'copy'), (0.6, '')][len(calls)]
         calls.append(images)
-        return np.full(len(images), [0.2, 0.9, 0.6][len(calls) - 1]), np.full(
-            len(images), ['', 'copy', ''][len(calls) - 1]
-        )
+        return np.full(len(images), fidelity), np.full(len(images), reason)
 
     block = draw_block(pipe, PLAN[:2], range(2), BLOCKS.model_copy(update=dict(best_of=3)), 3, judge)
-    assert (
-        np.array_equal(block['images'], calls[2])
-        and block['fidelity'].tolist() == [0.6, 0.6]
-        and set(block['reason']) == {''}
-    )
+    assert np.array_equal(block['images'], calls[2])
+    assert block['fidelity'].tolist() == [0.6, 0.6] and set(block['reason']) == {''}
 
 
 @pytest.mark.parametrize('error, kept', [(RuntimeError, True), (InputError, False)])
@@ -549,49 +518,27 @@ def test_command_line(protloc, real, drawn, tmp_path):
     _, folder, _ = drawn
     with seeded(0, 'classifier'):
         save_classifier(Classifier('resnet10', 4, 3), tmp_path / 'model', real)
-    base = ['generate', folder, '--like', real.path, '--images', 4, '--steps', 2]
+    options = ['--like', real.path, '--images', 4, '--steps', 2]
 
     def run(name, *words):
-        code, out, err = protloc(*base[:2], tmp_path / name, *base[2:], *words)
+        code, _, err = protloc('generate', folder, tmp_path / name, *options, *words)
         assert code == 0, err
         return ImageStore(tmp_path / name)
 
-    judged = run(
-        'judged',
-        '--plan',
-        'balance',
-        '--classifier',
-        tmp_path / 'model',
-        '--min-fidelity',
-        0.01,
-        '--best-of',
-        2,
-        '--drop-copies',
-        '--guidance-interval',
-        0.2,
-        0.8,
-        '--negative',
-        'Cytosol',
-    )
+    filters = ['--classifier', tmp_path / 'model', '--min-fidelity', 0.01, '--best-of', 2, '--drop-copies']
+    guidance = ['--guidance-interval', 0.2, 0.8, '--negative', 'Cytosol']
+    judged = run('judged', '--plan', 'balance', *filters, *guidance)
     made = judged.manifest['made']
-    assert (
-        made['plan'] == 'balance'
-        and made['best_of'] == 2
-        and made['dropped'] == {}
-        and len(made['filter']['classifier']) == 16
-        and 'fidelity' in judged.table
-    )
+    assert (made['plan'], made['best_of'], made['dropped']) == ('balance', 2, {})
+    assert len(made['filter']['classifier']) == 16 and 'fidelity' in judged.table
     edited = run('edited', '--edit', 0.5, '--half')
-    assert (
-        'edited' in edited.table
-        and edited.manifest['made']['dtype'] == 'bfloat16'
-        and edited.manifest['made']['strength'] == 0.5
-    )
+    made = edited.manifest['made']
+    assert (made['dtype'], made['strength']) == ('bfloat16', 0.5) and 'edited' in edited.table
     for words, message in (
         (['--min-fidelity', 0.5], 'needs a classifier'),
         (['--plan', 'equal'], "there is no plan 'equal'"),
         (['--edit', 0], "'strength' is wrong"),
         (['--best-of', 2], 'best_of 2 needs'),
     ):
-        code, _, err = protloc(*base[:2], tmp_path / 'bad', *base[2:], *words)
+        code, _, err = protloc('generate', folder, tmp_path / 'bad', *options, *words)
         assert code == 2 and message in err and err.splitlines()[-1].startswith('protloc: '), err

@@ -22,7 +22,7 @@ def edit_rows(
     store: ImageStore,  # real images
     n: int,  # edits wanted
     seed: int = 0,  # of the order
-) -> np.ndarray:  # (n,) positions of images of the part 'train'
+) -> np.ndarray:  # (n,) positions of images of the training split
     "Which training images to edit, each as often as any other"
     return match_plan(store.rows('train'), n, seed)
 
@@ -30,15 +30,17 @@ def edit_rows(
 def edit(
     pipe: LabelConditionedPipeline,  # moved to the GPU if there is one
     path: str | Path,  # the new store
-    real: ImageStore,  # whose part 'train' is edited
-    c: GenerateConfig = GenerateConfig(),  # with `strength` and `images`, the number of edits
+    real: ImageStore,  # its training split is edited
+    config: GenerateConfig | None = None,  # with `strength` and `images`, the number of edits; defaults unless given
     seed: int = 0,  # of the order and of the noise
-    labels: (
-        np.ndarray | None
-    ) = None,  # (c.images, K) multi-hot, what the edits shall show; the images' own unless given
+    # (config.images, K) multi-hot, what the edits should show; the images' own unless given
+    labels: np.ndarray | None = None,
     judge: Callable | None = None,  # see `draw_block`
 ) -> ImageStore:
     "Edit training images into a store, or go on; raises `InputError` where the images are not of the generator's kind"
+    config = config or GenerateConfig()
     real.kind.must_match(pipe.kind)
-    rows = edit_rows(real, c.images if labels is None else len(labels), seed)
-    return generate(pipe, path, real.labels[rows] if labels is None else labels, c, seed, judge, (real, rows))
+    rows = edit_rows(real, config.images if labels is None else len(labels), seed)
+    if labels is None:
+        labels = real.labels[rows]
+    return generate(pipe, path, labels, config, seed, judge, base=(real, rows))

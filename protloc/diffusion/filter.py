@@ -20,42 +20,49 @@ __all__ = ['image_fidelity', 'KnownImages', 'Judge']
 # %% ../../nbs/06_diffusion/05_filter.ipynb #545298d8
 def image_fidelity(
     probabilities: np.ndarray,  # (N, K), a classifier's
-    labels: np.ndarray,  # (N, K) multi-hot, what was to be drawn
+    labels: np.ndarray,  # (N, K) multi-hot, what should have been drawn
 ) -> np.ndarray:  # (N,) in [0, 1]; 1 where the classifier is sure of just these labels, about .5 where it cannot tell
     "Mean agreement over present classes and over absent ones, averaged; one alone where there is no other"
-    there = np.asarray(labels) > 0.5
-    agree, n = np.where(there, probabilities, 1 - np.asarray(probabilities)), there.sum(1)
-    halves = np.stack([(agree * side).sum(1) / np.maximum(side.sum(1), 1) for side in (there, ~there)])
-    return np.where((n == 0) | (n == there.shape[1]), halves.sum(0), halves.mean(0))
+    present = np.asarray(labels) > 0.5
+    agreement = np.where(present, probabilities, 1 - np.asarray(probabilities))
+
+    def mean_over(classes):
+        return (agreement * classes).sum(1) / np.maximum(classes.sum(1), 1)
+
+    total = mean_over(present) + mean_over(~present)
+    one_sided = present.all(1) | ~present.any(1)
+    return np.where(one_sided, total, total / 2)
 
 # %% ../../nbs/06_diffusion/05_filter.ipynb #e1bc699e
 class KnownImages:
-    "Fingerprints of the images that must not come back"
+    "Fingerprints of the images of which no copy may be drawn"
 
     def __init__(
         self,
         store: ImageStore,
         rows: np.ndarray,  # (n,) positions, usually `store.rows('train')`
-        c: Likeness = Likeness(symmetries=True),  # when two images count as copies
+        config: Likeness | None = None,  # when two images count as copies; turned ones too unless given
     ):
-        self.c, self.channel = c, hashed_channel(store, c.channel)
+        self.config = config or Likeness(symmetries=True)
+        self.channel = hashed_channel(store, self.config.channel)
         self.fingerprints = fingerprints(store.images)[rows]
         self.hashes = hashes(self.fingerprints[:, self.channel])
-        self.settings = dict(c.model_dump(), store=store.manifest['sha256']['images'])
+        self.settings = dict(self.config.model_dump(), store=store.manifest['sha256']['images'])
 
-    def likeness(
+    def similarity(
         self,
         images: np.ndarray,  # (N, C, H, W) uint8
-    ) -> np.ndarray:  # (N,) largest correlation with a training image of near hash; 0 where there is none
-        "How much each image is like a training image"
-        f, best = fingerprints(images), np.zeros(len(images))
-        for s in range(8 if self.c.symmetries else 1):
-            mine = apply_symmetry(f, s)
-            a, b = np.nonzero(np.bitwise_count(hashes(mine[:, self.channel])[:, None] ^ self.hashes) <= self.c.distance)
-            for part in np.array_split(np.stack([a, b], 1), len(a) // 4096 + 1):
-                np.maximum.at(
-                    best, part[:, 0], np.einsum('nchw,nchw->n', mine[part[:, 0]], self.fingerprints[part[:, 1]])
-                )
+    ) -> np.ndarray:  # (N,) largest correlation with a known image of near hash; 0 where there is none
+        "How similar each image is to the known image most like it"
+        drawn, best = fingerprints(images), np.zeros(len(images))
+        for symmetry in range(8 if self.config.symmetries else 1):
+            turned = apply_symmetry(drawn, symmetry)
+            distance = np.bitwise_count(hashes(turned[:, self.channel])[:, None] ^ self.hashes)
+            pairs = np.argwhere(distance <= self.config.distance)
+            for some in np.array_split(pairs, len(pairs) // 4096 + 1):
+                new, old = some.T
+                correlation = np.einsum('nchw,nchw->n', turned[new], self.fingerprints[old])
+                np.maximum.at(best, new, correlation)
         return best
 
 # %% ../../nbs/06_diffusion/05_filter.ipynb #a0055ee4
@@ -63,10 +70,9 @@ class KnownImages:
 class Judge:
     "Says how faithful each image is, and why it is dropped"
 
-    score: Callable | None = (
-        None  # score(images (N, C, H, W) uint8) -> (N, K) probabilities; None to look for copies only
-    )
-    min_fidelity: float = 0.0  # images below are dropped, in [0, 1]
+    # score(images (N, C, H, W) uint8) -> (N, K) probabilities; None to look for copies only
+    score: Callable | None = None
+    min_fidelity: float = 0.0  # in [0, 1], images below are dropped
     known: KnownImages | None = None  # near-copies of these are dropped; None to keep them
     name: str = ''  # of the classifier, for the manifest
 
@@ -79,18 +85,21 @@ class Judge:
     @property
     def settings(self) -> dict:  # JSON
         "All that decides its judgements"
-        return dict(
-            classifier=self.name, min_fidelity=self.min_fidelity, copies=self.known.settings if self.known else None
-        )
+        copies = self.known.settings if self.known else None
+        return dict(classifier=self.name, min_fidelity=self.min_fidelity, copies=copies)
 
     def __call__(
         self,
         images: np.ndarray,  # (N, C, H, W) uint8
-        labels: np.ndarray,  # (N, K) multi-hot, what was to be drawn
-    ) -> tuple[
-        np.ndarray, np.ndarray
-    ]:  # (N,) fidelity, nan without a classifier; (N,) 'low fidelity', 'copy' or '' to keep
+        labels: np.ndarray,  # (N, K) multi-hot, what should have been drawn
+        # (N,) fidelity, nan without a classifier; (N,) 'low fidelity', 'copy' or '' to keep
+    ) -> tuple[np.ndarray, np.ndarray]:
         "Judge a block of images"
-        fidelity = image_fidelity(self.score(images), labels) if self.score else np.full(len(images), np.nan)
-        copy = self.known.likeness(images) >= self.known.c.similarity if self.known else np.zeros(len(images), bool)
-        return fidelity, np.where(copy, 'copy', np.where(fidelity < self.min_fidelity, 'low fidelity', ''))
+        fidelity = np.full(len(images), np.nan)
+        if self.score:
+            fidelity = image_fidelity(self.score(images), labels)
+        reason = np.where(fidelity < self.min_fidelity, 'low fidelity', '')
+        if self.known:
+            is_copy = self.known.similarity(images) >= self.known.config.similarity
+            reason = np.where(is_copy, 'copy', reason)
+        return fidelity, reason

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from math import comb
+from functools import partial
+from math import ceil, comb
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..training import this_process
 
 # %% auto #0
 __all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan', 'plan_labels',
-           'GenerateConfig', 'generator_hash', 'draw_block', 'block_path', 'generate']
+           'GenerateConfig', 'generator_hash', 'draw_block', 'generate']
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -35,26 +36,27 @@ def match_plan(
     seed: int = 0,  # of the order
 ) -> np.ndarray:  # (n, K) multi-hot
     "The training images' own label sets, in a shuffled order"
-    rounds = [rng_for(seed, 'plan', i).permutation(len(labels)) for i in range(-(-n // len(labels)))]
-    return labels[np.concatenate(rounds)[:n]]
+    rounds = range(ceil(n / len(labels)))
+    order = np.concatenate([rng_for(seed, 'plan', i).permutation(len(labels)) for i in rounds])
+    return labels[order[:n]]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #9a5c3b44
 def _occurring(labels):
     "Label sets that occur, how often, and the classes in them"
     sets, counts = np.unique(labels, axis=0, return_counts=True)
-    some = sets.any(1)
-    if not some.any():
+    labelled = sets.any(1)
+    if not labelled.any():
         raise InputError('no training image has a label: there is nothing to plan')
-    return sets[some], counts[some], np.flatnonzero(sets.any(0))
+    return sets[labelled], counts[labelled], np.flatnonzero(sets.any(0))
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #e93b0b56
-def _next_set(sets, often, classes, have, rng):
+def _next_set(sets, counts, classes, so_far, rng):
     "The number of the set to plan next: one with the rarest class, and with few of the common ones"
-    rarest = classes[have[classes].argmin()]
-    mine = np.flatnonzero(sets[:, rarest])
-    ahead = sets[mine] @ (have - have[rarest]).clip(0)
-    mine = mine[ahead == ahead.min()]
-    return rng.choice(mine, p=often[mine] / often[mine].sum())
+    rarest = classes[so_far[classes].argmin()]
+    options = np.flatnonzero(sets[:, rarest])
+    ahead = sets[options] @ (so_far - so_far[rarest]).clip(0)
+    options = options[ahead == ahead.min()]
+    return rng.choice(options, p=counts[options] / counts[options].sum())
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #84788e00
 def balance_plan(
@@ -63,15 +65,13 @@ def balance_plan(
     seed: int = 0,  # of choices among equals
 ) -> np.ndarray:  # (n, K) multi-hot
     "Each class equally often, as far as label sets that really occur allow"
-    (sets, often, classes), have, rng, chosen = (
-        _occurring(labels),
-        np.zeros(labels.shape[1]),
-        rng_for(seed, 'balance'),
-        [],
-    )
+    sets, counts, classes = _occurring(labels)
+    so_far = np.zeros(labels.shape[1])  # images of each class
+    rng = rng_for(seed, 'balance')
+    chosen = []
     for _ in range(n):
-        chosen.append(_next_set(sets, often, classes, have, rng))
-        have += sets[chosen[-1]]
+        chosen.append(_next_set(sets, counts, classes, so_far, rng))
+        so_far += sets[chosen[-1]]
     return sets[chosen]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #44fa58db
@@ -81,15 +81,13 @@ def fill_tail_plan(
     seed: int = 0,  # of choices among equals, and of the order
 ) -> np.ndarray:  # (as many as needed, K) multi-hot; raises `InputError` where none is
     "Bring each class up to n images with label sets that really occur"
-    (sets, often, classes), have, rng, chosen = (
-        _occurring(labels),
-        labels.sum(0, dtype=float),
-        rng_for(seed, 'fill tail'),
-        [],
-    )
-    while have[classes].min() < n:
-        chosen.append(_next_set(sets, often, classes, have, rng))
-        have += sets[chosen[-1]]
+    sets, counts, classes = _occurring(labels)
+    so_far = labels.sum(0, dtype=float)  # images of each class
+    rng = rng_for(seed, 'fill tail')
+    chosen = []
+    while so_far[classes].min() < n:
+        chosen.append(_next_set(sets, counts, classes, so_far, rng))
+        so_far += sets[chosen[-1]]
     if not chosen:
         raise InputError(f'every class has {n} training images already: ask for more with --images')
     return sets[rng.permutation(chosen)]
@@ -102,15 +100,17 @@ def novel_plan(
 ) -> np.ndarray:  # (n, K) multi-hot; raises `InputError` where every combination occurs
     "Combinations that do not occur, with the real distribution of sizes"
     sets, _, classes = _occurring(labels)
-    seen, taken = {s.tobytes() for s in sets}, Counter(sets.sum(1).astype(int).tolist())
+    seen = {row.tobytes() for row in sets}
+    seen_of_size = Counter(sets.sum(1).astype(int).tolist())
     sizes = labels.sum(1).astype(int)
-    sizes = sizes[[s in taken and taken[s] < comb(len(classes), s) for s in sizes.tolist()]]
+    sizes = sizes[[0 < seen_of_size[size] < comb(len(classes), size) for size in sizes.tolist()]]
     if not len(sizes):
         raise InputError(
             'every combination of classes of the sizes that occur is there already: choose another plan than novel'
         )
-    plan, rng = np.zeros((n, labels.shape[1]), sets.dtype), rng_for(seed, 'novel')
-    for row, size in zip(plan, match_plan(sizes, n, seed)):
+    plan = np.zeros((n, labels.shape[1]), sets.dtype)
+    rng = rng_for(seed, 'novel')
+    for row, size in zip(plan, match_plan(sizes, n, seed), strict=True):
         while not row.any() or row.tobytes() in seen:
             row[:] = 0
             row[rng.choice(classes, size, replace=False)] = 1
@@ -122,7 +122,7 @@ def single_plan(
     n: int,  # synthetic images wanted
     seed: int = 0,  # unused
 ) -> np.ndarray:  # (n, K) one-hot
-    "One class an image, every class that occurs as often as any other (Lin and Cao 2025)"
+    "One class per image, every class that occurs equally often (Lin and Cao 2025)"
     classes = np.flatnonzero(labels.any(0))
     return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n) % len(classes)]]
 
@@ -137,27 +137,28 @@ def read_plan(
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if not {'Target', 'classes'} & set(table):
         raise InputError(
-            f'{path} needs a column Target (class numbers separated by blanks) or classes (names separated by'
-            ' semicolons)'
+            f'{path} needs a column Target (class numbers separated by blanks)'
+            ' or classes (names separated by semicolons)'
         )
-
-    def row(i, r):
-        try:
-            return (
-                vocab.encode(r['Target'])
-                if 'Target' in r
-                else vocab.multi_hot([[w.strip() for w in r['classes'].split(';') if w.strip()]])[0]
-            )
-        except InputError as e:
-            raise InputError(f'{path}, row {i + 2}: {e}') from None
-
     times = table.get('n', pd.Series('1', table.index))
-    for i, t in enumerate(times):
-        if not t.isdecimal():
-            raise InputError(f"{path}, row {i + 2}: n is '{t}', not a whole number")
+    for line, number in enumerate(times, 2):
+        if not number.isdecimal():
+            raise InputError(f"{path}, row {line}: n is '{number}', not a whole number")
     if not times.astype(int).sum():
         raise InputError(f'{path} plans no image')
-    return np.repeat(np.stack([row(i, r) for i, r in enumerate(table.to_dict('records'))]), times.astype(int), axis=0)
+    rows = [_planned_row(row, vocab, f'{path}, row {line}') for line, row in enumerate(table.to_dict('records'), 2)]
+    return np.repeat(np.stack(rows), times.astype(int), axis=0)
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #71798c4c
+def _planned_row(row, vocab, where):
+    "A row of a plan as a multi-hot row"
+    try:
+        if 'Target' in row:
+            return vocab.encode(row['Target'])
+        names = [name.strip() for name in row['classes'].split(';')]
+        return vocab.multi_hot([[name for name in names if name]])[0]
+    except InputError as error:
+        raise InputError(f'{where}: {error}') from None
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #5a09f86b
 PLANS = dict(match=match_plan, balance=balance_plan, fill_tail=fill_tail_plan, novel=novel_plan, single=single_plan)
@@ -168,7 +169,7 @@ def plan_labels(
     labels: np.ndarray,  # (N, K) multi-hot, of the training images
     vocab: Vocabulary,  # the classes
     n: int,  # images wanted; of each class for `fill_tail`; a file has its own numbers
-    seed: int = 0,  # of all that is drawn by lot
+    seed: int = 0,  # of all random choices
 ) -> np.ndarray:  # (n, K) multi-hot
     "The labels to draw; raises `InputError` for an unknown plan"
     if str(plan).endswith('.csv'):
@@ -184,25 +185,21 @@ class GenerateConfig(Config):
     scheduler: str = 'dpm++'  # solver, a name from `SCHEDULERS` or a diffusers class
     num_inference_steps: int = pydantic.Field(15, ge=1)  # solver steps
     guidance_scale: float = pydantic.Field(1.5, ge=0)  # 1 = none
-    guidance_rescale: float = pydantic.Field(
-        0.0, ge=0, le=1
-    )  # share of the spread added by guidance that is taken back
+    guidance_rescale: float = pydantic.Field(0.0, ge=0, le=1)  # share of the excess spread that is taken back
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the noise schedule between which guidance acts
     negative_labels: tuple[str, ...] = ()  # class names to lead away from
     condition: str = ''  # one of the generator's conditions, e.g. a cell line; any of them if empty
-    strength: float = pydantic.Field(
-        0.5, gt=0, le=1
-    )  # of edits, see `edit`: the share of the solver steps that is taken
+    strength: float = pydantic.Field(0.5, gt=0, le=1)  # of edits, see `edit`: the share of solver steps taken
     best_of: int = pydantic.Field(1, ge=1)  # candidates for each image, of which the judge keeps one
     batch_size: int = pydantic.Field(64, ge=1)  # images at a time; changes nothing but speed and memory
 
     @pydantic.field_validator('scheduler')
-    def _known(cls, name):
+    def _known_scheduler(cls, name):
         lookup('scheduler', name, known_schedulers())
         return name
 
     @pydantic.field_validator('plan')
-    def _planned(cls, name):
+    def _known_plan(cls, name):
         if not name.endswith('.csv'):
             lookup('plan', name, PLANS)
         return name
@@ -210,186 +207,209 @@ class GenerateConfig(Config):
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2bcabd85
 def generator_hash(pipe: LabelConditionedPipeline) -> str:  # 16 hexadecimal digits
     "A name for the weights of a generator"
-    parts = [
-        v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        for m in (pipe.unet, pipe.label_encoder)
-        for v in m.state_dict().values()
-    ]
-    return sha256(b''.join(parts))[:16]
+    weights = [value for module in (pipe.unet, pipe.label_encoder) for value in module.state_dict().values()]
+    weights = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in weights]
+    return sha256(b''.join(value.numpy().tobytes() for value in weights))[:16]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #68860e03
 def draw_block(
     pipe: LabelConditionedPipeline,
     labels: np.ndarray,  # (n, K) multi-hot, of this block
     numbers: range,  # the images' numbers in the whole set
-    c: GenerateConfig,
+    config: GenerateConfig,
     seed: int,  # of the whole set
-    judge: (
-        Callable | None
-    ) = None,  # judge(images (n, C, H, W) uint8, labels) -> fidelity (n,) and reason (n,), '' to keep
+    # judge(images (n, C, H, W) uint8, labels) -> fidelity (n,) and reason (n,), '' to keep
+    judge: Callable | None = None,
     real: np.ndarray | None = None,  # (n, C, H, W) uint8, images to edit
-) -> dict[str, np.ndarray]:  # images, fidelity, reason
-    "Draw one image a row, the best of its candidates"
-    how = dict(
-        guidance_rescale=c.guidance_rescale,
-        guidance_interval=c.guidance_interval,
-        negative_labels=[c.negative_labels] if c.negative_labels else None,
-        condition=c.condition or None,
+) -> dict[str, np.ndarray]:  # images, fidelity, reason, rank: n each
+    "Draw one image for each row, the best of its candidates"
+    options = _sampling_options(config, real)
+    best = None
+    for candidate in range(config.best_of):
+        generators = generators_for(seed, numbers, candidate)
+        images = pipe(labels, config.guidance_scale, config.num_inference_steps, generators, **options)
+        block = _judged(images.cpu().numpy(), labels, judge)
+        best = block if best is None else _better(best, block)
+    return best
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #05db371d
+def _sampling_options(config, real):
+    "What a call of the pipeline needs besides labels, scale, solver steps and generators"
+    options = dict(
+        guidance_rescale=config.guidance_rescale,
+        guidance_interval=config.guidance_interval,
+        negative_labels=[config.negative_labels] if config.negative_labels else None,
+        condition=config.condition or None,
     )
     if real is not None:
-        how.update(images=torch.from_numpy(real), strength=c.strength)
-    best = None
-    for k in range(c.best_of):
-        images = (
-            pipe(labels, c.guidance_scale, c.num_inference_steps, generators_for(seed, numbers, k), **how).cpu().numpy()
-        )
-        fidelity, reason = judge(images, labels) if judge else (np.full(len(images), np.nan), np.full(len(images), ''))
-        new = dict(
-            images=images,
-            fidelity=np.asarray(fidelity),
-            reason=np.asarray(reason, '<U32'),
-            rank=np.nan_to_num(fidelity) - 2.0 * (np.asarray(reason) != ''),
-        )
-        best = new if best is None else _better(best, new)
-    return best
+        options.update(images=torch.from_numpy(real), strength=config.strength)
+    return options
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #f586a372
+def _judged(images, labels, judge):
+    "A block with the judge's opinion; a dropped image ranks below every image that is kept"
+    if judge:
+        fidelity, reason = judge(images, labels)
+    else:
+        fidelity, reason = np.full(len(images), np.nan), np.full(len(images), '')
+    reason = np.asarray(reason, '<U32')
+    rank = np.nan_to_num(fidelity) - 2.0 * (reason != '')
+    return dict(images=images, fidelity=np.asarray(fidelity), reason=reason, rank=rank)
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #a46c1946
 def _better(old, new):
     "Of two candidates for each image the one of higher rank, the earlier of equals"
-    up = new['rank'] > old['rank']
-    return {k: np.where(up.reshape(-1, *[1] * (v.ndim - 1)), new[k], v) for k, v in old.items()}
+    wins = new['rank'] > old['rank']
 
-# %% ../../nbs/06_diffusion/04_generate.ipynb #fd13c05d
-class _Assembly:
-    "Blocks, in order, into a store"
+    def pick(key):
+        return np.where(wins.reshape(-1, *[1] * (old[key].ndim - 1)), new[key], old[key])
 
-    def __init__(self, writer, labels, c, describe):
-        self.w, self.labels, self.c, self.describe = writer, labels, c, describe
-        self.notes, self.folder = list(writer.done), writer.folder / 'blocks'
-        self.bar = tqdm(total=len(labels), initial=sum(n['drawn'] for n in self.notes), desc='generate', unit='image')
-        self.n = -(-len(labels) // c.batch_size)
-
-    def todo(self):
-        return [i for i in range(len(self.notes), self.n) if not block_path(self.folder, i).exists()]
-
-    def append(self):
-        "Take over the blocks that come next, as many as are there"
-        while (path := block_path(self.folder, len(self.notes))).exists():
-            with np.load(path) as f:
-                block = dict(f)
-            first = len(self.notes) * self.c.batch_size
-            for i, (image, fidelity, reason) in enumerate(
-                zip(block['images'], block['fidelity'], block['reason']), first
-            ):
-                if not reason:
-                    self.w.add(
-                        image,
-                        **self.describe(i),
-                        **({} if np.isnan(fidelity) else dict(fidelity=round(float(fidelity), 4))),
-                    )
-            note = dict(drawn=len(block['images']), dropped=dict(Counter(r for r in block['reason'].tolist() if r)))
-            self.w.commit(**note)
-            self.notes.append(note)
-            self.bar.update(note['drawn'])
-            remove(path)
-
-    def finish(self, judged):
-        "Count what was dropped, and sweep up"
-        self.append()
-        self.bar.close()
-        remove(self.folder)
-        if judged:
-            self.w.made['dropped'] = dict(sum((Counter(n['dropped']) for n in self.notes), Counter()))
-
-# %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
-def block_path(
-    folder: Path,  # of the blocks
-    i: int,  # number of the block
-) -> Path:
-    "The file of a finished block"
-    return folder / f'{i:08d}.npz'
+    return {key: pick(key) for key in old}
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #463d2f5a
 def generate(
     pipe: LabelConditionedPipeline,  # moved to the GPU if there is one
     path: str | Path,  # the new store
-    labels: np.ndarray,  # (n, K) multi-hot, a row an image
-    c: GenerateConfig = GenerateConfig(),
+    labels: np.ndarray,  # (n, K) multi-hot, one row per image
+    config: GenerateConfig | None = None,  # the defaults unless given
     seed: int = 0,  # with an image's number, decides its noise
     judge: Callable | None = None,  # see `draw_block`; its `settings` go into the manifest
     base: tuple[ImageStore, np.ndarray] | None = None,  # real images to edit: a store, and n row numbers
 ) -> ImageStore:
     "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
-    if c.best_of > 1 and not judge:
-        raise InputError(f'best_of {c.best_of} needs something to tell the best: give a classifier')
-    labels, me, path = pipe.vocab.multi_hot(labels), this_process(), Path(path)
-    made, describe = _made(pipe, c, seed, judge, base), _describer(pipe, labels, c, base)
-    _ready(pipe, c, me.device)
-    with contextlib.ExitStack() as stack:
-        todo, store = [None], None
-        if me.is_main_process:
-            settings = dict(
-                made, labels=sha256(labels.tobytes()), base=sha256(np.asarray(base[1]).tobytes()) if base else ''
-            )
-            store = _Assembly(
-                stack.enter_context(ResumableWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings)),
-                labels,
-                c,
-                describe,
-            )
-            store.append()
-            todo = [store.todo()]
-        for i in broadcast_object_list(todo)[0][me.process_index :: me.num_processes]:
-            numbers = range(i * c.batch_size, min((i + 1) * c.batch_size, len(labels)))
-            real = base[0].images[base[1][numbers.start : numbers.stop]] if base else None
-            block = draw_block(pipe, labels[numbers.start : numbers.stop], numbers, c, seed, judge, real)
-            with atomic_path(block_path(path.parent / f'.{path.name}.partial' / 'blocks', i)) as p, open(p, 'wb') as f:
-                np.savez(f, **block)
-            if store:
-                store.append()
-        me.wait_for_everyone()
-        if store:
-            store.finish(bool(judge))
-    me.wait_for_everyone()
+    config = config or GenerateConfig()
+    if config.best_of > 1 and not judge:
+        raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
+    labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
+    made = _provenance(pipe, config, seed, judge, base)
+    _make_fast(pipe, config, process.device)
+    with _claimed(path, pipe, labels, config, made, base) as assembly:
+        for i in _dealt(assembly, process):
+            numbers = range(i * config.batch_size, min((i + 1) * config.batch_size, len(labels)))
+            mine = slice(numbers.start, numbers.stop)
+            real = base[0].images[base[1][mine]] if base else None
+            block = draw_block(pipe, labels[mine], numbers, config, seed, judge, real)
+            _save_block(_block_file(path, i), block)
+            if assembly:
+                assembly.append_ready()
+        process.wait_for_everyone()
+        if assembly:
+            assembly.finish(judged=bool(judge))
+    process.wait_for_everyone()
     return ImageStore(path)
 
+# %% ../../nbs/06_diffusion/04_generate.ipynb #f8af87cb
+def _provenance(pipe, config, seed, judge, base):
+    "What the manifest says of the images"
+    made = dict(
+        kind='synthetic',
+        generator=generator_hash(pipe),
+        dtype=str(pipe.unet.dtype).removeprefix('torch.'),
+        seed=seed,
+        **config.model_dump(exclude={'images'} if base else {'images', 'strength'}),
+    )
+    if base:
+        made['edited'] = base[0].manifest['sha256']['images']
+    if judge:
+        made['filter'] = judge.settings
+    return made
+
 # %% ../../nbs/06_diffusion/04_generate.ipynb #36aad644
-def _ready(pipe, c, device):
-    "Put a pipeline where it draws fast"
-    pipe.scheduler = with_scheduler(pipe.scheduler, c.scheduler)
+def _make_fast(pipe, config, device):
+    "Put a pipeline where it draws fast, with the solver that is asked for"
+    pipe.scheduler = with_scheduler(pipe.scheduler, config.scheduler)
     pipe.to(device)
     for module in (pipe.unet, pipe.label_encoder):
         module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
 
-# %% ../../nbs/06_diffusion/04_generate.ipynb #f8af87cb
-def _made(pipe, c, seed, judge, base):
-    "What the manifest says of the images"
-    unused = {'images', *(() if base else ('strength',))}
-    return dict(
-        kind='synthetic',
-        generator=generator_hash(pipe),
-        dtype=str(pipe.unet.dtype).removeprefix('torch.'),
-        seed=seed,
-        **c.model_dump(exclude=unused),
-        **(dict(edited=base[0].manifest['sha256']['images']) if base else {}),
-        **(dict(filter=judge.settings) if judge else {}),
-    )
+# %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
+def _block_file(path, i):
+    "The file of finished block i of the store at `path`"
+    return path.parent / f'.{path.name}.partial' / 'blocks' / f'{i:08d}.npz'
+
+
+def _save_block(file, block):
+    "Write a block, whole or not at all"
+    with atomic_path(file) as unfinished, open(unfinished, 'wb') as f:
+        np.savez(f, **block)
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #fd13c05d
+class _Assembly:
+    "A growing store, to which finished blocks are appended in order"
+
+    def __init__(self, writer, path, labels, config, describe):
+        self.writer = writer
+        self.path = path
+        self.size = config.batch_size  # of a block
+        self.describe = describe  # describe(i) -> columns of image i
+        self.notes = list(writer.done)  # of each block in the store: how many were drawn and dropped
+        self.count = ceil(len(labels) / self.size)  # blocks
+        drawn = sum(note['drawn'] for note in self.notes)
+        self.bar = tqdm(total=len(labels), initial=drawn, desc='generate', unit='image')
+
+    def missing(self):
+        "The blocks that are neither in the store nor in a file"
+        return [i for i in range(len(self.notes), self.count) if not _block_file(self.path, i).exists()]
+
+    def append_ready(self):
+        "Append the blocks that come next, as many as are there"
+        while (file := _block_file(self.path, len(self.notes))).exists():
+            with np.load(file) as block:
+                note = self._add(block['images'], block['fidelity'], block['reason'])
+            self.writer.commit(**note)
+            self.notes.append(note)
+            self.bar.update(note['drawn'])
+            remove(file)
+
+    def _add(self, images, fidelity, reason):
+        "Add the images that are not dropped; returns the counts"
+        first = len(self.notes) * self.size
+        for i in np.flatnonzero(reason == ''):
+            columns = self.describe(first + i)
+            if not np.isnan(fidelity[i]):
+                columns['fidelity'] = round(float(fidelity[i]), 4)
+            self.writer.add(images[i], **columns)
+        return dict(drawn=len(images), dropped=dict(Counter(r for r in reason.tolist() if r)))
+
+    def finish(self, judged):
+        "Append the last blocks, note how many images were dropped and why, and clean up"
+        self.append_ready()
+        self.bar.close()
+        remove(_block_file(self.path, 0).parent)
+        if judged:
+            dropped = sum((Counter(note['dropped']) for note in self.notes), Counter())
+            self.writer.made['dropped'] = dict(dropped)
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #6ba3daf7
-def _describer(pipe, labels, c, base):
-    "What the table says of image i"
+def _describe(pipe, labels, config, base, i):
+    "The columns of image i in the store's table"
+    columns = dict(id=f'synthetic{i:06d}', target=pipe.vocab.decode(labels[i]), split='train', source='synthetic')
+    if config.condition:
+        columns[pipe.config.condition] = config.condition
     if base:
-        ids, groups = base[0].table.id.to_numpy()[base[1]], base[0].table.group.to_numpy()[base[1]]
+        store, rows = base
+        edited = store.table.iloc[rows[i]]
+        columns.update(id=f'edited{i:06d}', group=edited['group'], edited=edited['id'])
+    return columns
 
-    def describe(i):
-        row = dict(
-            id=f'synthetic{i:06d}',
-            target=pipe.vocab.decode(labels[i]),
-            split='train',
-            source='synthetic',
-            **({pipe.config.condition: c.condition} if c.condition else {}),
-        )
-        return {**row, 'id': f'edited{i:06d}', 'group': groups[i], 'edited': ids[i]} if base else row
+# %% ../../nbs/06_diffusion/04_generate.ipynb #3fd5ad88
+@contextlib.contextmanager
+def _claimed(path, pipe, labels, config, made, base):
+    "The growing store with all blocks that are ready, in the main process; None in the others"
+    if not this_process().is_main_process:
+        yield None
+        return
+    edited = sha256(np.asarray(base[1]).tobytes()) if base else ''
+    settings = dict(made, labels=sha256(labels.tobytes()), base=edited)
+    with ResumableWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings) as writer:
+        describe = partial(_describe, pipe, labels, config, base)
+        assembly = _Assembly(writer, path, labels, config, describe)
+        assembly.append_ready()
+        yield assembly
 
-    return describe
+
+def _dealt(assembly, process):
+    "The missing blocks that are this process's to draw"
+    missing = broadcast_object_list([assembly.missing() if assembly else None])[0]
+    return missing[process.process_index :: process.num_processes]

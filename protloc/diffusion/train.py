@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,26 +38,25 @@ class GeneratorConfig(Config):
     unet: UNetConfig = UNetConfig()  # size of the denoiser
     objective: ObjectiveConfig = ObjectiveConfig()  # noise schedule, target, weights
     augment: AugmentConfig = AugmentConfig()  # of training images
-    balance: float = pydantic.Field(
-        0.0, ge=0
-    )  # exponent, how often images with rare classes are shown, see `balance_weights`; 0 = all alike, 1 = every class about equally
-    condition: str = (
-        ''  # a column of the store's table, such as cell_line, that it is told besides the labels; none if empty
-    )
-    loop: LoopConfig = LoopConfig(
-        steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=0.995
-    )  # length, rate, moving average
+    # how much more often images with rare classes are shown, see `balance_weights`: 0 = all alike, 1 = every class
+    # about equally
+    balance: float = pydantic.Field(0.0, ge=0)
+    # a column of the store's table, such as cell_line, that the generator is given besides the labels; '' for none
+    condition: str = ''
+    # length, rate, moving average
+    loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=0.995)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, slower
     preview_every: int = pydantic.Field(0, ge=0)  # steps between pictures of the same few images; 0 = none
 
     @pydantic.model_validator(mode='after')
-    def _checkpointable(self):
-        if self.gradient_checkpointing and self.unet.preset.startswith('paper'):
-            raise InputError(
-                f"the denoiser '{self.unet.preset}' has no gradient_checkpointing: leave it off, it is small"
-            )
-        if self.condition and self.unet.preset.startswith('paper'):
-            raise InputError(f"the denoiser '{self.unet.preset}' knows labels only: leave out condition")
+    def _known_to_the_papers(self):
+        if not self.unet.architecture.startswith('paper'):
+            return self
+        name = f"the denoiser '{self.unet.architecture}'"
+        if self.gradient_checkpointing:
+            raise InputError(f'{name} has no gradient_checkpointing: leave it off, it is small')
+        if self.condition:
+            raise InputError(f'{name} knows labels only: leave out condition')
         return self
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #9ee481fe
@@ -67,14 +68,15 @@ def draw_noise(
     device='cpu',  # where it is wanted; devices of different kinds draw different numbers
 ) -> Tensor:  # (n, *shape) float32
     "Gaussian noise, each image's from its own seed"
-    noise, generator = torch.empty(len(numbers), *shape, device=device), torch.Generator(device)
-    for x, i in zip(noise, numbers):
-        x.normal_(generator=generator.manual_seed(derive_seed(seed, 'noise', step, i)))
+    noise = torch.empty(len(numbers), *shape, device=device)
+    generator = torch.Generator(device)
+    for image, number in zip(noise, numbers, strict=True):
+        image.normal_(generator=generator.manual_seed(derive_seed(seed, 'noise', step, number)))
     return noise
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #02ff507c
 def conditions_of(
-    store: ImageStore,  # with a part 'train'
+    store: ImageStore,  # with a training split
     column: str,  # of its table; '' for none
 ) -> list[str]:  # sorted
     "The values of a condition among the training images; raises `InputError` where there is no such column"
@@ -86,30 +88,24 @@ def conditions_of(
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #746b37ed
 class TrainingImages(Batches):
-    "`Batches` with noise, that may tell a condition, and that know how far the training is"
+    "`Batches` of the training split, with all that is random in a step"
 
     def __init__(
         self,
-        store: ImageStore,  # its part 'train' is read
-        c: GeneratorConfig,
+        store: ImageStore,  # its training split is read
+        config: GeneratorConfig,
         seed: int = 0,  # of order, augmentation and noise
+        conditions: Sequence[str] = (),  # M values of the column `config.condition`, see `conditions_of`
     ):
         rows = store.rows('train')
-        super().__init__(
-            store,
-            rows,
-            c.loop.batch_size,
-            seed,
-            c.augment,
-            balance_weights(store.labels[rows], c.balance) if c.balance else None,
-        )
-        self.c, self.progress = c, dict(steps=0)  # progress is shared with the copies that `shard` makes
-        names = conditions_of(store, c.condition)
-        self.conditions = (
-            torch.from_numpy(store.table[c.condition].astype(str).to_numpy()[:, None] == np.array(names)).float()
-            if names
-            else None
-        )
+        weights = balance_weights(store.labels[rows], config.balance) if config.balance else None
+        super().__init__(store, rows, config.loop.batch_size, seed, config.augment, weights)
+        self.config = config
+        self.conditions = list(conditions)
+        self.condition_rows = None  # (N, M) one-hot, of all images of the store
+        if self.conditions:
+            values = store.table[config.condition].astype(str).to_numpy()
+            self.condition_rows = torch.from_numpy(values[:, None] == np.array(self.conditions)).float()
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #a164c055
 @patch
@@ -117,233 +113,225 @@ def augmented(
     self: TrainingImages,
     batch,  # images (n, C, S, S) uint8 and labels (n, K) of `self[step]`, on any device
     step: int,  # from 0
-) -> tuple[
-    Tensor, ...
-]:  # images; labels and condition (n, K+M); noise (n, C', s, s); steps (n,) integers; drop (n,) bool
-    "The images of a step, augmented, and all that is drawn for them; notes the step"
-    self.progress['steps'] = step + 1
-    (images, labels), p, o = Batches.augmented(self, batch, step), self.c.unet.patch_size, self.c.objective
-    level, drop, hide = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)[:, self.mine]
+    # images; labels and condition (n, K+M); noise (n, C', s, s); timesteps (n,) integers; drop (n,) bool
+) -> tuple[Tensor, ...]:
+    "The images of a step, augmented, and all that is drawn for them"
+    images, labels = Batches.augmented(self, batch, step)
+    objective = self.config.objective
+    shares = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)
+    level, drop, hide = shares[:, self.mine]
+    timesteps = (level * objective.num_train_timesteps).astype(np.int64).clip(max=objective.num_train_timesteps - 1)
 
-    def there(values):
+    def on_device(values):
         return torch.as_tensor(values, device=images.device)
 
-    if self.conditions is not None:
-        told = self.conditions[self.rows_at(step)[self.mine]] * torch.from_numpy(hide >= o.label_dropout)[:, None]
-        labels = torch.cat([labels, there(told)], 1)
-    noise = draw_noise(
-        (images.shape[1] * p * p, images.shape[2] // p, images.shape[3] // p),
-        range(*self.mine.indices(self.batch_size)),
-        self.seed,
-        step,
-        images.device,
-    )
-    return (
-        images,
-        labels,
-        noise,
-        there((level * o.num_train_timesteps).astype(np.int64).clip(max=o.num_train_timesteps - 1)),
-        there(drop < o.label_dropout),
-    )
+    if self.condition_rows is not None:
+        shown = torch.from_numpy(hide >= objective.label_dropout)
+        rows = self.condition_rows[self.rows_at(step)[self.mine]] * shown[:, None]
+        labels = torch.cat([labels, on_device(rows)], 1)
+    noise = _batch_noise(self, images, step)
+    return images, labels, noise, on_device(timesteps), on_device(drop < objective.label_dropout)
+
+# %% ../../nbs/06_diffusion/03_train.ipynb #59dd6cbe
+def _batch_noise(batches, images, step):
+    "The noise of this process's images, as large as they are when folded"
+    _, channels, height, width = images.shape
+    edge = batches.config.unet.patch_size
+    numbers = range(*batches.mine.indices(batches.batch_size))
+    shape = (channels * edge**2, height // edge, width // edge)
+    return draw_noise(shape, numbers, batches.seed, step, images.device)
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #3a529d5b
 def generator_loss(
-    c: GeneratorConfig,
-):  # loss(denoiser, a batch of `TrainingImages`) -> scalar, and the loss of each band of noise levels
+    config: GeneratorConfig,
+    scheduler,  # of `make_scheduler`
+) -> Callable:  # loss(denoiser, a batch of `TrainingImages`) -> scalar, and the loss of each band of noise levels
     "The loop's view of the diffusion objective"
-    scheduler, o = make_scheduler(c.objective), c.objective
+    objective = config.objective
 
     def loss(denoiser, batch):
-        images, labels, noise, steps, drop = batch
-        clean = fold(to_signal(images, o.signal), c.unet.patch_size).contiguous(memory_format=torch.channels_last)
-        losses = image_losses(
-            lambda x, t: denoiser(x, t, labels, drop), clean, noise, steps, scheduler, o.weighting, o.gamma
-        )
-        return losses.mean(), losses_by_noise(losses, steps, o.num_train_timesteps)
+        images, labels, noise, timesteps, drop = batch
+        clean = fold(to_signal(images, objective.signal), config.unet.patch_size)
+        clean = clean.contiguous(memory_format=torch.channels_last)
+
+        def predict(noisy, timesteps):
+            return denoiser(noisy, timesteps, labels, drop)
+
+        losses = image_losses(predict, clean, noise, timesteps, scheduler, objective.weighting, objective.gamma)
+        return losses.mean(), losses_by_noise(losses, timesteps, objective.num_train_timesteps)
 
     return loss
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #33756f58
 def pipeline_of(
-    denoiser: Denoiser,  # its parts are shared, not copied
+    denoiser: Denoiser,  # its modules are shared, not copied
     store: ImageStore,  # whose classes and channels it draws
-    c: GeneratorConfig,
+    config: GeneratorConfig,
+    scheduler,  # that it was trained with
+    conditions: Sequence[str] = (),  # that it was trained with
 ) -> LabelConditionedPipeline:
     "A denoiser as a pipeline with a fast solver"
     return LabelConditionedPipeline(
         denoiser.unet,
         denoiser.label_encoder,
-        with_scheduler(make_scheduler(c.objective), 'dpm++'),
+        with_scheduler(scheduler, 'dpm++'),
         list(store.vocab),
         list(store.channels),
-        c.unet.patch_size,
-        c.objective.signal,
-        c.condition,
-        conditions_of(store, c.condition),
+        config.unet.patch_size,
+        config.objective.signal,
+        config.condition,
+        conditions,
     )
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #68f42858
 def preview_rows(
     labels: np.ndarray,  # (N, K) multi-hot
-    n: int = 8,  # at most so many
+    n: int = 8,  # at most this many
 ) -> np.ndarray:  # positions in labels
-    "An image of each of some classes, evenly over the vocabulary; one with as few other labels as there is"
+    "One image for each of some classes, evenly over the vocabulary; of a class the one with the fewest labels"
     present = np.flatnonzero(labels.any(0))
-    some = present[np.linspace(0, len(present) - 1, min(n, len(present))).round().astype(int)]
-    return np.where(labels[:, some] > 0, labels.sum(1, keepdims=True), np.inf).argmin(0)
+    evenly = np.linspace(0, len(present) - 1, min(n, len(present))).round().astype(int)
+    has_class = labels[:, present[evenly]] > 0
+    return np.where(has_class, labels.sum(1, keepdims=True), np.inf).argmin(0)
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #e76787b1
 def previews(
     batches: TrainingImages,  # of the training
-    c: GeneratorConfig,
+    scheduler,  # of the training
     folder: str | Path,  # of the training; step-000123.png goes into its previews/
     seed: int = 0,  # of the noise
-):  # evaluate(denoiser, step) -> {}, for `fit`
+) -> Callable:  # evaluate(denoiser, step) -> {}, for `fit`
     "Draw and keep a picture of what a denoiser can do so far"
-    store, chosen = batches.store, batches.rows[preview_rows(batches.store.labels[batches.rows])]
-    titles = [textwrap.fill(' + '.join(store.vocab.names_of(y)), 14) for y in store.labels[chosen]]
+    store = batches.store
+    rows = batches.rows[preview_rows(store.labels[batches.rows])]
+    titles = [textwrap.fill(' + '.join(store.vocab.names_of(labels)), 14) for labels in store.labels[rows]]
 
     def evaluate(denoiser, step):
         if not this_process().is_main_process:
             return {}
-        pipe = pipeline_of(denoiser, store, c)
+        pipe = pipeline_of(denoiser, store, batches.config, scheduler, batches.conditions)
         pipe.set_progress_bar_config(disable=True)
-        made = pipe(store.labels[chosen], 1, generator=generators_for(seed, range(len(chosen)))).cpu().numpy()
-        fig = show_cells({'real': store.images[chosen], f'step {step}': made}, store.channels, titles, edge=1.1)
-        with atomic_path(Path(folder) / 'previews' / f'step-{step:06d}.png') as p:
-            fig.savefig(p, format='png', bbox_inches='tight')
-        plt.close(fig)
+        drawn = pipe(store.labels[rows], 1, generator=generators_for(seed, range(len(rows)))).cpu().numpy()
+        figure = show_cells({'real': store.images[rows], f'step {step}': drawn}, store.channels, titles, edge=1.1)
+        with atomic_path(Path(folder) / 'previews' / f'step-{step:06d}.png') as partial:
+            figure.savefig(partial, format='png', bbox_inches='tight')
+        plt.close(figure)
         return {}
 
     return evaluate
 
-# %% ../../nbs/06_diffusion/03_train.ipynb #3e44afb5
-_CARD = """---
-{head}---
-# {size} px images of {n_classes} protein locations
-
-Draws images with the channels {channels} for sets of labels{conditions}; made with protloc {version}.
-
-## Data
-{images} training images of a store with these SHA-256: {hashes}.
-
-| class | training images |
-|---|---|
-{counts}
-
-## Training
-{steps} steps of {batch_size} images, seed {seed}, moving average {ema}. Denoiser `{preset}` of widths {widths}, {parameters:,} parameters; target `{target}`, schedule `{schedule}` of {T} steps, weighting `{weighting}`, range `{signal}`. All settings stand in `training.json`.
-
-The last line of the log:
-
-| number | value |
-|---|---|
-{metrics}
-
-## Use
-```python
-from protloc.diffusion.train import open_pipeline
-images = open_pipeline('this folder')(['{example}'], guidance_scale=1.5)
-```
-Meant for adding training images to a classifier of protein locations, and for measuring whether they help.
-
-## Limits
-Not evidence of where a protein is, and not meant for diagnosis. It draws no class that it was not trained on, rare classes the worst, and may repeat training images: check fidelity and copies before use.
-"""
-
 # %% ../../nbs/06_diffusion/03_train.ipynb #affc0046
-def _rows(values):
-    return '\n'.join(f'| {k} | {v:.4g} |' if isinstance(v, float) else f'| {k} | {v} |' for k, v in values.items())
+def _table_lines(values):
+    "A dict as lines of a Markdown table"
+    shown = {name: f'{value:.4g}' if isinstance(value, float) else value for name, value in values.items()}
+    return '\n'.join(f'| {name} | {value} |' for name, value in shown.items())
+
+
+def _average_of(loop):
+    "Which moving average a training keeps, in words"
+    for name in ('ema_decay', 'ema_length', 'swa_start'):
+        if getattr(loop, name) is not None:
+            return f'{name} {getattr(loop, name)}'
+    return 'none'
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #0b99242b
+_CARD_HEAD = dict(
+    library_name='diffusers',
+    pipeline_tag='unconditional-image-generation',
+    tags=['protloc', 'fluorescence-microscopy', 'protein-localization'],
+)
+
+
 def model_card(
     denoiser: Denoiser,  # trained
     store: ImageStore,  # that it was trained on
-    c: GeneratorConfig,
+    config: GeneratorConfig,
     seed: int,  # of the training
     log: list[dict],  # lines of log.jsonl
+    conditions: Sequence[str] = (),  # that it was trained with
 ) -> str:  # Markdown with a YAML head
     "What a generator was trained on, how, and what it is not good for"
-    head = dict(
-        library_name='diffusers',
-        pipeline_tag='unconditional-image-generation',
-        tags=['protloc', 'fluorescence-microscopy', 'protein-localization'],
-    )
-    labels, o, hashes = store.labels[store.rows('train')], c.objective, store.manifest['sha256']
-    return _CARD.format(
-        head=yaml.safe_dump(head, sort_keys=False),
+    labels, objective = store.labels[store.rows('train')], config.objective
+    template = (files('protloc') / 'assets' / 'model_card.md').read_text(encoding='utf-8')
+    return template.format(
+        head=yaml.safe_dump(_CARD_HEAD, sort_keys=False),
         size=store.size,
         n_classes=len(store.vocab),
         channels=', '.join(store.channels),
-        conditions=f', of each {c.condition}: ' + ', '.join(conditions_of(store, c.condition)) if c.condition else '',
+        conditions=f', of each {config.condition}: {", ".join(conditions)}' if conditions else '',
         version=versions()['protloc'],
         images=len(labels),
-        hashes=', '.join(f'`{k}` {v}' for k, v in hashes.items()),
-        counts=_rows(dict(zip(store.vocab, labels.sum(0).astype(int)))),
+        hashes=', '.join(f'`{name}` {value}' for name, value in store.manifest['sha256'].items()),
+        counts=_table_lines(dict(zip(store.vocab, labels.sum(0).astype(int), strict=True))),
         steps=log[-1]['step'],
-        batch_size=c.loop.batch_size,
+        batch_size=config.loop.batch_size,
         seed=seed,
-        ema=next(
-            (f'{k} {v}' for k in ('ema_decay', 'ema_length', 'swa_start') if (v := getattr(c.loop, k)) is not None),
-            'none',
-        ),
-        preset=c.unet.preset,
-        widths=', '.join(map(str, c.unet.widths)),
+        average=_average_of(config.loop),
+        architecture=config.unet.architecture,
+        widths=', '.join(map(str, config.unet.widths)),
         parameters=sum(p.numel() for p in denoiser.parameters()),
-        target=o.prediction_type,
-        schedule=o.beta_schedule,
-        T=o.num_train_timesteps,
-        weighting=o.weighting,
-        signal=o.signal,
-        metrics=_rows(log[-1]),
+        target=objective.prediction_type,
+        schedule=objective.beta_schedule,
+        num_train_timesteps=objective.num_train_timesteps,
+        weighting=objective.weighting,
+        signal=objective.signal,
+        metrics=_table_lines(log[-1]),
         example=list(store.vocab)[0],
     )
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #e633203d
-def _settings(store, c, seed):
+def _settings(store, config, seed):
     "What decides a generator's weights"
     runtime = {'loop': RUNTIME, 'gradient_checkpointing': True, 'preview_every': True}
-    return dict(config=c.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
+    return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
 
-
-def _keep(pipe, denoiser, store, c, seed, log, folder):
+# %% ../../nbs/06_diffusion/03_train.ipynb #4d2357c0
+def _save(pipe, card, settings, folder):
     "Write pipeline/, whole or not at all"
-    with atomic_path(folder / 'pipeline') as p:
-        pipe.save_pretrained(p)
-        (p / 'README.md').write_text(model_card(denoiser, store, c, seed, log), encoding='utf-8')
-        write_json(
-            p / 'training.json', dict(_settings(store, c, seed), config=c.model_dump(), images=len(store.rows('train')))
-        )
+    with atomic_path(folder / 'pipeline') as partial:
+        pipe.save_pretrained(partial)
+        (partial / 'README.md').write_text(card, encoding='utf-8')
+        write_json(partial / 'training.json', settings)
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #8a43c3b7
 def train_generator(
-    store: ImageStore,  # labelled images with a part 'train'
+    store: ImageStore,  # labelled images with a training split
     folder: str | Path,  # log.jsonl, checkpoints/, previews/, pipeline/
-    c: GeneratorConfig = GeneratorConfig(),
+    config: GeneratorConfig | None = None,  # the defaults unless given
     seed: int = 0,  # of weights, batches and noise
 ) -> LabelConditionedPipeline:
     "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
-    folder, loop, evaluate = Path(folder), c.loop, None
-    inputs = len(store.vocab) + len(conditions_of(store, c.condition))
+    folder, config = Path(folder), config or GeneratorConfig()
+    conditions = conditions_of(store, config.condition)
+    inputs = len(store.vocab) + len(conditions)
+    timesteps = config.objective.num_train_timesteps
     with seeded(seed, 'generator'):
-        denoiser = build_denoiser(len(store.channels), inputs, store.size, c.unet, c.objective.num_train_timesteps)
+        denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
+    settings = _settings(store, config, seed)
     if this_process().is_main_process:
-        claim_settings(folder / 'settings.json', _settings(store, c, seed))
+        claim_settings(folder / 'settings.json', settings)
     if (folder / 'pipeline').exists():
         return open_pipeline(folder)
-    if c.gradient_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
-    batches = TrainingImages(store, c, seed)
-    if c.preview_every:
-        loop, evaluate = (
-            loop.model_copy(update=dict(evaluate_every=c.preview_every)),
-            previews(batches, c, folder, seed),
-        )
-    run = fit(denoiser, generator_loss(c), batches, loop, folder, seed, evaluate, name='generator')
-    pipe = pipeline_of(denoiser, store, c)
+    scheduler = make_scheduler(config.objective)
+    log = _train(denoiser, TrainingImages(store, config, seed, conditions), scheduler, folder, seed)
+    pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
     if this_process().is_main_process:
-        _keep(pipe, denoiser, store, c, seed, run.log, folder)
+        card = model_card(denoiser, store, config, seed, log, conditions)
+        _save(pipe, card, dict(settings, config=config.model_dump(), images=len(store.rows('train'))), folder)
     return pipe
+
+# %% ../../nbs/06_diffusion/03_train.ipynb #a91bace5
+def _train(denoiser, batches, scheduler, folder, seed):
+    "Train a denoiser in place; returns the log"
+    config = batches.config
+    loop, evaluate = config.loop, None
+    if config.gradient_checkpointing:
+        denoiser.unet.enable_gradient_checkpointing()
+    if config.preview_every:
+        loop = loop.model_copy(update=dict(evaluate_every=config.preview_every))
+        evaluate = previews(batches, scheduler, folder, seed)
+    loss = generator_loss(config, scheduler)
+    return fit(denoiser, loss, batches, loop, folder, seed, evaluate, name='generator').log
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #aed84bf8
 def open_pipeline(
