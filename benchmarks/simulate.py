@@ -15,7 +15,8 @@ os.environ['OMP_NUM_THREADS'] = '1'
 from PIL import Image
 
 from protloc.data.fields import read_field, resize_area
-from protloc.data.simulate import draw_label_sets, simulate_cell
+from protloc.data.simulate.datasets import draw_label_sets
+from protloc.data.simulate.photographs import simulate_cell
 from protloc.labels import STAINS
 
 

@@ -8,18 +8,10 @@ import pytest
 from scipy import ndimage
 
 from protloc.core import InputError, rng_for
-from protloc.data.simulate import (
-    Cell,
-    CellLine,
-    centrosome,
-    draw_field,
-    draw_shape,
-    oracle_store,
-    organizing_center,
-    parameter_table,
-    simulate_cell,
-    simulate_store,
-)
+from protloc.data.simulate.cells import Cell, CellLine, draw_shape, parameter_table
+from protloc.data.simulate.datasets import oracle_store, simulate_store
+from protloc.data.simulate.organelles import centrosome, organizing_center
+from protloc.data.simulate.photographs import draw_field, simulate_cell
 from protloc.data.store import ImageStore
 
 CLASSES = ['Nucleoli', 'Plasma membrane', 'Mitotic spindle']
