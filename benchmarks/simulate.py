@@ -2,8 +2,8 @@
 
     python benchmarks/simulate.py [--images 200]
 
-Prints JSON. The named alternative beside it: reading a field's four 512 x 512 PNGs with Pillow and shrinking them by area
-average, which is what an image costs when it is made from a field on disk each time."""
+Prints JSON. Beside it the named alternative: reading a field's four 512 x 512 PNGs with Pillow and shrinking them by
+area average, which is what an image costs when it is made from a field on disk each time."""
 
 import argparse
 import json
