@@ -24,8 +24,8 @@ from ...labels import HPA
 # %% ../../../nbs/04_data/03_simulate/01_cells.ipynb #1ec72cf4
 def parameter(
     default: float,  # of an average cell line
-    low: float,  # least that is drawn
-    high: float,  # most that is drawn
+    low: float,  # smallest value of any line
+    high: float,  # largest value of any line
     unit: str,  # of all three
     meaning: str,  # in a few words
 ):
@@ -60,14 +60,16 @@ class CellLine:
         0.1, 0.06, 0.18, 'share of way', 'microtubule organizing center, from the rim of the nucleus to the membrane'
     )
     peroxisomes: float = parameter(85.0, 70.0, 105.0, 'in a cell', 'mean number of peroxisomes')
-    endosomes: float = parameter(30.0, 24.0, 38.0, 'in a cell', 'mean number of endosomes, besides four')
-    lysosomes: float = parameter(16.0, 12.0, 20.0, 'in a cell', 'mean number of lysosomes in their heap, besides four')
-    mitochondria: float = parameter(100.0, 80.0, 125.0, 'in a cell', 'mean number of mitochondria, besides ten')
+    endosomes: float = parameter(30.0, 24.0, 38.0, 'in a cell', 'mean number of endosomes beyond the first four')
+    lysosomes: float = parameter(
+        16.0, 12.0, 20.0, 'in a cell', 'mean number of lysosomes in their heap beyond the first four'
+    )
+    mitochondria: float = parameter(100.0, 80.0, 125.0, 'in a cell', 'mean number of mitochondria beyond the first ten')
     droplets: float = parameter(
-        6.0, 4.0, 8.0, 'in a cell', 'mean number of groups of three lipid droplets, besides four'
+        6.0, 4.0, 8.0, 'in a cell', 'mean number of groups of three lipid droplets beyond the first four'
     )
     spot_size: float = parameter(
-        1.0, 0.85, 1.2, 'factor', 'on the radius of all that is drawn as spots, save the centrosome'
+        1.0, 0.85, 1.2, 'factor', 'on the radius of all that is drawn as spots, except the centrosome'
     )
     crosstalk: float = parameter(1.0, 0.5, 2.0, 'factor', 'on the light that leaks into other stains')
 
@@ -163,9 +165,9 @@ class Shape:
     def at(self, angle, t):
         "Points (..., 2), image widths, at `angle` (radians) and `t`: -1 nucleus' centre, 0 its rim, 1 plasma membrane"
         angle, t = np.broadcast_arrays(angle, t)
-        i = (angle * (1024 / (2 * np.pi))).astype(np.intp) % 1024
-        nucleus = self.nucleus[i]
-        r = np.where(t < 0, nucleus * (1 + t), nucleus + t * (self.outline[i] - nucleus))
+        place = (angle * (1024 / (2 * np.pi))).astype(np.intp) % 1024
+        nucleus = self.nucleus[place]
+        r = np.where(t < 0, nucleus * (1 + t), nucleus + t * (self.outline[place] - nucleus))
         return self.centre + np.stack([r * np.sin(angle), r * np.cos(angle)], -1)
 
 # %% ../../../nbs/04_data/03_simulate/01_cells.ipynb #19aa38ca
@@ -180,9 +182,9 @@ def scatter_cytoplasm(
     inner = self.nucleus**2
     width = self.outline**2 - inner
     area = np.cumsum(width)
-    i = np.searchsorted(area, rng.random(n) * area[-1])
-    r = np.sqrt(inner[i] + rng.random(n) ** (1 / near) * 0.97 * width[i])
-    return self.centre + np.stack([r * np.sin(ANGLES[i]), r * np.cos(ANGLES[i])], -1)
+    place = np.searchsorted(area, rng.random(n) * area[-1])
+    r = np.sqrt(inner[place] + rng.random(n) ** (1 / near) * 0.97 * width[place])
+    return self.centre + np.stack([r * np.sin(ANGLES[place]), r * np.cos(ANGLES[place])], -1)
 
 # %% ../../../nbs/04_data/03_simulate/01_cells.ipynb #ddc99399
 @patch
@@ -207,15 +209,15 @@ class Cell(Shape):
     def polar(self):
         "Distance from the centre, and place in `ANGLES`, of every pixel"
         y, x = (np.arange(self.g, dtype=np.float32) + 0.5) / self.g - self.centre[:, None].astype(np.float32)
-        i = (np.arctan2(y[:, None], x) * np.float32(1024 / (2 * np.pi))).astype(np.intp) % 1024
-        return np.sqrt(y[:, None] ** 2 + x**2), i
+        place = (np.arctan2(y[:, None], x) * np.float32(1024 / (2 * np.pi))).astype(np.intp) % 1024
+        return np.sqrt(y[:, None] ** 2 + x**2), place
 
     @cached_property
     def t(self):
         "-1 in the nucleus' centre, 0 on its rim, 1 on the plasma membrane"
-        r, i = self.polar
-        nucleus = self.nucleus.astype(np.float32)[i]
-        outline = self.outline.astype(np.float32)[i]
+        r, place = self.polar
+        nucleus = self.nucleus.astype(np.float32)[place]
+        outline = self.outline.astype(np.float32)[place]
         return np.where(r < nucleus, r / nucleus - 1, (r - nucleus) / (outline - nucleus))
 
     @cached_property
@@ -256,10 +258,10 @@ def depth(
     radii,  # (1024,) an outline over `ANGLES`, image widths
 ) -> np.ndarray:  # (g, g) image widths
     "Distance of every pixel from an outline, positive inside"
-    r, i = self.polar
+    r, place = self.polar
     slope = (np.roll(radii, -1) - np.roll(radii, 1)) * (1024 / (4 * np.pi)) / radii
     tilt = 1 / np.sqrt(1 + slope**2)
-    return (radii * tilt).astype(np.float32)[i] - r * tilt.astype(np.float32)[i]
+    return (radii * tilt).astype(np.float32)[place] - r * tilt.astype(np.float32)[place]
 
 # %% ../../../nbs/04_data/03_simulate/01_cells.ipynb #c9dace67
 @patch
@@ -371,7 +373,7 @@ def draw_shape(
     line: CellLine,  # what kind of cell
     labels,  # class numbers; some of them shape the cell
     rng: np.random.Generator,  # of the shape
-    alone: bool = True,  # with copies of itself as neighbours; False in a field, where other cells are
+    neighbours: bool = True,  # copies of itself; False in a field, where it has others
 ) -> Shape:
     "Draw one cell and the places of its neighbours"
     labels = frozenset(labels)
@@ -381,7 +383,7 @@ def draw_shape(
     shape = Shape(line, labels, centre, nucleus, outline, np.zeros(1024, bool), [], axis, side)
     if BRIDGE in labels:
         _divide(shape, rng)
-    elif SPINDLE not in labels and alone:
+    elif SPINDLE not in labels and neighbours:
         _neighbours(shape, rng)
     shape.outline = np.maximum(shape.outline, nucleus + 0.03)
     shape.nucleoli = _nucleoli(shape, rng)

@@ -32,8 +32,8 @@ def class_numbers(
     if classes is None:
         return list(range(len(HPA)))
     numbers = [HPA.number_of(k) for k in classes]
-    vocab = Vocabulary([HPA.names[k] for k in numbers])
-    return [HPA.number_of(name) for name in vocab]
+    Vocabulary([HPA.names[k] for k in numbers])  # raises where a class stands twice
+    return numbers
 
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #5dcf37b0
 @lru_cache(maxsize=1)
@@ -91,7 +91,7 @@ TEST_LINES = range(12, 18)
 
 
 def _images_per_antibody(n, n_classes, rng):
-    "One to four images for each antibody, until there are `n`; fewer where few antibodies would miss classes"
+    "One to four images for each antibody, `n` or a few more in all; fewer each where `n` is small"
     most = min(4, max(1, n // n_classes))
     sizes = rng.integers(1, most + 1, n)
     return sizes[: np.searchsorted(sizes.cumsum(), n) + 1]

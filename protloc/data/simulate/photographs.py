@@ -197,7 +197,8 @@ def draw_field(
     shapes = []
     for i, own_rng in enumerate(rng.spawn(n)):
         own_labels = labels if divides[i] else labels - {BRIDGE, SPINDLE}
-        shapes.append(_recentre(draw_shape(line, own_labels, own_rng, alone=False), growth[i]))
+        shape = draw_shape(line, own_labels, own_rng, neighbours=False)
+        shapes.append(_recentre(shape, growth[i]))
     _jostle(shapes, places)
     if JUNCTIONS in labels:
         _join(shapes, places)
@@ -207,7 +208,7 @@ def draw_field(
 def field_light(
     line: CellLine,  # what kind of cells
     labels,  # class numbers
-    antibody,  # names the antibody's random numbers: arguments of `rng_for`
+    antibody_seeds,  # of the antibody's random numbers: arguments of `rng_for`
     seeds,  # (seed, index) of the image
     size: int,  # pixels of the picture
     n: int,  # cells
@@ -222,7 +223,7 @@ def field_light(
     brightness = brightness / brightness.max()
     for i, (shape, place) in enumerate(zip(shapes, places, strict=True)):
         own = (*seeds, 'cell', i)
-        light = stains(Cell(shape, g), rng_for(*own, 'stains'), rng_for(*antibody), own)
+        light = stains(Cell(shape, g), rng_for(*own, 'stains'), rng_for(*antibody_seeds), own)
         for middle, turn in _bodies(shape, place):
             turned = light[:, ::-1, ::-1] if turn else light
             paste(field, turned, np.round((middle - 0.5) * g).astype(int), brightness[i])
@@ -253,7 +254,7 @@ def simulate_cell(
     seed: int = 0,  # the user's seed
     index: int = 0,  # the image's number: another one, another cell
     size: int = 32,  # height and width, 32 to 512 pixels
-    cells: int = 1,  # above 1 a field of as many cells, each at least 24 pixels
+    cells: int = 1,  # above 1 a field of so many cells, each at least 24 pixels wide
 ) -> np.ndarray:  # (4, size, size) uint8: red, green, blue, yellow
     "One image, a pure function of its arguments; small ones are drawn on a finer canvas"
     labels = {HPA.number_of(k) for k in labels}
