@@ -23,7 +23,7 @@ import torch
 
 from protloc.classify.predict import load_classifier
 from protloc.classify.train import ClassifierConfig, train_classifier
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator

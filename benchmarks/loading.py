@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from protloc.data.fields import resize_area
 from protloc.data.loading import AugmentConfig, Batches, loader
-from protloc.data.simulate import simulate_cell
+from protloc.data.simulate.photographs import simulate_cell
 from protloc.data.store import ImageStore, StoreWriter
 from protloc.labels import HPA, STAINS
 

@@ -18,7 +18,7 @@ import torch
 from protloc.classify.backbone import Classifier
 from protloc.classify.predict import probabilities, symmetries
 from protloc.data.loading import in_order
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.training import seeded, this_process
 
 

@@ -23,7 +23,8 @@ import joblib
 import psutil
 from PIL import Image
 
-from protloc.data.simulate import draw_label_sets, simulate_cell
+from protloc.data.simulate.datasets import draw_label_sets
+from protloc.data.simulate.photographs import simulate_cell
 from protloc.labels import STAINS
 
 DIFFERENT = 20

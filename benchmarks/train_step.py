@@ -32,7 +32,7 @@ from torchvision import transforms
 from tqdm.auto import tqdm
 
 from protloc.data.loading import AugmentConfig, Batches
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.denoiser import UNetConfig, build_denoiser, fold
 from protloc.training import LoopConfig, fit, seeded, this_process
 

@@ -162,7 +162,7 @@ def simulate(
     seed: Seed = 0,
 ):
     "Draw simulated cells with known labels into a store."
-    from protloc.data.simulate import simulate_store
+    from protloc.data.simulate.datasets import simulate_store
 
     print(
         simulate_store(

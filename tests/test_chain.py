@@ -158,7 +158,7 @@ def test_stage_commands_make_the_same_chain(protloc, tmp_path):
 def test_classifier_learns_and_generalises_to_unseen_cell_lines(tmp_path):
     from protloc.classify.predict import probabilities
     from protloc.classify.train import ClassifierConfig, train_classifier
-    from protloc.data.simulate import simulate_store
+    from protloc.data.simulate.datasets import simulate_store
     from protloc.metrics import scores
     from protloc.training import LoopConfig
 
@@ -187,7 +187,7 @@ def test_real_fields_become_tiles(protloc, hpa, tmp_path):
 
 
 def test_label_sets_are_hpas(hpa):
-    from protloc.data.simulate import hpa_sets
+    from protloc.data.simulate.datasets import hpa_sets
 
     table = pd.read_csv(hpa / 'labels_31072.csv', dtype=str)
     counts = table.Target.map(lambda t: tuple(sorted(map(int, t.split())))).value_counts()

@@ -17,7 +17,7 @@ from protloc.classify.mixing import STRATEGIES, strategy
 from protloc.classify.predict import load_classifier, probabilities
 from protloc.classify.train import SAMPLERS, ClassifierConfig, sources, teacher_labels, train_classifier
 from protloc.core import InputError, read_config, sha256
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import write_store
 from protloc.labels import Vocabulary
 from protloc.training import LoopConfig

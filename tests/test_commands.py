@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from protloc.classify.predict import open_exported
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.study.arms import study_config
 from protloc.study.runner import run_folder, run_study

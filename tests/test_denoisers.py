@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from protloc.core import InputError, read_config, read_yaml
 from protloc.data.loading import balance_weights
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.denoiser import ARCHITECTURES, Denoiser, PaperOriginal, UNetConfig, build_denoiser, fold
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.objective import (

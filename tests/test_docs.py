@@ -103,7 +103,7 @@ def test_classes_have_fields_methods_and_patches(symbols):
 
 
 def test_simulator_parameters_have_ranges_and_units():
-    fields = read_package(ROOT / 'protloc')['protloc.data.simulate']['CellLine'].fields
+    fields = read_package(ROOT / 'protloc')['protloc.data.simulate.cells']['CellLine'].fields
     photons = next(f for f in fields if f.name == 'photons')
     assert (photons.type, photons.default) == ('float, 40.0 to 200.0', '120.0') and photons.about.endswith('(photons)')
 

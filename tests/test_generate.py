@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from protloc.core import InputError
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.denoiser import LabelEncoder, UNetConfig, build_denoiser, fold
 from protloc.diffusion.edit import edit

@@ -28,7 +28,7 @@ from protloc.classify.predict import (
 )
 from protloc.core import InputError
 from protloc.data.kind import ImageKind
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
 from protloc.training import seeded

@@ -6,7 +6,7 @@ import pytest
 from protloc.classify.predict import load_classifier, probabilities
 from protloc.classify.train import train_classifier
 from protloc.core import InputError
-from protloc.data.simulate import simulate_store
+from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
 from protloc.study.arms import arm_of, commands_of, presets, read_preset, section_config, study_config

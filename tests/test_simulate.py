@@ -8,18 +8,10 @@ import pytest
 from scipy import ndimage
 
 from protloc.core import InputError, rng_for
-from protloc.data.simulate import (
-    Cell,
-    CellLine,
-    centrosome,
-    draw_field,
-    draw_shape,
-    oracle_store,
-    organizing_center,
-    parameter_table,
-    simulate_cell,
-    simulate_store,
-)
+from protloc.data.simulate.cells import Cell, CellLine, draw_shape, parameter_table
+from protloc.data.simulate.datasets import oracle_store, simulate_store
+from protloc.data.simulate.organelles import centrosome, organizing_center
+from protloc.data.simulate.photographs import draw_field, simulate_cell
 from protloc.data.store import ImageStore
 
 CLASSES = ['Nucleoli', 'Plasma membrane', 'Mitotic spindle']
@@ -76,8 +68,8 @@ def test_first_parameters_of_a_line_never_change():
         'photons',
         'psf',
     ]
-    u = rng_for(3, 'cell line').random(17)
-    assert np.isclose([line.nucleus_radius, line.psf], [0.115 + u[0] * 0.05, 0.0035 + u[16] * 0.003]).all()
+    share = rng_for(3, 'cell line').random(17)
+    assert np.isclose([line.nucleus_radius, line.psf], [0.115 + share[0] * 0.05, 0.0035 + share[16] * 0.003]).all()
 
 
 @pytest.mark.parametrize(
@@ -100,29 +92,25 @@ def test_first_parameters_of_a_line_never_change():
     ).items(),
 )
 def test_every_parameter_shows(name, label):
-    p = parameter_table().loc[name]
-    low, high = (
-        simulate_cell([label], replace(CellLine(crowding=0.0), **{name: v}), index=2, size=96) for v in (p.low, p.high)
-    )
+    parameter = parameter_table().loc[name]
+    lines = [replace(CellLine(crowding=0.0), **{name: value}) for value in (parameter.low, parameter.high)]
+    low, high = (simulate_cell([label], line, index=2, size=96) for line in lines)
     assert (low != high).mean() > 0.002
 
 
 @pytest.mark.parametrize('label', [3, 4, 5, 8, 9, 10, 18, 20, 26])
 def test_spot_size_reaches_all_dots(label):
-    small, large = (
-        simulate_cell([label], CellLine(crowding=0.0, spot_size=v, crosstalk=0.0), index=2, size=96)[1]
-        for v in (0.8, 1.25)
-    )
+    lines = [CellLine(crowding=0.0, spot_size=factor, crosstalk=0.0) for factor in (0.8, 1.25)]
+    small, large = (simulate_cell([label], line, index=2, size=96)[1] for line in lines)
     assert (abs(small.astype(int) - large) > 10).mean() > 0.0005
 
 
 @pytest.mark.parametrize('name, label', dict(mtoc=25, spot_size=25, peroxisomes=7, lysosomes=8).items())
 def test_parameters_leave_other_organelles_alone(name, label):
-    p = parameter_table().loc[name]
-    low, high = (
-        simulate_cell([label], replace(CellLine(crowding=0.0), **{name: v, 'crosstalk': 0.0}), index=2, size=64)[1]
-        for v in (p.low, p.high)
-    )
+    parameter = parameter_table().loc[name]
+    alone = CellLine(crowding=0.0, crosstalk=0.0)
+    lines = [replace(alone, **{name: value}) for value in (parameter.low, parameter.high)]
+    low, high = (simulate_cell([label], line, index=2, size=64)[1] for line in lines)
     assert (low == high).all()
 
 
@@ -131,7 +119,8 @@ def test_mtoc_moves_the_centrosome():
 
     def away(mtoc):
         cell = Cell(draw_shape(CellLine(mtoc=mtoc), {19}, np.random.default_rng(0)), 128)
-        return [cell.t.flat[f(cell, np.random.default_rng(1)).argmax()] for f in (centrosome, organizing_center)]
+        canvases = [organelle(cell, np.random.default_rng(1)) for organelle in (centrosome, organizing_center)]
+        return [cell.t.flat[canvas.argmax()] for canvas in canvases]
 
     assert np.allclose(np.subtract(away(0.3), away(0.1)), 0.2, atol=0.06)
 
@@ -147,7 +136,8 @@ def test_a_wide_cell_with_a_far_nucleus():
 def test_shifted_lines_can_be_drawn(shift):
     for k in range(40):
         shapes = draw_field(CellLine.draw(k, shift), {22}, 5, np.random.default_rng(k))[0]
-        assert all(np.isfinite(s.outline).all() and (s.outline > s.nucleus).all() for s in shapes)
+        for shape in shapes:
+            assert np.isfinite(shape.outline).all() and (shape.outline > shape.nucleus).all()
 
 
 # fields
@@ -176,7 +166,7 @@ def test_a_field_shows_its_cells():
 
 def test_cells_of_a_field_differ():
     shapes, places, across = draw_field(CellLine(), {0}, 9, np.random.default_rng(0))
-    assert len(shapes) == len(places) == 9 and len({s.nucleus.tobytes() for s in shapes}) == 9
+    assert len(shapes) == len(places) == 9 and len({shape.nucleus.tobytes() for shape in shapes}) == 9
     assert (places > 0).all() and (places < across).all()
     apart = np.hypot(*(places[:, None] - places).transpose(2, 0, 1)) + np.eye(9)
     assert apart.min() > 0.3
@@ -186,7 +176,8 @@ def test_a_field_is_as_sharp_as_its_cells():
     "Blur and noise belong to the cell's scale: a wider field of the same cells is no softer"
     line = CellLine(crowding=0.0)
 
-    def edge(cells, size):  # steepest step of the nuclear stain, share of its height
+    def edge(cells, size):
+        "Steepest step of the nuclear stain, share of its height"
         blue = simulate_cell([0], replace(line, grain=0.0, photons=1e6), 0, 0, 1, size, cells)[2].astype(float)
         return np.abs(np.diff(blue)).max() / blue.max()
 
@@ -195,25 +186,24 @@ def test_a_field_is_as_sharp_as_its_cells():
 
 @pytest.mark.parametrize('label', [16, 17])
 def test_some_cells_divide_and_at_least_one(label):
-    shows = [
-        np.mean([label in s.labels for s in draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(i))[0]])
-        for i in range(40)
-    ]
-    assert min(shows) >= 1 / 8 and 0.15 < np.mean(shows) < 0.4
-    assert all(0 in s.labels for s in draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(0))[0])
+    fields_drawn = [draw_field(CellLine(), {label, 0}, 8, np.random.default_rng(i))[0] for i in range(40)]
+    dividing = [np.mean([label in shape.labels for shape in shapes]) for shapes in fields_drawn]
+    assert min(dividing) >= 1 / 8 and 0.15 < np.mean(dividing) < 0.4
+    assert all(0 in shape.labels for shape in fields_drawn[0])
 
 
 @pytest.mark.parametrize('cells', [2, 3, 9])
 def test_junctions_lie_where_cells_touch(cells):
     for i in range(60):
         shapes = draw_field(CellLine.draw(i), {22}, cells, np.random.default_rng(i))[0]
-        touching = [s for s in shapes if 22 in s.labels]
-        assert touching and all(s.contact.any() for s in touching)
+        touching = [shape for shape in shapes if 22 in shape.labels]
+        assert touching and all(shape.contact.any() for shape in touching)
 
 
 def test_small_cells_grow_until_they_touch():
     for i in range(20):
-        assert any(22 in s.labels for s in draw_field(CellLine(cell_radius=0.2), {22}, 2, np.random.default_rng(i))[0])
+        shapes = draw_field(CellLine(cell_radius=0.2), {22}, 2, np.random.default_rng(i))[0]
+        assert any(22 in shape.labels for shape in shapes)
 
 
 @pytest.mark.parametrize('size, cells', [(35, 2), (64, 7), (128, 28), (512, 16)])
@@ -255,15 +245,9 @@ def store(tmp_path_factory):
 def test_workers_do_not_change_a_store(store, tmp_path):
     two = simulate_store(tmp_path / 'two', dict(train=52, val=6, test=6), 48, CLASSES, seed=3, workers=2, cells=3)
     assert pixels(two) == pixels(store)
-    again = simulate_cell(
-        store.vocab.names_of(store.table.target[51]),
-        store.table.cell_line[51],
-        int(store.table.group[51][-5:]),
-        3,
-        51,
-        48,
-        3,
-    )
+    row = store.table.iloc[51]
+    names = store.vocab.names_of(row.target)
+    again = simulate_cell(names, row.cell_line, int(row.group[-5:]), seed=3, index=51, size=48, cells=3)
     assert (again == store.images[51]).all()
 
 
@@ -278,6 +262,6 @@ def test_the_oracle_of_fields_draws_fields(store, tmp_path):
     assert (made['kind'], made['seed'], made['cells'], perfect.size) == ('oracle', 1, 3, 48)
     assert (perfect.labels == store.labels[:6]).all()
     old = ImageStore(store.path)
-    old.manifest['made'].pop('cells')  # as in stores written before there were fields
+    old.manifest['made'].pop('cells')  # a store from before there were fields
     ones = oracle_store(tmp_path / 'ones', old, store.labels[:6], seed=1)
     assert ones.manifest['made']['cells'] == 1 and (ones.images != perfect.images).any((1, 2, 3)).all()

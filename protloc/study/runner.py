@@ -22,7 +22,7 @@ from ..classify.predict import probabilities
 from ..classify.train import train_classifier
 from ..core import Config, InputError, atomic_path, derive_seed, exclusive, versions, write_json, write_text
 from ..data.hpa import labelled_fields, prepare
-from ..data.simulate import oracle_store, simulate_store
+from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
