@@ -5,6 +5,8 @@
 # %% ../nbs/02_metrics.ipynb #0539c272
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
@@ -13,31 +15,69 @@ from .core import InputError
 from .labels import Vocabulary
 
 # %% auto #0
-__all__ = ['scores', 'per_class']
+__all__ = ['METRICS', 'Decisions', 'decide', 'macro_f1', 'micro_f1', 'mean_average_precision', 'scores', 'per_class']
 
 # %% ../nbs/02_metrics.ipynb #f76e2c7f
-def _decisions(probabilities, labels, threshold):
-    "Truth and decisions, with a class that never occurs added: scikit-learn would take a single class for two"
-    return (np.pad(decisions, ((0, 0), (0, 1))) for decisions in (labels > 0.5, probabilities > threshold))
+class Decisions(NamedTuple):
+    "What a classifier said of the images of a split, beside the truth"
+
+    truth: np.ndarray  # (N, K+1) bool; the last class never occurs: scikit-learn would take a single class for two
+    predicted: np.ndarray  # (N, K+1) bool
+    probabilities: np.ndarray  # (N, K) in [0, 1]
+
+    @property
+    def occurring(self) -> np.ndarray:
+        "Numbers of the classes that occur"
+        return np.flatnonzero(self.truth.any(0))
 
 # %% ../nbs/02_metrics.ipynb #5f94443b
+def decide(
+    probabilities: np.ndarray,  # (N, K) in [0, 1]
+    labels: np.ndarray,  # (N, K) multi-hot
+    threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
+) -> Decisions:
+    "Probabilities and labels -> decisions and truth; raises `InputError` where their shapes differ"
+    if probabilities.shape != labels.shape:
+        raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
+    truth, predicted = (np.pad(yes, ((0, 0), (0, 1))) for yes in (labels > 0.5, probabilities > threshold))
+    return Decisions(truth, predicted, probabilities)
+
+# %% ../nbs/02_metrics.ipynb #f0a3a89e
+def macro_f1(decisions: Decisions) -> float:  # in [0, 1]
+    "Mean F1 of the classes that occur"
+    truth, predicted, _ = decisions
+    return f1_score(truth, predicted, labels=decisions.occurring, average='macro', zero_division=0)
+
+
+def micro_f1(decisions: Decisions) -> float:  # in [0, 1]
+    "F1 of all decisions together"
+    return f1_score(decisions.truth, decisions.predicted, average='micro', zero_division=0)
+
+# %% ../nbs/02_metrics.ipynb #e71f2141
+def mean_average_precision(decisions: Decisions) -> float:  # in [0, 1]
+    "Mean average precision of the classes that occur; it needs no threshold"
+    occurring = decisions.occurring
+    truth = decisions.truth[:, occurring]
+    return average_precision_score(truth, decisions.probabilities[:, occurring], average='macro')
+
+
+METRICS = {  # name in logs and tables -> title in reports, function
+    'macro_f1': ('macro-F1', macro_f1),
+    'micro_f1': ('micro-F1', micro_f1),
+    'map': ('mAP', mean_average_precision),
+}
+
+# %% ../nbs/02_metrics.ipynb #89d9d88a
 def scores(
     probabilities: np.ndarray,  # (N, K) in [0, 1]
     labels: np.ndarray,  # (N, K) multi-hot
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
-) -> dict[str, float]:  # macro_f1, micro_f1, map, all in [0, 1]
-    "The headline numbers of one split"
-    if probabilities.shape != labels.shape:
-        raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
-    truth, predicted = _decisions(probabilities, labels, threshold)
-    occurs = np.flatnonzero(truth.any(0))
-    if not len(occurs):
+) -> dict[str, float]:  # by the names of `METRICS`
+    "The headline numbers of one split; raises `InputError` where no image has a label"
+    decisions = decide(probabilities, labels, threshold)
+    if not len(decisions.occurring):
         raise InputError('no image of this split has a label, so there is no score')
-    return dict(
-        macro_f1=f1_score(truth, predicted, labels=occurs, average='macro', zero_division=0),
-        micro_f1=f1_score(truth, predicted, average='micro', zero_division=0),
-        map=average_precision_score(truth[:, occurs], probabilities[:, occurs], average='macro'),
-    )
+    return {name: metric(decisions) for name, (_, metric) in METRICS.items()}
 
 # %% ../nbs/02_metrics.ipynb #fc5bb1b6
 def per_class(
@@ -47,7 +87,7 @@ def per_class(
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
 ) -> pd.DataFrame:  # a row a class: precision, recall, f1, images
     "Precision, recall and F1 of each class; empty where the class does not occur"
-    truth, predicted = _decisions(probabilities, labels, threshold)
+    truth, predicted, _ = decide(probabilities, labels, threshold)
     columns = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0)
     precision, recall, f1, images = (column[:-1] for column in columns)
     table = pd.DataFrame(dict(precision=precision, recall=recall, f1=f1), index=pd.Index(vocab.names, name='class'))
