@@ -121,7 +121,7 @@ def main():
     rows = real.rows('train')
     told(
         'real training images',
-        measure(unseen, seen(real, np.random.default_rng(0).permutation(rows)[: a.images]), a.blocks),
+        measure(unseen, seen(real, np.random.default_rng(0).permutation(rows)[: a.images]), real.vocab, a.blocks),
     )
     for recipe in a.recipes:
         overrides = a.set if recipe == 'ours' else []
@@ -143,7 +143,7 @@ def main():
         rows = np.random.default_rng(0).permutation(len(synthetic))
         told(
             here.name,
-            measure(unseen, seen(synthetic, rows), a.blocks),
+            measure(unseen, seen(synthetic, rows), real.vocab, a.blocks),
             minutes=a.minutes,
             steps=plan['steps'],
             ms_per_step=round(plan['ms_per_step'], 1),

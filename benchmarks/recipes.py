@@ -102,7 +102,7 @@ def main():
         if not path.exists():
             generate(pipe, path, real.labels[val][: a.images], GenerateConfig(images=a.images, batch_size=100))
         rows, synthetic = np.random.default_rng(0).permutation(a.images), ImageStore(path)
-        found = measure(unseen, (*features(judge, synthetic, rows), synthetic.labels[rows]), a.blocks)
+        found = measure(unseen, (*features(judge, synthetic, rows), synthetic.labels[rows]), real.vocab, a.blocks)
         print(
             json.dumps(
                 dict(

@@ -19,7 +19,8 @@ from protloc.classify.predict import load_classifier
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import open_pipeline
-from protloc.evaluate.fidelity import features, kernel_distance, label_fidelity, mean_interval
+from protloc.evaluate.fidelity import features, kernel_distance, mean_interval
+from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 
 SETTINGS = {
     'ddpm-1000': ('ddpm', 1000, 1.0),
@@ -66,7 +67,7 @@ def main():
         f, p = features(judge, store, store.rows())
         blocks = np.array([kernel_distance(unseen, f[part]) for part in parts])
         base = (blocks, seconds) if base is None else base
-        fidelity = label_fidelity(p.numpy(), store.labels, said.numpy(), real.labels[rows])
+        judged = p.numpy(), store.labels, said.numpy(), real.labels[rows]
         (mean, low, high), worse = mean_interval(blocks), mean_interval(blocks - base[0])
         print(
             json.dumps(
@@ -80,8 +81,8 @@ def main():
                     low=round(low, 5),
                     high=round(high, 5),
                     worse_than_ddpm=[round(x, 5) for x in worse],
-                    fidelity_macro=round(fidelity['macro'], 3),
-                    fidelity_micro=round(fidelity['micro'], 3),
+                    fidelity_macro=round(label_fidelity(label_fidelity_by_class(*judged, real.vocab)), 3),
+                    fidelity_micro=round(micro_label_fidelity(*judged), 3),
                     threads=torch.get_num_threads(),
                 )
             ),

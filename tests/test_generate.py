@@ -549,7 +549,7 @@ def test_command_line(protloc, real, drawn, tmp_path):
     _, folder, _ = drawn
     with seeded(0, 'classifier'):
         save_classifier(Classifier('resnet10', 4, 3), tmp_path / 'model', real)
-    base = ['generate', folder, '--like', real.path, '--images', 4, '--steps', 2]
+    base = ['generate', folder, '--like', real.path, '--images', 4, '--num-inference-steps', 2]
 
     def run(name, *words):
         code, out, err = protloc(*base[:2], tmp_path / name, *base[2:], *words)
