@@ -42,7 +42,7 @@ app = typer.Typer(
 # %% ../nbs/10_cli.ipynb #156b8b67
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.EACCES, errno.EROFS, errno.EPERM)
 
-
+# %% ../nbs/10_cli.ipynb #fb5ad981
 def main():
     "Entry point: one sentence and exit code 2 for bad input"
     try:
@@ -61,7 +61,7 @@ def main():
         )
         sys.exit(_say(sentence, 2))
 
-
+# %% ../nbs/10_cli.ipynb #5110d324
 def _say(text, code):
     "Print to stderr; the exit code"
     print(text, file=sys.stderr)
@@ -263,7 +263,7 @@ Sheet = Annotated[
 ]
 Most = Annotated[int, typer.Option(min=1, help='How many label sets and pairs to list.')]
 
-
+# %% ../nbs/10_cli.ipynb #52ab8cd1
 @app.command()
 def info(
     store: Annotated[Path, typer.Argument(help='A store.')],
@@ -360,7 +360,7 @@ def split(
         )
     resplit.check_leaks(images, pairs)
 
-
+# %% ../nbs/10_cli.ipynb #b3aae5d2
 def _given(**options):
     "The options that the user gave"
     return {name: value for name, value in options.items() if value is not None}
@@ -370,7 +370,7 @@ Preset = Annotated[
     str, typer.Option(help='A preset with these settings (see `protloc presets`), or your own YAML file.')
 ]
 
-
+# %% ../nbs/10_cli.ipynb #7c979bab
 @app.command('train-generator')
 def train_generator(
     store: Annotated[Path, typer.Argument(help='Real images; only the training split is read.')],
@@ -578,7 +578,7 @@ Also = Annotated[
 ]
 TestSplit = Annotated[str, typer.Option(help='train, val, test, or empty for all images.')]
 
-
+# %% ../nbs/10_cli.ipynb #099ab38f
 @app.command()
 def evaluate(
     classifier: TrainedClassifier,
@@ -599,7 +599,7 @@ def evaluate(
     print(per_class(predicted, images.labels[rows], images.vocab, limits).round(3).to_string(), end='\n\n')
     print(', '.join(f'{name} {score:.3f}' for name, score in scores(predicted, images.labels[rows], limits).items()))
 
-
+# %% ../nbs/10_cli.ipynb #93e5ba37
 def _classifiers_and_images(classifier, also, store):
     "Open one or several classifiers, their card, and images that they can read"
     from protloc.classify.predict import load_classifiers
@@ -618,7 +618,7 @@ ThresholdsFile = Annotated[
     Optional[Path], typer.Option(help="JSON or CSV; thresholds.json in the classifier's folder by default.")
 ]
 
-
+# %% ../nbs/10_cli.ipynb #bfc03ba9
 @app.command()
 def thresholds(
     classifier: TrainedClassifier,
@@ -649,7 +649,7 @@ Probabilities = Annotated[
     Optional[Path], typer.Option(help='Also write the probabilities, a column for each class: CSV, or Parquet.')
 ]
 
-
+# %% ../nbs/10_cli.ipynb #3318fee3
 @app.command()
 def predict(
     classifier: TrainedClassifier,

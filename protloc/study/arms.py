@@ -95,7 +95,7 @@ class ArmConfig(Config):
 # %% ../../nbs/09_study/00_arms.ipynb #43ac586d
 DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #c9f88fa6
 class StudyConfig(Config):
     "Everything that a study depends on"
 
@@ -170,7 +170,7 @@ def with_overrides(
         values = _with_value(values, key, value, text)
     return values
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #0af4e488
 def _with_value(values, key, value, text):
     "Settings with one of them changed; `text` is what the user wrote"
     if not isinstance(values, dict):
@@ -204,7 +204,7 @@ def study_config(
 # %% ../../nbs/09_study/00_arms.ipynb #75438821
 SECTIONS = dict(generator=GeneratorConfig, classifier=ClassifierConfig)
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #a6f0cd7a
 def section_config(
     section: str,  # 'generator' or 'classifier'
     preset: str = '',  # a preset or a YAML file; protloc's defaults unless given

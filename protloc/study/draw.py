@@ -86,7 +86,7 @@ def draw_images(
     labels = _planned_labels(config, real, seed) if 'plan' in given else None
     return edit(pipe, path, real, config, seed, labels, judge)
 
-
+# %% ../../nbs/09_study/02_draw.ipynb #1c1fb63d
 def _planned_labels(config, real, seed):
     "What to draw, from the label sets of the training images"
     return plan_labels(config.plan, real.labels[real.rows('train')], real.vocab, config.images, seed)

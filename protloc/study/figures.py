@@ -103,7 +103,7 @@ def fig_verdict(results: Results) -> Figure:
 SPLIT_COLOURS = dict(val='tab:gray', test='tab:blue')
 SPLIT_NAMES = dict(val='validation', test='test')
 
-
+# %% ../../nbs/09_study/05_figures.ipynb #11f2db02
 def fig_scores(results: Results) -> Figure:
     "Validation and test macro-F1 of every classifier, test means with intervals"
     arms = results.study.arms
@@ -229,7 +229,7 @@ def fig_classes(results: Results) -> Figure:
     ax.set_xlabel('')
     return fig
 
-
+# %% ../../nbs/09_study/05_figures.ipynb #43001130
 def _signed_and_marked(changes):
     "Each change as text, with an asterisk where its interval excludes zero"
     excludes_zero = (changes.low > 0) | (changes.high < 0)
@@ -253,7 +253,7 @@ def fig_training(results: Results) -> Figure:
     fig.tight_layout()
     return fig
 
-
+# %% ../../nbs/09_study/05_figures.ipynb #985b230d
 def _draw_validation(ax, results, arm, colour):
     "Validation macro-F1 of one arm by optimizer step: a thin line a seed, a thick one the mean"
     logs = [results.run.read_training(arm, seed).dropna(subset='val_macro_f1') for seed in results.study.seeds]
@@ -318,7 +318,7 @@ def leak_check(
         text += f'<p><b>Leak: {problem}.</b> Run the study again in another folder.</p>'
     return HTML(text or f'<p>{_no_leak(results, searched)}</p>')
 
-
+# %% ../../nbs/09_study/05_figures.ipynb #a8a89773
 def _no_leak(results, searched):
     "What was looked at and found in order"
     if searched:

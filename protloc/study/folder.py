@@ -53,9 +53,9 @@ def synthetic(
     source: str = 'generator',  # or 'oracle'
 ) -> Path:
     "The store of synthetic images from one source"
-    return self.path / {'generator': 'synthetic'}.get(source, source)
+    return self.path / ('synthetic' if source == 'generator' else source)
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #54f50a0c
 @patch
 def classifier(
     self: RunFolder,
@@ -76,7 +76,7 @@ def predictions(
     "What one classifier says about some images"
     return self.classifier(arm, seed) / f'{images}.npy'
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #ad924c09
 @patch
 def table(
     self: RunFolder,
@@ -85,7 +85,7 @@ def table(
     "One table of the results"
     return self.results / f'{name}.csv'
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #ecf5baf6
 @patch
 def figure(
     self: RunFolder,
@@ -110,14 +110,14 @@ def trained(
     "Whether a classifier is trained and has predicted"
     return self.predictions(arm, seed, 'test').exists()
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #acb826b7
 @patch
-def lack(
+def unfinished(
     self: RunFolder,
     what: str,  # is missing
-):
-    "Raise `InputError`: the run is not finished"
-    raise InputError(f'{self.path} is not finished, {what} is missing: continue it with the command that began it')
+) -> InputError:  # to be raised
+    "The error of asking for something that is not there yet"
+    return InputError(f'{self.path} is not finished, {what} is missing: continue it with the command that began it')
 
 # %% ../../nbs/09_study/01_folder.ipynb #43698bc5
 @patch
@@ -143,7 +143,7 @@ def log_stage(
     with open(self.log, 'a') as file:
         file.write(json.dumps(line) + '\n')
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #2e3d649f
 @patch
 def read_stages(self: RunFolder) -> pd.DataFrame:  # columns stage, seconds, finished
     "The stages that were done, in their order"
@@ -165,7 +165,7 @@ def read_generator_training(self: RunFolder) -> pd.DataFrame | None:  # columns 
     "How the training of the generator went"
     return pd.read_json(self.generator_log, lines=True) if self.generator_log.exists() else None
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #1b3a6518
 @patch
 def read_generator_note(self: RunFolder) -> dict | None:  # store (hashes), images (their number) ...; None if unknown
     "What the generator was trained on"
@@ -180,12 +180,14 @@ def note_store(
     "Remember the user's store that this run uses"
     write_json(self.store_note, dict(path=str(store.path), sha256=store.manifest['sha256']))
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #18be6bd6
 @patch
 def open_real(self: RunFolder) -> ImageStore:
     "The real images; raises `InputError` where there are none yet, or where the user's store is another one now"
     if not self.store_note.exists():
-        return ImageStore(self.real) if self.real.exists() else self.lack('the images')
+        if not self.real.exists():
+            raise self.unfinished('the store of real images')
+        return ImageStore(self.real)
     noted = json.loads(self.store_note.read_text())
     store = ImageStore(noted['path'])
     if store.manifest['sha256'] != noted['sha256']:
@@ -194,7 +196,7 @@ def open_real(self: RunFolder) -> ImageStore:
         )
     return store
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #738245df
 @patch
 def open_synthetic(
     self: RunFolder,
@@ -217,7 +219,7 @@ def write_predictions(
     with atomic_path(self.predictions(arm, seed, images)) as partial, open(partial, 'wb') as file:
         np.save(file, probabilities)
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #f1bd9b9e
 @patch
 def read_predictions(
     self: RunFolder,
@@ -227,10 +229,10 @@ def read_predictions(
 ) -> np.ndarray:  # (n, K) in [0, 1]
     "What one classifier says about some images; raises `InputError` where it has not been asked yet"
     path = self.predictions(arm, seed, images)
-    if not path.exists():
-        classifier = f'{arm} seed {seed}'
-        self.lack(f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier)
-    return np.load(path)
+    if path.exists():
+        return np.load(path)
+    classifier = f'{arm} seed {seed}'
+    raise self.unfinished(f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier)
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
 @patch
@@ -246,7 +248,7 @@ def write_results(
             table.to_csv(partial / self.table(name).name, index=False, float_format='%.6g')
         (partial / self.verdict.name).write_text(verdict)
 
-
+# %% ../../nbs/09_study/01_folder.ipynb #e6463f16
 @patch
 def read_results(self: RunFolder) -> dict[str, pd.DataFrame]:  # name -> table; empty where there are none yet
     "The tables of the results"

@@ -100,7 +100,7 @@ def real_images(
         return stage(run, f'prepare {given}', lambda: _prepare(config, run))
     return stage(run, 'simulate cells', lambda: _simulate(config, run))
 
-
+# %% ../../nbs/09_study/03_runner.ipynb #4d45338b
 def _prepare(config, run):
     "A folder of fields as the run's store"
     how = config.data.prepare
