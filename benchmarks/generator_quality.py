@@ -127,7 +127,7 @@ def main():
 
     def report(recipe, store, rows, **more):
         rows = np.random.default_rng(0).permutation(rows)[: args.images]
-        for name, row in measure(reference, judged(store, rows), args.blocks).iterrows():
+        for name, row in measure(reference, judged(store, rows), real.vocab, args.blocks).iterrows():
             line = dict(benchmark='generator_quality', recipe=recipe, measure=name, **row.round(4).to_dict())
             print(json.dumps(dict(line, images=args.images, blocks=args.blocks, **more)), flush=True)
 

@@ -110,7 +110,7 @@ def main():
         pipe = train_generator(real, folder / f'generator-{steps}', configured('ours', steps, TRIALS[name]))
         synthetic = draw(pipe, folder / f'synthetic-{steps}', real.labels[unseen][: args.images])
         rows = np.random.default_rng(0).permutation(args.images)
-        table = measure(judged, (*features(judge, synthetic, rows), synthetic.labels[rows]), args.blocks)
+        table = measure(judged, (*features(judge, synthetic, rows), synthetic.labels[rows]), real.vocab, args.blocks)
         line = dict(
             benchmark='recipes',
             trial=name,

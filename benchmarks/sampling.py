@@ -21,7 +21,8 @@ from protloc.classify.predict import load_classifier
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import open_pipeline
-from protloc.evaluate.fidelity import features, kernel_distance, label_fidelity, mean_interval
+from protloc.evaluate.fidelity import features, kernel_distance, mean_interval
+from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 
 SETTINGS = {  # name -> scheduler, num_inference_steps, guidance_scale
     'ddpm-1000': ('ddpm', 1000, 1.0),
@@ -71,7 +72,7 @@ def main():
         drawn_features, drawn_scores = features(judge, store, store.rows())
         distances = np.array([kernel_distance(real_features, drawn_features[block]) for block in blocks])
         ddpm = ddpm or (distances, seconds)
-        fidelity = label_fidelity(drawn_scores.numpy(), store.labels, real_scores.numpy(), real.labels[rows])
+        judged = drawn_scores.numpy(), store.labels, real_scores.numpy(), real.labels[rows]
         mean, low, high = mean_interval(distances)
         line = dict(
             benchmark='sampling',
@@ -83,8 +84,8 @@ def main():
             low=round(low, 5),
             high=round(high, 5),
             worse_than_ddpm=[round(x, 5) for x in mean_interval(distances - ddpm[0])],
-            fidelity_macro=round(fidelity['macro'], 3),
-            fidelity_micro=round(fidelity['micro'], 3),
+            fidelity_macro=round(label_fidelity(label_fidelity_by_class(*judged, real.vocab)), 3),
+            fidelity_micro=round(micro_label_fidelity(*judged), 3),
             threads=torch.get_num_threads(),
         )
         print(json.dumps(line), flush=True)

@@ -9,6 +9,14 @@ from protloc import cli
 from protloc.labels import STAINS
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Tests of the finished study count as slow: making it takes half a minute"
+    for item in items:
+        if 'finished' in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope='session')
 def hpa():
     "The folder with real HPA images; tests that need it are skipped where there is none"
@@ -28,8 +36,8 @@ def protloc(monkeypatch, capsys):
         try:
             cli.main()
             code = 0
-        except SystemExit as e:
-            code = e.code or 0
+        except SystemExit as ending:
+            code = ending.code or 0
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -64,7 +72,7 @@ SMALL = [
 @pytest.fixture(scope='session')
 def small():
     "Options that turn the demo into a study of seconds"
-    return [w for s in SMALL for w in ('--set', s)]
+    return [word for setting in SMALL for word in ('--set', setting)]
 
 
 @pytest.fixture(scope='session')

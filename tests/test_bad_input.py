@@ -202,7 +202,7 @@ def test_store_that_does_not_match_its_manifest(protloc, stores, tmp_path):
 
 
 def test_run_folder_with_another_config(protloc, finished):
-    refused(protloc('run', 'demo', '--out', finished), 'holds a study with other settings', 'choose another folder')
+    refused(protloc('run', 'demo', '--out', finished), 'was begun with other settings', 'choose another folder')
 
 
 def test_full_disk(protloc, tmp_path):

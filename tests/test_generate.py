@@ -518,7 +518,7 @@ def test_command_line(protloc, real, drawn, tmp_path):
     _, folder, _ = drawn
     with seeded(0, 'classifier'):
         save_classifier(Classifier('resnet10', 4, 3), tmp_path / 'model', real)
-    options = ['--like', real.path, '--images', 4, '--steps', 2]
+    options = ['--like', real.path, '--images', 4, '--num-inference-steps', 2]
 
     def run(name, *words):
         code, _, err = protloc('generate', folder, tmp_path / name, *options, *words)

@@ -18,26 +18,28 @@ __all__ = ['bootstrap_weights', 'weighted_f1', 'macro', 'difference_intervals']
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #a920b544
 def bootstrap_weights(
-    groups: Sequence[str],  # (N,) what is drawn together
-    draws: int = 1000,  # test sets
+    groups: Sequence[str],  # (N,) the group of each image; a group is drawn as a whole
+    draws: int = 1000,  # bootstrapped test sets
     seed: int = 0,  # the user's seed
 ) -> np.ndarray:  # (draws, N) float32, how often each image was drawn
     "Resample whole groups with replacement"
     names, member = np.unique(np.asarray(groups, str), return_inverse=True)
-    times = rng_for(seed, 'bootstrap').multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return times[:, member].astype(np.float32)
+    evenly = np.full(len(names), 1 / len(names))
+    times_drawn = rng_for(seed, 'bootstrap').multinomial(len(names), evenly, size=draws)
+    return times_drawn[:, member].astype(np.float32)
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #3c557a2e
 def weighted_f1(
-    said: np.ndarray,  # (N, K) bool decisions
+    decisions: np.ndarray,  # (N, K) bool
     labels: np.ndarray,  # (N, K) multi-hot
-    weights: np.ndarray,  # (draws, N)
+    weights: np.ndarray,  # (draws, N), e.g. of `bootstrap_weights`
 ) -> np.ndarray:  # (draws, K), NaN where the class does not occur in `labels`
     "F1 of each class under each row of weights"
     truth = labels > 0.5
-    hits = weights @ (said & truth).astype(np.float32)
-    either = weights @ said.astype(np.float32) + weights @ truth.astype(np.float32)
-    return np.where(truth.any(0), 2 * hits / np.maximum(either, 1e-9), np.nan)
+    true_positives = weights @ (decisions & truth).astype(np.float32)
+    predicted = weights @ decisions.astype(np.float32)
+    present = weights @ truth.astype(np.float32)
+    return np.where(truth.any(0), 2 * true_positives / np.maximum(predicted + present, 1e-9), np.nan)
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #4c533b3e
 def macro(
@@ -51,15 +53,17 @@ def difference_intervals(
     differences: np.ndarray,  # (arms, seeds) paired differences, arm minus baseline
     test_variance: np.ndarray,  # (arms,) variance of each arm's mean difference over bootstrapped test sets
     num_groups: int,  # independent groups in the test set
-    confidence: float = 0.95,  # share of such intervals that hold the truth
-) -> pd.DataFrame:  # a row an arm: difference, low, high, se, df
+    confidence: float = 0.95,  # share of such intervals that contain the true difference
+) -> pd.DataFrame:  # a row an arm: difference, low, high, se (standard error), df (degrees of freedom)
     "Intervals of mean differences from seed spread (pooled over arms) and test-set variance"
     arms, seeds = differences.shape
     mean = differences.mean(1)
     if seeds < 2:
         return pd.DataFrame(dict(difference=mean, low=np.nan, high=np.nan, se=np.nan, df=0.0))
-    spread, df_seeds = differences.var(1, ddof=1).mean() / seeds, arms * (seeds - 1)
-    total = spread + test_variance
-    df = total**2 / (spread**2 / df_seeds + test_variance**2 / max(num_groups - 1, 1)).clip(1e-30)
+    seed_variance = differences.var(1, ddof=1).mean() / seeds
+    seed_df = arms * (seeds - 1)
+    test_df = max(num_groups - 1, 1)
+    total = seed_variance + test_variance
+    df = total**2 / (seed_variance**2 / seed_df + test_variance**2 / test_df).clip(1e-30)
     half = stats.t.ppf((1 + confidence) / 2, df) * total**0.5
     return pd.DataFrame(dict(difference=mean, low=mean - half, high=mean + half, se=total**0.5, df=df))

@@ -5,6 +5,7 @@
 # %% ../../nbs/09_study/00_arms.ipynb #cd1654ce
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -21,22 +22,21 @@ from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
 
 # %% auto #0
-__all__ = ['SECTIONS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset',
-           'commands_of', 'with_overrides', 'study_config', 'section_config', 'arm_of']
+__all__ = ['DEFAULT_ARMS', 'SECTIONS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets',
+           'read_preset', 'commands_of', 'with_overrides', 'study_config', 'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #47cda5a5
 class SimulateConfig(Config):
     "Simulated cells, see `simulate_store`"
 
     size: int = pydantic.Field(32, ge=32, le=512)  # pixels
-    counts: dict[str, int] = dict(train=2000, val=400, test=800)  # images in each part
+    counts: dict[str, int] = dict(train=2000, val=400, test=800)  # images in each split
     classes: tuple[str, ...] | None = None  # HPA classes; None for all 28
     temper: float = pydantic.Field(0.5, ge=0)  # exponent of HPA's label-set counts; below 1 flattens the tail
     shift: float = pydantic.Field(0.0, ge=0, le=1)  # how far test cell lines are moved beyond training's
     cells: int = pydantic.Field(1, ge=1)  # in an image; more make a field
-    least: int | None = pydantic.Field(
-        None, ge=1
-    )  # antibodies of every class in each part; four, or fewer in small parts, unless given
+    # antibodies of every class in each split; four, or fewer in small splits, unless given
+    least: int | None = pydantic.Field(None, ge=1)
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(Config):
@@ -50,7 +50,7 @@ class PrepareConfig(Config):
 class DataConfig(Config):
     "One of the two; `folder` wins"
 
-    folder: str | None = None  # a store, or the challenge's folder
+    folder: str | None = None  # a store, or a folder of fields
     simulate: SimulateConfig | None = None  # cells to simulate; None for none
     prepare: PrepareConfig = PrepareConfig()  # how to read a folder of fields
 
@@ -61,15 +61,14 @@ class ArmConfig(Config):
     name: str  # in the report and as a folder
     strategy: str = ''  # a name in `STRATEGIES`; the arm's own name if empty
     options: dict[str, bool | float | str] = {}  # of the strategy, e.g. alpha
-    source: Literal['generator', 'oracle'] = (
-        'generator'  # of its synthetic images; the oracle simulates them, perfectly
-    )
+    # of its synthetic images; the oracle simulates them, perfectly
+    source: Literal['generator', 'oracle'] = 'generator'
     partners: str = 'any'  # which synthetic image stands beside a real one, see `Partners`
-    ratio: float = 1.0  # synthetic images for each real one a step; 1 where they are mixed one to one
+    ratio: float = 1.0  # synthetic images for each real one in a step; 1 where they are mixed one to one
 
     @pydantic.model_validator(mode='before')
     @classmethod
-    def _short(cls, value):
+    def _from_name(cls, value):
         return {'name': value} if isinstance(value, str) else value
 
     @pydantic.model_validator(mode='after')
@@ -85,8 +84,8 @@ class ArmConfig(Config):
     @property
     def uses(self) -> tuple[str, ...]:
         "Which images it wants: 'real', 'synthetic'"
-        s = STRATEGIES[self.kind]
-        return s.uses if s.extra == 'synthetic' else ('real',)
+        strategy_class = STRATEGIES[self.kind]
+        return strategy_class.uses if strategy_class.extra == 'synthetic' else ('real',)
 
     @property
     def taught(self) -> bool:
@@ -94,6 +93,9 @@ class ArmConfig(Config):
         return STRATEGIES[self.kind].teacher
 
 # %% ../../nbs/09_study/00_arms.ipynb #43ac586d
+DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
+
+# %% ../../nbs/09_study/00_arms.ipynb #c9f88fa6
 class StudyConfig(Config):
     "Everything that a study depends on"
 
@@ -104,13 +106,11 @@ class StudyConfig(Config):
     generator: GeneratorConfig = GeneratorConfig()  # how it is trained
     generate: GenerateConfig = GenerateConfig()  # how many synthetic images, and how they are drawn
     classifier: ClassifierConfig = ClassifierConfig()  # of all arms
-    arms: tuple[ArmConfig, ...] = tuple(
-        ArmConfig(name=n) for n in ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
-    )  # what is compared; 'real' is among them
+    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=name) for name in DEFAULT_ARMS)  # 'real' must be among them
 
     @pydantic.field_validator('arms')
     def _baseline(cls, arms):
-        names = [a.name for a in arms]
+        names = [arm.name for arm in arms]
         if 'real' not in names:
             raise InputError("a study needs the arm 'real': the others are compared with it")
         if len(names) < 2:
@@ -121,8 +121,8 @@ class StudyConfig(Config):
 
     @pydantic.model_validator(mode='after')
     def _trainable(self):
-        for a in self.arms:
-            check_strategy(self.classifier, strategy(a.kind, **a.options))
+        for arm in self.arms:
+            check_strategy(self.classifier, strategy(arm.kind, **arm.options))
         if not self.data.folder and self.data.simulate:
             check_size(self.classifier.backbone, self.data.simulate.size)
         return self
@@ -130,11 +130,12 @@ class StudyConfig(Config):
 # %% ../../nbs/09_study/00_arms.ipynb #32d7fdb8
 def _yaml_files(folder, above=''):
     "Name and content of every YAML file in a folder of assets and the folders in it"
-    for f in sorted(folder.iterdir(), key=lambda f: (f.is_dir(), f.name)):
-        if f.is_dir():
-            yield from _yaml_files(f, f'{above}{f.name}/')
-        elif f.name.endswith('.yaml'):
-            yield above + f.name.removesuffix('.yaml'), yaml.safe_load(f.read_text())
+    files_first = sorted(folder.iterdir(), key=lambda entry: (entry.is_dir(), entry.name))
+    for entry in files_first:
+        if entry.is_dir():
+            yield from _yaml_files(entry, f'{above}{entry.name}/')
+        elif entry.name.endswith('.yaml'):
+            yield above + entry.name.removesuffix('.yaml'), yaml.safe_load(entry.read_text())
 
 # %% ../../nbs/09_study/00_arms.ipynb #483c1eeb
 def presets() -> dict[str, dict]:  # name -> settings
@@ -153,45 +154,48 @@ def commands_of(
     values: dict,  # of a preset
 ) -> list[str]:  # 'run', 'train-generator', 'train-classifier'
     "Which commands a preset has settings for"
-    parts = [p for p in ('generator', 'classifier') if p in values]
-    return [*(['run'] if len(parts) == 2 else []), *(f'train-{p}' for p in parts)]
+    commands = [f'train-{section}' for section in ('generator', 'classifier') if section in values]
+    return ['run', *commands] if len(commands) == 2 else commands
 
 # %% ../../nbs/09_study/00_arms.ipynb #7a36ca20
 def with_overrides(
     values: dict,  # nested settings
-    overrides: list[str],  # 'a.b=value', the value in YAML
+    overrides: Sequence[str],  # 'a.b=value', the value in YAML
 ) -> dict:  # a changed copy
     "Apply `a.b=value`; raises `InputError` where the form is wrong"
-    if not isinstance(values, dict):
-        raise InputError(f"'{overrides[0]}' sets a part of '{values}', which has no parts")
-
-    def value_of(text):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"'{text}' is not a value in YAML: quote it, or close its brackets") from None
-
     for text in overrides:
-        key, sep, value = text.partition('=')
-        if not sep or not key:
+        key, equals, value = text.partition('=')
+        if not equals or not key:
             raise InputError(f"'{text}' is not of the form name.of.setting=value")
-        first, _, rest = key.partition('.')
-        values = {
-            **values,
-            first: with_overrides(values.get(first) or {}, [f'{rest}={value}']) if rest else value_of(value),
-        }
+        values = _with_value(values, key, value, text)
     return values
+
+# %% ../../nbs/09_study/00_arms.ipynb #0af4e488
+def _with_value(values, key, value, text):
+    "Settings with one of them changed; `text` is what the user wrote"
+    if not isinstance(values, dict):
+        raise InputError(f"'{text}' sets a part of '{values}', which has no parts")
+    first, _, rest = key.partition('.')
+    if rest:
+        return {**values, first: _with_value(values.get(first) or {}, rest, value, text)}
+    try:
+        return {**values, first: yaml.safe_load(value)}
+    except yaml.YAMLError:
+        raise InputError(f"'{value}' is not a value in YAML: quote it, or close its brackets") from None
 
 # %% ../../nbs/09_study/00_arms.ipynb #1861a7a1
 def study_config(
     preset: str = 'demo',  # a preset or a YAML file
-    data: str | None = None,  # a store or a folder of fields, instead of the preset's own
-    overrides: list[str] = (),  # 'a.b=value'
+    data: str | Path | None = None,  # a store or a folder of fields, instead of the preset's own
+    overrides: Sequence[str] = (),  # 'a.b=value'
 ) -> StudyConfig:
     "The validated settings of a study; raises `InputError` for the first mistake"
     values = read_preset(preset)
-    if 'data' not in values and not data and (told := commands_of(values)) and 'run' not in told:
-        raise InputError(f"the preset '{preset}' is no whole study: use it with `protloc {told[0]} --preset {preset}`")
+    commands = commands_of(values)
+    if 'data' not in values and not data and commands and 'run' not in commands:
+        raise InputError(
+            f"the preset '{preset}' is not a whole study: use it with `protloc {commands[0]} --preset {preset}`"
+        )
     values = with_overrides(values, overrides)
     if data:
         values = {**values, 'data': {**values.get('data', {}), 'folder': str(Path(data).resolve())}}
@@ -200,41 +204,42 @@ def study_config(
 # %% ../../nbs/09_study/00_arms.ipynb #75438821
 SECTIONS = dict(generator=GeneratorConfig, classifier=ClassifierConfig)
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #a6f0cd7a
 def section_config(
-    part: str,  # 'generator' or 'classifier'
+    section: str,  # 'generator' or 'classifier'
     preset: str = '',  # a preset or a YAML file; protloc's defaults unless given
-    overrides: list[str] = (),  # 'a.b=value', within the part
+    overrides: Sequence[str] = (),  # 'a.b=value', within the section
 ) -> GeneratorConfig | ClassifierConfig:
-    "The validated settings of one part; raises `InputError` for a preset that has none, or for the first mistake"
-    values = (
-        read_preset(preset)
-        if preset
-        else {part: dict(loop=SECTIONS[part]().loop.model_dump(mode='json', exclude_unset=True))}
-    )
-    if part not in values:
-        raise InputError(
-            f"the preset '{preset}' has no {part}:"
-            f" {f'use it with `protloc {commands_of(values)[0]}`' if commands_of(values) else f'put its settings under `{part}:`'}"
-        )
-    return read_config(
-        SECTIONS[part], with_overrides(values[part] or {}, overrides), f"preset '{preset}'" if preset else '--set'
-    )
+    "The validated settings of one section; raises `InputError` for a preset without it, or for the first mistake"
+    kind = SECTIONS[section]
+    if not preset:
+        # given in full, so that an override of one setting of the loop keeps the section's other defaults
+        defaults = dict(loop=kind().loop.model_dump(mode='json', exclude_unset=True))
+        return read_config(kind, with_overrides(defaults, overrides), '--set')
+    values = read_preset(preset)
+    if section not in values:
+        commands = commands_of(values)
+        mend = f'use it with `protloc {commands[0]}`' if commands else f'put its settings under `{section}:`'
+        raise InputError(f"the preset '{preset}' has no {section}: {mend}")
+    return read_config(kind, with_overrides(values[section] or {}, overrides), f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #aac119e7
 def arm_of(
     preset: str = '',  # a preset or a YAML file
-    name: str = '',  # of the arm, or of a strategy where the preset has no such arm; the preset's only one, or 'real', unless given
+    # of the arm, or of a strategy that is no arm of the preset; the preset's only arm, or 'real', unless given
+    name: str = '',
+    options: Sequence[str] = (),  # 'name=value', of the strategy, beside the arm's own
+    **changes,  # other fields of the arm: partners, ratio
 ) -> ArmConfig:
     "The arm that a single classifier is trained in; raises `InputError` where it is not clear"
     arms = (read_preset(preset).get('arms') or []) if preset else []
     if not isinstance(arms, list):
         raise InputError(f"the arms of the preset '{preset}' must be a list, not '{arms}'")
-    given = [a if isinstance(a, dict) else dict(name=a) for a in arms]
-    if not name and len(given) > 1:
-        raise InputError(
-            f"the preset '{preset}' has the arms {', '.join(str(a.get('name')) for a in given)}: choose one with"
-            " --strategy"
-        )
-    chosen = [a for a in given if a.get('name') == name or not name]
-    return read_config(ArmConfig, chosen[0] if chosen else dict(name=name or 'real'), 'arm')
+    arms = [arm if isinstance(arm, dict) else dict(name=arm) for arm in arms]
+    if not name and len(arms) > 1:
+        names = ', '.join(str(arm.get('name')) for arm in arms)
+        raise InputError(f"the preset '{preset}' has the arms {names}: choose one with --strategy")
+    fitting = [arm for arm in arms if arm.get('name') == name or not name]
+    arm = read_config(ArmConfig, fitting[0] if fitting else dict(name=name or 'real'), 'arm')
+    changed = {**arm.model_dump(), 'options': with_overrides(arm.options, options), **changes}
+    return read_config(ArmConfig, changed, f"the strategy '{arm.name}'")

@@ -1,0 +1,13 @@
+"Opens a finished run and draws from it; fails if that imports PyTorch or training. Argument: the run's folder."
+
+import sys
+
+import protloc.study.figures
+import protloc.study.verdict
+
+results = protloc.study.figures.Results(sys.argv[1])
+protloc.study.figures.fig_scores(results)
+protloc.study.verdict.write_results(results.study)
+print(results.verdict.to_string())
+for module in ('torch', 'protloc.training', 'protloc.study.runner'):
+    assert module not in sys.modules, module
