@@ -184,12 +184,13 @@ def claim_settings(
     path: str | Path,  # where they are noted, beside what they decide: a .json or .yaml file
     settings: dict,  # all that decides the result; what JSON can hold
     mend: str = 'choose another folder, or remove this one',  # what the user can do, for the message
+    anew: bool = False,  # replace what is noted: nothing has been made by it yet
 ):
     "Note the settings of a folder; raises `InputError` where it was begun with others"
     path = Path(path)
     as_yaml = path.suffix == '.yaml'
     here = json.loads(json.dumps(settings, default=str))
-    if not path.exists():
+    if anew or not path.exists():
         return write_text(path, yaml.safe_dump(here, sort_keys=False)) if as_yaml else write_json(path, here)
     noted = path.read_text(encoding='utf-8')
     difference = first_difference(yaml.safe_load(noted) if as_yaml else json.loads(noted), here)

@@ -24,6 +24,7 @@ from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
 from ..evaluate.label_fidelity import label_fidelity
+from ..metrics import METRICS
 from ..plots import details, preformatted, show_cells, show_intervals
 from .verdict import VERDICT_COLOURS, Study, write_results
 
@@ -140,7 +141,7 @@ def _despine(ax: Axes):
 # %% ../../nbs/09_study/05_figures.ipynb #19d5bac2
 def table_scores(results: Results) -> pd.DataFrame:  # a row an arm, columns (test or validation, score)
     "Mean and standard deviation over seeds"
-    names = {'macro_f1': 'macro-F1', 'micro_f1': 'micro-F1', 'map': 'mAP'}
+    names = {name: title for name, (title, _) in METRICS.items()}
 
     def mean_and_deviation(values):
         mean = f'{values.mean():.3f}'

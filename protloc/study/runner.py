@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
-from ..core import InputError, claim_settings, derive_seed, exclusive, remove, versions, write_json
+from ..core import InputError, claim_settings, derive_seed, exclusive, versions, write_json
 from ..data.hpa import labelled_fields, prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.store import ImageStore
@@ -40,11 +40,9 @@ def claim_folder(
     run = RunFolder(folder)
     if not run.config.exists() and run.path.exists() and any(run.path.iterdir()):
         raise InputError(f'{folder} is not empty and holds no study: choose another folder with --out')
-    begun = run.begun
-    if not begun:
-        remove(run.config)
-    claim_settings(run.config, config.model_dump(mode='json'), 'choose another folder with --out, or remove this one')
-    if not begun:
+    mend = 'choose another folder with --out, or remove this one'
+    claim_settings(run.config, config.model_dump(mode='json'), mend, anew=not run.begun)
+    if not run.begun:
         write_json(run.versions, versions())
     return run
 
