@@ -48,14 +48,15 @@ def test_results_are_complete(finished):
 
 
 def test_arms_see_the_same_real_images_for_the_same_number_of_steps(finished):
-    from protloc.classify.mixing import strategy
-    from protloc.classify.train import ClassifierConfig, sources
+    from protloc.classify.mixing import build_strategy
+    from protloc.classify.train import ClassifierConfig, strategy_batches
     from protloc.training import LoopConfig
 
     real, synthetic = ImageStore(finished / 'real'), ImageStore(finished / 'synthetic')
     c = ClassifierConfig(loop=LoopConfig(batch_size=16), augment=dict(crop_scale=(0.8, 1), jitter=0.2))
     alone, both = (
-        sources(strategy(name), real, other, c, seed=3) for name, other in (('real', None), ('concat', synthetic))
+        strategy_batches(build_strategy(name), real, other, c, seed=3)
+        for name, other in (('real', None), ('concat', synthetic))
     )
     for step in (0, 7, 40):
         assert (alone.augmented(alone[step], step)['real'][0] == both.augmented(both[step], step)['real'][0]).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from protloc.classify.predict import open_exported
+from protloc.classify.export import open_exported
 from protloc.data.simulate import simulate_store
 from protloc.data.store import ImageStore
 from protloc.study.arms import study_config
