@@ -427,7 +427,7 @@ def _read_file(path):
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #4ca33090
 def _timm_weights(classifier, path=None):
-    "A timm network's pretrained weights, fitted by timm to size and pooling; raises `InputError` for missing or wrong ones"
+    "A timm network's pretrained weights, fitted by timm to size and pooling; raises `InputError` for wrong ones"
     name = classifier.card['backbone']
     overlay = {'pretrained_cfg_overlay': {'file': str(path)}} if path else {}
     missing = _missing_keys(classifier.backbone, _read_file(path)) if path else []

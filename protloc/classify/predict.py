@@ -138,7 +138,9 @@ def load_classifiers(
     if not folders:
         raise InputError('no classifier is given: name the folder of one, or of several')
     models, cards = zip(*map(load_classifier, folders), strict=True)
-    first, *others = (ImageKind.of(card, str(folder)) for folder, card in zip(folders, cards, strict=True))
-    for kind in others:
-        kind.must_match(first, mend='only classifiers that were trained on images of one kind can be averaged')
-    return list(models), cards[0]
+    first, mend = cards[0], 'only classifiers that were trained on images of one kind can be averaged'
+    for folder, card in zip(folders, cards, strict=True):
+        ImageKind.of(card, str(folder)).must_match(ImageKind.of(first, str(folders[0])), mend=mend)
+        if card['fields'] != first['fields']:  # new fields are prepared as the first card says
+            raise InputError(f"{folder} has fields {card['fields']}, {folders[0]} has {first['fields']}: {mend}")
+    return list(models), first
