@@ -74,6 +74,7 @@ def test_a_field_without_nuclei_still_gets_an_answer(protloc, challenge, model, 
     assert pd.read_csv(tmp_path / 'said.csv').Id.tolist() == ['glass']
 
 
+@pytest.mark.slow
 def test_bad_files_are_listed_beside_the_predictions(protloc, challenge, model, tmp_path):
     (challenge / 'train' / 'f3_red.png').write_text('hello')
     code, _, err = protloc('predict', model, challenge, tmp_path / 'said.csv')
@@ -301,7 +302,7 @@ PAPER = dict(pooling='avg+max', head='mlp_cosine')
         ('torchscript', 'resnet10', PAPER),
         ('export', 'resnet10', {}),
         ('export', 'resnet10', PAPER),
-        ('torchscript', 'swin_t', {}),
+        pytest.param('torchscript', 'swin_t', {}, marks=pytest.mark.slow),
     ],
 )
 def test_exported_classifiers_say_the_same(cells, tmp_path, kind, backbone, options):
