@@ -59,11 +59,11 @@ def batch(n=6, channels=4, size=32):
 
 
 @pytest.fixture
-def said():
+def warned():
     "Warnings that were given"
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        yield found
+        yield caught
 
 
 # Networks
@@ -288,30 +288,30 @@ def save(classifier, folder):
     write_json(folder / 'classifier.json', {**classifier.card, 'channels': STAINS, 'classes': list('abcde')})
 
 
-def test_another_classifier_gives_its_head_to_the_same_classes_only(tmp_path, said):
+def test_another_classifier_gives_its_head_to_the_same_classes_only(tmp_path, warned):
     with seeded(1, 'test'):
         other = Classifier('resnet10', 4, 5).eval()
     other.mean.fill_(100.0)
     save(other, tmp_path)
     images = batch()
     same = load_pretrained(built().eval(), tmp_path, STAINS, 'abcde')
-    assert same(images).equal(other(images)) and not said
+    assert same(images).equal(other(images)) and not warned
     new = load_pretrained(built().eval(), tmp_path, STAINS, 'abcdf')
     assert new.features(images).equal(other.features(images))
     assert new.head.weight.equal(built().head.weight)
-    assert 'its classes differ' in str(said[-1].message)
+    assert 'its classes differ' in str(warned[-1].message)
     load_pretrained(built(), tmp_path)
-    assert 'its classes differ' in str(said[-1].message), 'without names nothing is known of the classes'
+    assert 'its classes differ' in str(warned[-1].message), 'without names nothing is known of the classes'
     load_pretrained(built(pooling='max', head='mlp'), tmp_path, STAINS, 'abcde')
-    assert 'its pooling and head differ' in str(said[-1].message)
+    assert 'its pooling and head differ' in str(warned[-1].message)
 
 
-def test_another_classifier_of_an_earlier_version_has_an_average_and_a_linear_head(tmp_path, said):
+def test_another_classifier_of_an_earlier_version_has_an_average_and_a_linear_head(tmp_path, warned):
     save(built(), tmp_path)
     card = json.loads((tmp_path / 'classifier.json').read_text())
     write_json(tmp_path / 'classifier.json', {k: v for k, v in card.items() if k not in ('pooling', 'head')})
     load_pretrained(Classifier('resnet10', 4, 5), tmp_path, STAINS, 'abcde')
-    assert not said
+    assert not warned
 
 
 def test_another_classifier_of_another_kind(tmp_path):
@@ -387,15 +387,15 @@ def test_aux_bn_leaves_no_number_behind():
     assert all(layer.num_real is None for layer in classifier.modules() if isinstance(layer, AuxBatchNorm))
 
 
-def test_aux_bn_twice_is_once_and_weights_stay_those_of_the_plain_network(said):
+def test_aux_bn_twice_is_once_and_weights_stay_those_of_the_plain_network(warned):
     classifier = with_aux_bn(with_aux_bn(built()))
-    assert has_aux_bn(classifier) and not has_aux_bn(built()) and not said
+    assert has_aux_bn(classifier) and not has_aux_bn(built()) and not warned
     plain, state = built().state_dict(), classifier.state_dict()
     assert {k for k in state if '.aux.' not in k} == set(plain) and all(state[k].equal(v) for k, v in plain.items())
     assert all(isinstance(m, nn.BatchNorm2d) for m in classifier.modules() if isinstance(m, AuxBatchNorm))
     with torch.device('meta'):
         swin = with_aux_bn(Classifier('swin_t', 4, 5))
-    assert not has_aux_bn(swin) and str(said[0].message).startswith('aux_bn changes nothing')
+    assert not has_aux_bn(swin) and str(warned[0].message).startswith('aux_bn changes nothing')
 
 
 # Losses
@@ -491,13 +491,13 @@ def test_arcface_falls_with_the_cosine_without_a_jump():
     assert (loss >= bce(30 * cos, torch.ones_like(cos)) - 1e-9).all()
 
 
-def test_balanced_weights(said):
+def test_balanced_weights(warned):
     labels = np.zeros((100, 4))
     labels[:50, 0] = 1
     labels[:10, 1] = 1
     labels[0, 2] = 1
     assert positive_weights('balanced', labels).tolist() == [1, 9, LARGEST_WEIGHT, 1]
-    assert 'class(es) number 3' in str(said[0].message) and len(said) == 1
+    assert 'class(es) number 3' in str(warned[0].message) and len(warned) == 1
     with pytest.warns(UserWarning, match='number 0, 1'):
         assert positive_weights('balanced', np.zeros((3, 2))).tolist() == [1, 1]
     assert positive_weights('balanced', torch.ones(3, 2)).gt(0).all()

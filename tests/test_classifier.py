@@ -149,14 +149,14 @@ def test_balance_shows_rare_classes_more_often(tmp_path, monkeypatch):
         batches = strategy_batches(build_strategy('concat'), rare, rare, settings, 0)
         return [rare.labels[source.rows_at(0)].mean(0) for source in batches.sources.values()]
 
-    for found in shares(1):
-        assert found == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.05)
+    for shown in shares(1):
+        assert shown == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.05)
     weights = np.array([180 * 198**-0.5, 18 * 18**-0.5, 2 * 2**-0.5])
-    for found in shares(0.5):
-        assert found[1:] == pytest.approx((weights / weights.sum())[[2, 1]], abs=0.02)
+    for shown in shares(0.5):
+        assert shown[1:] == pytest.approx((weights / weights.sum())[[2, 1]], abs=0.02)
     monkeypatch.setattr(train, 'balance_weights', None)
-    for found in shares(0):
-        assert found == pytest.approx([0.99, 0.01, 0.09], abs=1e-6)
+    for shown in shares(0):
+        assert shown == pytest.approx([0.99, 0.01, 0.09], abs=1e-6)
 
 
 def test_sources_left_out_are_not_read(stores, monkeypatch):
@@ -237,7 +237,7 @@ def test_bad_synthetic_images_are_told_before_anything_is_written(refused, store
     empty = store(tmp_path / 'empty', np.zeros((0, 3)))
     refused('holds no image: make some with `protloc generate`', name='concat', synthetic=empty)
     val_only = simulate_store(tmp_path / 'val only', dict(val=4), classes=NAMES)
-    refused("has no image in its part 'train'", name='concat', synthetic=val_only)
+    refused("has no image in its (part|split) 'train'", name='concat', synthetic=val_only)
     other_classes = simulate_store(tmp_path / 'other', dict(train=4), classes=NAMES[:2])
     differing = 'other has classes Nucleoli, Plasma membrane, .*real has Nucleoli, Plasma membrane, Cytosol'
     refused(differing, name='concat', synthetic=other_classes)
@@ -258,10 +258,10 @@ def test_teacher_of_another_vocabulary(refused, stores, teacher, tmp_path):
 def test_classes_and_channels_without_anything_to_learn_are_named(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 16, 16), dtype=np.uint8)
     images[:, 2] = 3
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         train_classifier(store(tmp_path / 'some', [[1, 0, 0]] * 8, images=images), tmp_path / 'run', config())
-    said = ' '.join(str(w.message) for w in told)
-    assert 'no training image shows Plasma membrane, Cytosol' in said and 'the channel blue is constant' in said
+    warned = ' '.join(str(w.message) for w in caught)
+    assert 'no training image shows Plasma membrane, Cytosol' in warned and 'the channel blue is constant' in warned
 
 
 @pytest.mark.parametrize(

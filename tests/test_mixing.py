@@ -462,7 +462,7 @@ def test_strategies_hold_no_state(batches):
 
 
 @pytest.mark.parametrize(
-    'name, options, told',
+    'name, options, sentence',
     [
         ('mixloss', {}, "did you mean 'mix_loss'"),
         ('mix_loss', dict(alfa=1), "did you mean 'alpha'"),
@@ -475,7 +475,7 @@ def test_strategies_hold_no_state(batches):
         ('real', dict(alpha=1), "there is no setting 'alpha'"),
     ],
 )
-def test_wrong_options_are_told(name, options, told):
-    with pytest.raises(InputError, match=told) as e:
+def test_wrong_options_are_told(name, options, sentence):
+    with pytest.raises(InputError, match=sentence) as e:
         build_strategy(name, **options)
     assert '\n' not in str(e.value)

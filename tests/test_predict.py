@@ -56,13 +56,14 @@ def model(protloc, challenge, tmp_path):
 
 
 def test_a_folder_is_prepared_as_the_training_images_were(protloc, challenge, model, tmp_path):
-    code, _, err = protloc('predict', model, challenge, tmp_path / 'said.csv', '--probabilities', tmp_path / 'p.csv')
+    out, table = tmp_path / 'submission.csv', tmp_path / 'p.csv'
+    code, _, err = protloc('predict', model, challenge, out, '--probabilities', table)
     assert code == 0, err
-    store, table = ImageStore(tmp_path / 'store'), pd.read_csv(tmp_path / 'p.csv', index_col='Id')
+    store, predicted = ImageStore(tmp_path / 'store'), pd.read_csv(table, index_col='Id')
     assert store.manifest['made']['tiles_dropped'] == 12
     tiles = pd.DataFrame(probabilities(load_classifier(model)[0], store, store.rows()))
     expected = tiles.groupby(store.table.group.values).mean()
-    assert np.abs(table.loc[expected.index].to_numpy() - expected.to_numpy()).max() < 1e-5
+    assert np.abs(predicted.loc[expected.index].to_numpy() - expected.to_numpy()).max() < 1e-5
 
 
 def test_a_field_without_nuclei_still_gets_an_answer(protloc, challenge, model, tmp_path):
@@ -70,19 +71,19 @@ def test_a_field_without_nuclei_still_gets_an_answer(protloc, challenge, model, 
     new.mkdir()
     for stain in STAINS:
         Image.fromarray(np.full((64, 64), 9, np.uint8)).save(new / f'glass_{stain}.png')
-    assert protloc('predict', model, new, tmp_path / 'said.csv')[0] == 0
-    assert pd.read_csv(tmp_path / 'said.csv').Id.tolist() == ['glass']
+    assert protloc('predict', model, new, tmp_path / 'submission.csv')[0] == 0
+    assert pd.read_csv(tmp_path / 'submission.csv').Id.tolist() == ['glass']
 
 
 @pytest.mark.slow
 def test_bad_files_are_listed_beside_the_predictions(protloc, challenge, model, tmp_path):
     (challenge / 'train' / 'f3_red.png').write_text('hello')
-    code, _, err = protloc('predict', model, challenge, tmp_path / 'said.csv')
-    assert code == 2 and f'1 of 8 fields cannot be used, see {tmp_path}/said.csv.bad.csv' in err
-    assert not (tmp_path / 'said.csv').exists()
-    assert pd.read_csv(tmp_path / 'said.csv.bad.csv').Id.tolist() == ['f3']
-    assert protloc('predict', model, challenge, tmp_path / 'said.csv', '--skip-bad')[0] == 0
-    assert len(pd.read_csv(tmp_path / 'said.csv')) == 7
+    code, _, err = protloc('predict', model, challenge, tmp_path / 'submission.csv')
+    assert code == 2 and f'1 of 8 fields cannot be used, see {tmp_path}/submission.csv.bad.csv' in err
+    assert not (tmp_path / 'submission.csv').exists()
+    assert pd.read_csv(tmp_path / 'submission.csv.bad.csv').Id.tolist() == ['f3']
+    assert protloc('predict', model, challenge, tmp_path / 'submission.csv', '--skip-bad')[0] == 0
+    assert len(pd.read_csv(tmp_path / 'submission.csv')) == 7
 
 
 @pytest.mark.parametrize(
@@ -208,8 +209,8 @@ def test_guard(cells, tmp_path, what, other):
     save_classifier(classifier(), tmp_path, cells)
     card = load_classifier(tmp_path)[1]
     cells.kind.must_match(ImageKind.of(card, 'the classifier'))
-    with pytest.raises(InputError, match=f'has {what} .*, the classifier has .*: prepare the images anew'):
-        cells.kind.must_match(ImageKind.of({**card, what: other}, 'the classifier'), mend='prepare the images anew')
+    with pytest.raises(InputError, match=f'has {what} .*, the classifier has .*: prepare the images again'):
+        cells.kind.must_match(ImageKind.of({**card, what: other}, 'the classifier'), mend='prepare the images again')
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_as_released_and_corrected_differ_where_they_say():
 
 
 @pytest.mark.parametrize(
-    'act,said',
+    'act,sentence',
     [
         (lambda: read_preset('paper/mixloss'), "did you mean 'paper/mix_loss'?"),
         (lambda: study_config('paper/mix_loss'), 'train-classifier --preset paper/mix_loss'),
@@ -97,10 +97,10 @@ def test_as_released_and_corrected_differ_where_they_say():
         (lambda: arm_of('demo'), 'choose one with --strategy'),
     ],
 )
-def test_mistakes(act, said):
+def test_mistakes(act, sentence):
     with pytest.raises(InputError) as e:
         act()
-    assert said in str(e.value) and '\n' not in str(e.value)
+    assert sentence in str(e.value) and '\n' not in str(e.value)
 
 
 def test_a_copied_preset_works(tmp_path):

@@ -285,8 +285,8 @@ def _fit(model, strategy, criterion, batches, real, folder, config, seed, name):
         return strategy.loss(model, criterion, batch.get('real'), batch.get('synthetic'), batch['progress'])
 
     def evaluate(model, step):
-        found = scores(probabilities(model, real, val), real.labels[val])
-        return {f'val_{score}': value for score, value in found.items()}
+        values = scores(probabilities(model, real, val), real.labels[val])
+        return {f'val_{score}': value for score, value in values.items()}
 
     fit(model, loss, batches, config.loop, folder, seed, evaluate, 'val_macro_f1', name, strategy.aux_bn)
     load_weights(model, folder / f'{config.keep}.safetensors')
