@@ -589,7 +589,8 @@ def evaluate(
     tta: Tta = False,
 ):
     "Score a classifier on one split of a store."
-    from protloc.classify.predict import probabilities, read_thresholds
+    from protloc.classify.predict import probabilities
+    from protloc.classify.thresholds import read_thresholds
     from protloc.metrics import per_class, scores
 
     models, card, images = _classifiers_and_images(classifier, also, store)
@@ -632,7 +633,8 @@ def thresholds(
     "Choose a threshold for each class on one split of a store."
     if (also or tta) and not out:
         raise InputError('these thresholds are not those of one classifier alone: name a file for them with --out')
-    from protloc.classify.predict import choose_thresholds, probabilities
+    from protloc.classify.predict import probabilities
+    from protloc.classify.thresholds import choose_thresholds
 
     models, card, images = _classifiers_and_images(classifier, also, store)
     rows = images.rows(split)
@@ -662,14 +664,9 @@ def predict(
     skip_bad: SkipBad = False,
 ):
     "Predict the organelles in a folder of images and write the challenge's submission file."
-    from protloc.classify.predict import (
-        check_table,
-        load_classifiers,
-        predict_folder,
-        read_thresholds,
-        submission,
-        write_probabilities,
-    )
+    from protloc.classify.predict import load_classifiers
+    from protloc.classify.submission import check_table, predict_folder, submission, write_probabilities
+    from protloc.classify.thresholds import read_thresholds
     from protloc.core import write_text
 
     if probabilities:
@@ -690,7 +687,7 @@ def export(
     kind: Annotated[str, typer.Option(help='onnx, torchscript, or export for torch.export.')] = 'onnx',
 ):
     "Write a classifier as one file that runs without protloc; it is checked before it is kept."
-    from protloc.classify.predict import export_classifier
+    from protloc.classify.export import export_classifier
 
     export_classifier(classifier, out, kind)
     print(f'Exported: {out.resolve()}')

@@ -75,15 +75,15 @@ def test_a_run_without_the_judges_answers_is_continued(protloc, finished, small,
 
 
 def test_arms_see_the_same_real_images_for_the_same_number_of_steps(finished):
-    from protloc.classify.mixing import strategy
-    from protloc.classify.train import ClassifierConfig, sources
+    from protloc.classify.mixing import build_strategy
+    from protloc.classify.train import ClassifierConfig, strategy_batches
     from protloc.training import LoopConfig
 
     run = RunFolder(finished)
     real, synthetic = run.open_real(), run.open_synthetic()
     config = ClassifierConfig(loop=LoopConfig(batch_size=16), augment=dict(crop_scale=(0.8, 1), jitter=0.2))
-    alone = sources(strategy('real'), real, None, config, seed=3)
-    both = sources(strategy('concat'), real, synthetic, config, seed=3)
+    alone = strategy_batches(build_strategy('real'), real, None, config, seed=3)
+    both = strategy_batches(build_strategy('concat'), real, synthetic, config, seed=3)
     for step in (0, 7, 40):
         images, labels = alone[step]['real']
         assert (alone.augmented(alone[step], step)['real'][0] == both.augmented(both[step], step)['real'][0]).all()

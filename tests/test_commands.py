@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from protloc.classify.predict import open_exported
+from protloc.classify.export import open_exported
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.study.arms import study_config

@@ -12,13 +12,12 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model, get_model_weights
@@ -29,19 +28,22 @@ from ..core import InputError, lookup
 
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool', 'with_pooling',
-           'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'Classifier', 'AuxBatchNorm',
-           'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'load_pretrained', 'standardise']
+           'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine', 'Classifier',
+           'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'load_pretrained', 'standardise']
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7a5b3acf
 def resnet10(
-    width: int = 32,  # channels of the first stage; doubles at each of the four stages
+    width: int = 32,  # channels of the first stage; doubles at each of the next three
 ) -> ResNet:
     "A ResNet with one basic block a stage and a 3 x 3 stem, for images of 16 to 96 pixels"
     net = ResNet(BasicBlock, [1, 1, 1, 1])
-    net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.Identity()
+    net.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+    net.bn1 = nn.BatchNorm2d(width)
+    net.maxpool = nn.Identity()
     net.inplanes = width
     for i in range(4):
-        setattr(net, f'layer{i + 1}', net._make_layer(BasicBlock, width * 2**i, 1, stride=1 if i in (0, 3) else 2))
+        stride = 1 if i in (0, 3) else 2
+        setattr(net, f'layer{i + 1}', net._make_layer(BasicBlock, width * 2**i, 1, stride=stride))
     net.fc = nn.Linear(width * 8, 1000)
     return net
 
@@ -52,42 +54,47 @@ class Backbone:
 
     stem: str  # its first convolution
     classifier: str  # its classification layer
-    least: int = 32  # smallest edge of an image, px
-    multiple: int = 1  # edges are multiples of it, px
-    pool: str = 'avgpool'  # the layer that pools its feature maps; '' where a class token stands for them
+    min_size: int = 32  # smallest edge of an image, px
+    size_multiple: int = 1  # edges are multiples of it, px; above 1 the network is built for one size
+    pool: str = 'avgpool'  # the layer that pools its feature maps, or would; '' where a class token stands for them
+    build: Callable | None = None  # build() -> network; torchvision's network of the entry's name unless given
 
 
 BACKBONES = {
-    'resnet10': Backbone('conv1', 'fc', least=8),
-    **{n: Backbone('conv1', 'fc') for n in ('resnet18', 'resnet34', 'resnet50')},
-    'vit_b_16': Backbone('conv_proj', 'heads.head', least=16, multiple=16, pool=''),
-    **{n: Backbone('features.0.0', 'head') for n in ('swin_t', 'swin_b')},
+    'resnet10': Backbone('conv1', 'fc', min_size=8, build=resnet10),
+    'resnet18': Backbone('conv1', 'fc'),
+    'resnet34': Backbone('conv1', 'fc'),
+    'resnet50': Backbone('conv1', 'fc'),
+    'vit_b_16': Backbone('conv_proj', 'heads.head', min_size=16, size_multiple=16, pool=''),
+    'swin_t': Backbone('features.0.0', 'head'),
+    'swin_b': Backbone('features.0.0', 'head'),
     'convnext_tiny': Backbone('features.0.0', 'classifier.2'),
     'densenet121': Backbone('features.conv0', 'classifier', pool='features.pool'),
 }
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #a4f162ef
-def lookup_backbone(
-    name: str,  # in `BACKBONES`, or timm/<name>
-) -> Backbone:
-    "A network's entry; raises `InputError` for an unknown name, or where timm is wanted and not installed"
-    if not name.startswith('timm/'):
-        return lookup('backbone', name, BACKBONES)
+def _timm_backbone(name):
+    "The entry of a network of timm; raises `InputError` where timm has none, or none that fits"
     if not importlib.util.find_spec('timm'):
         raise InputError(
             f"the backbone '{name}' needs timm: run `pip install timm`, or choose one of {', '.join(BACKBONES)}"
         )
     import timm
 
-    name = name.removeprefix('timm/')
-    if not timm.is_model(name):
-        lookup('timm backbone', name, dict.fromkeys(timm.list_models()))
-    c = timm.get_pretrained_cfg(name)
-    if not isinstance(c.first_conv, str):
-        raise InputError(
-            f"the backbone 'timm/{name}' has no single first convolution to fit to the stains: choose another one"
-        )
-    return Backbone(c.first_conv, c.classifier, least=1)
+    timm_name = name.removeprefix('timm/')
+    if not timm.is_model(timm_name):
+        lookup('timm backbone', timm_name, dict.fromkeys(timm.list_models()))
+    card = timm.get_pretrained_cfg(timm_name)
+    if not isinstance(card.first_conv, str):
+        raise InputError(f"the backbone '{name}' has no single first convolution to fit to the stains: choose another")
+    return Backbone(card.first_conv, card.classifier, min_size=1)
+
+# %% ../../nbs/07_classify/00_backbone.ipynb #9474ef50
+def lookup_backbone(
+    name: str,  # in `BACKBONES`, or timm/<name>
+) -> Backbone:
+    "A network's entry; raises `InputError` for an unknown name, or where timm is wanted and not installed"
+    return _timm_backbone(name) if name.startswith('timm/') else lookup('backbone', name, BACKBONES)
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #8ce54bb2
 def check_size(
@@ -95,38 +102,38 @@ def check_size(
     size: int,  # edge of the images, px
 ):
     "Raise `InputError` where a backbone cannot take images of this size"
-    b = lookup_backbone(name)
-    if size < b.least:
+    entry = lookup_backbone(name)
+    if size < entry.min_size:
         raise InputError(
-            f"the backbone '{name}' is too deep for images of {size} px: it needs {b.least} px or more, and resnet10"
-            f" needs {BACKBONES['resnet10'].least}"
+            f"the backbone '{name}' is too deep for images of {size} px:"
+            f" it needs {entry.min_size} px or more, and resnet10 needs {BACKBONES['resnet10'].min_size}"
         )
-    if size % b.multiple:
+    if size % entry.size_multiple:
         raise InputError(
-            f"the backbone '{name}' cuts images into squares of {b.multiple} px: the size must be a multiple of"
-            f" {b.multiple}, not {size}"
+            f"the backbone '{name}' cuts images into squares of {entry.size_multiple} px:"
+            f" the size must be a multiple of {entry.size_multiple}, not {size}"
         )
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #99996cae
-POOLINGS = {'avg': ('mean',), 'max': ('amax',), 'avg+max': ('mean', 'amax')}
+POOLINGS = {'avg': ('mean',), 'max': ('amax',), 'avg+max': ('mean', 'amax')}  # name -> methods of a tensor
 
 
 class Pool(nn.Module):
-    "A pixel for each kind of pooling"
+    "One pixel for each kind of pooling"
 
     def __init__(
         self,
         pooling: str,  # a name in `POOLINGS`
     ):
         super().__init__()
-        self.kinds = POOLINGS[pooling]
+        self.methods = POOLINGS[pooling]
 
     def forward(
         self,
         maps: Tensor,  # (N, F, H, W)
     ) -> Tensor:  # (N, F, 1 or 2, 1)
         "Pool over the image"
-        return torch.cat([getattr(maps, k)((2, 3), keepdim=True) for k in self.kinds], 2)
+        return torch.cat([getattr(maps, method)((2, 3), keepdim=True) for method in self.methods], 2)
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7127c0d5
 def with_pooling(
@@ -134,7 +141,7 @@ def with_pooling(
     name: str,  # its name in `BACKBONES`
     pooling: str,  # a name in `POOLINGS`
 ) -> nn.Module:
-    "Pool in another way; 'avg' is what the network does by itself. Raises `InputError` where there is nothing to pool"
+    "Pool in another way; 'avg' is the network's own. Raises `InputError` where there is nothing to pool"
     pool = BACKBONES[name].pool
     if pooling == 'avg':
         return net
@@ -143,7 +150,7 @@ def with_pooling(
             f"the backbone '{name}' has a class token and no feature maps to pool: leave pooling at avg, not {pooling}"
         )
     layer = Pool(pooling)
-    if name == 'densenet121':
+    if pool not in dict(net.named_modules()):  # it pools in its `forward`, after a ReLU; this layer comes before both
         layer = nn.Sequential(nn.ReLU(inplace=True), layer, nn.Flatten(), nn.Unflatten(1, (-1, 1, 1)))
     net.set_submodule(pool, layer)
     return net
@@ -154,13 +161,11 @@ def with_stem(
     stem: str,  # its first convolution
     channels: int,  # C
 ) -> nn.Module:
-    "Let the first convolution take `channels` channels; its filters are drawn anew"
+    "Let the first convolution take `channels` channels; its filters are random"
     conv = net.get_submodule(stem)
     spread = conv.weight.detach().std() * (conv.in_channels / channels) ** 0.5
-    conv.in_channels, conv.weight = (
-        channels,
-        nn.Parameter(conv.weight.new_empty(conv.out_channels, channels, *conv.kernel_size)),
-    )
+    conv.in_channels = channels
+    conv.weight = nn.Parameter(conv.weight.new_empty(conv.out_channels, channels, *conv.kernel_size))
     conv.reset_parameters()
     nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
     if conv.bias is not None:  # it embeds patches, and the network's own spread is kept
@@ -176,8 +181,10 @@ def stem_filters(
 ) -> Tensor:  # (O, C, h, w)
     "Filters for N channels from those for red, green and blue"
     mean, rgb = weight.mean(1), ('red', 'green', 'blue')
-    own = dict(zip(rgb, weight.unbind(1))) if names and set(rgb) <= set(names) else {}
-    return torch.stack([own.get(n, mean) for n in names or range(channels)], 1) * (3 / channels)
+    of_colour = {}
+    if names and set(rgb) <= set(names):
+        of_colour = dict(zip(rgb, weight.unbind(1), strict=True))
+    return torch.stack([of_colour.get(name, mean) for name in names or range(channels)], 1) * (3 / channels)
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #1ee12997
 def _timm_net(name, size, pooling, **options):
@@ -204,9 +211,9 @@ def _timm_width(name, size, pooling):
             raise ValueError(f'{size} is no multiple of its {patch}')
         return features.shape[1]
     except Exception as e:
+        why = ' '.join(str(e).split())[:120]
         raise InputError(
-            f"the backbone '{name}' cannot take images of {size} px with pooling {pooling}"
-            f" ({' '.join(str(e).split())[:120]}): change one of them"
+            f"the backbone '{name}' cannot take images of {size} px with pooling {pooling} ({why}): change one of them"
         ) from None
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #1bc1ac13
@@ -217,15 +224,16 @@ def build_backbone(
     pooling: str = 'avg',  # a name in `POOLINGS`
 ) -> tuple[nn.Module, int]:  # the network, which gives pooled features; how many
     "A network without its classification layer; raises `InputError` for what it cannot take"
-    b = lookup_backbone(name)
+    entry = lookup_backbone(name)
     check_size(name, size)
     if name.startswith('timm/'):
         width = _timm_width(name, size, pooling)
-        return with_stem(_timm_net(name, size, pooling), b.stem, channels), width
-    options = {'image_size': size} if b.multiple > 1 else {}
-    net = with_stem(resnet10() if name == 'resnet10' else get_model(name, weights=None, **options), b.stem, channels)
-    width = net.get_submodule(b.classifier).in_features * len(lookup('pooling', pooling, POOLINGS))
-    net.set_submodule(b.classifier, nn.Identity())
+        return with_stem(_timm_net(name, size, pooling), entry.stem, channels), width
+    options = {'image_size': size} if entry.size_multiple > 1 else {}
+    net = entry.build() if entry.build else get_model(name, weights=None, **options)
+    with_stem(net, entry.stem, channels)
+    width = net.get_submodule(entry.classifier).in_features * len(lookup('pooling', pooling, POOLINGS))
+    net.set_submodule(entry.classifier, nn.Identity())
     return with_pooling(net, name, pooling), width
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #e6884dec
@@ -239,14 +247,15 @@ class CosineHead(nn.Module):
         scale: float = 30.0,  # logits lie between -scale and scale
     ):
         super().__init__()
-        self.scale, self.weight = scale, nn.Parameter(nn.init.xavier_normal_(torch.empty(num_classes, features)))
+        self.scale = scale
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(num_classes, features)))
 
     def forward(
         self,
-        x: Tensor,  # (N, F)
+        features: Tensor,  # (N, F)
     ) -> Tensor:  # (N, K)
         "scale * cos(angle between features and class vectors)"
-        return self.scale * F.linear(F.normalize(x), F.normalize(self.weight))
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #fc844179
 def mlp(
@@ -264,12 +273,15 @@ def mlp(
     )
 
 
-HEADS = {
-    'linear': nn.Linear,
-    'mlp': mlp,
-    'cosine': CosineHead,
-    'mlp_cosine': lambda features, num_classes: mlp(features, num_classes, CosineHead),
-}
+def mlp_cosine(
+    features: int,  # F
+    num_classes: int,  # K
+) -> nn.Sequential:
+    "An `mlp` whose last layer is a `CosineHead`"
+    return mlp(features, num_classes, CosineHead)
+
+
+HEADS = {'linear': nn.Linear, 'mlp': mlp, 'cosine': CosineHead, 'mlp_cosine': mlp_cosine}
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #a2806b9a
 class Classifier(nn.Module):
@@ -285,7 +297,8 @@ class Classifier(nn.Module):
         head: str = 'linear',  # a name in `HEADS`
     ):
         super().__init__()
-        self.card, self.size = dict(backbone=backbone, pooling=pooling, head=head), size
+        self.card = dict(backbone=backbone, pooling=pooling, head=head)
+        self.size = size
         net, width = build_backbone(backbone, channels, size, pooling)
         self.head = lookup('head', head, HEADS)(width, num_classes)
         self.backbone = net
@@ -295,60 +308,65 @@ class Classifier(nn.Module):
     def features(
         self,
         images: Tensor,  # (N, C, H, W) uint8, or floats of the same scale
-        real: int | None = None,  # images, from the first, with the main batch statistics; None for all
+        num_real: int | None = None,  # images, from the first, with the main batch statistics; None for all
     ) -> Tensor:  # (N, F) pooled features
         "What the head sees"
-        x = (images.float() - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-        if real is None:
-            return self.backbone(x)
-        with _first(self.backbone, real):
-            return self.backbone(x)
+        standardised = (images.float() - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+        if num_real is None:
+            return self.backbone(standardised)
+        with _main_statistics_for(num_real, self.backbone):
+            return self.backbone(standardised)
 
     def forward(
         self,
         images: Tensor,  # (N, C, H, W) uint8, or floats of the same scale
-        real: int | None = None,  # as in `features`
+        num_real: int | None = None,  # as in `features`
     ) -> Tensor:  # (N, K) logits
         "`head(features(images))`"
-        return self.head(self.features(images, real))
+        return self.head(self.features(images, num_real))
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #4d4b7a73
 class AuxBatchNorm:
-    "Two BatchNorms in one layer: `aux` takes the images of a training batch from number `real` on (Xie et al. 2020)"
+    "Two BatchNorms in one layer: `aux` takes the images of a training batch from `num_real` on (Xie et al. 2020)"
 
-    real = None  # set by `Classifier.features`; None for all images
+    num_real = None  # set by `Classifier.features`; None for all images
 
     def forward(
         self,
         x: Tensor,  # (N, F, H, W)
     ) -> Tensor:  # of the same shape
-        "Each part of the batch with its own statistics"
-        if not self.training or self.real is None or self.real >= len(x):
+        "Real and synthetic images, each with their own statistics"
+        if not self.training or self.num_real is None or self.num_real >= len(x):
             return super().forward(x)
-        if self.real == 0:
+        if self.num_real == 0:
             return self.aux(x)
-        return torch.cat([super().forward(x[: self.real]), self.aux(x[self.real :])])
+        return torch.cat([super().forward(x[: self.num_real]), self.aux(x[self.num_real :])])
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #5605358d
 class AuxBatchNorm2d(AuxBatchNorm, nn.BatchNorm2d):
-    pass
+    "`AuxBatchNorm` of torch's own BatchNorm2d"
+
+
+def _aux_class(kind):
+    "The class of a BatchNorm with a second one; some of timm's networks have their own kind of BatchNorm2d"
+    return AuxBatchNorm2d if kind is nn.BatchNorm2d else type(f'Aux{kind.__name__}', (AuxBatchNorm, kind), {})
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #ede9f709
 def _aux_layers(net):
-    return [m for m in net.modules() if isinstance(m, AuxBatchNorm)]
+    return [layer for layer in net.modules() if isinstance(layer, AuxBatchNorm)]
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #d7548209
 @contextlib.contextmanager
-def _first(net, real):
-    "Inside the block the first `real` images use the main statistics"
+def _main_statistics_for(num_real, net):
+    "Inside the block the first `num_real` images use the main statistics"
     layers = _aux_layers(net)
-    for m in layers:
-        m.real = real
+    for layer in layers:
+        layer.num_real = num_real
     try:
         yield
     finally:
-        for m in layers:
-            m.real = None
+        for layer in layers:
+            layer.num_real = None
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #9ef96f01
 def has_aux_bn(
@@ -362,42 +380,43 @@ def with_aux_bn(
     classifier: Classifier,  # changed in place
 ) -> Classifier:
     "Give every BatchNorm a second one for synthetic images, equal at first; warns where there is none"
-    layers = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
+    if has_aux_bn(classifier):
+        return classifier
+    layers = [layer for layer in classifier.modules() if isinstance(layer, nn.BatchNorm2d)]
     if not layers:
-        warnings.warn(f"aux_bn changes nothing: the backbone '{classifier.card['backbone']}' has no BatchNorm")
-    for m in [] if has_aux_bn(classifier) else layers:
-        m.aux = copy.deepcopy(m)
-        m.__class__ = (
-            AuxBatchNorm2d if type(m) is nn.BatchNorm2d else type(f'Aux{type(m).__name__}', (AuxBatchNorm, type(m)), {})
-        )
+        name = classifier.card['backbone']
+        warnings.warn(f"aux_bn changes nothing: the backbone '{name}' has no BatchNorm", stacklevel=2)
+    for layer in layers:
+        layer.aux = copy.deepcopy(layer)
+        layer.__class__ = _aux_class(type(layer))
     return classifier
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #c162dfd6
 def _imagenet(name):
     "torchvision's ImageNet weights, from torch's cache or downloaded"
-    if name == 'resnet10':
+    if BACKBONES[name].build:
         raise InputError(
-            "there are no ImageNet weights for 'resnet10': use weights none, or a torchvision network such as resnet18"
+            f"there are no ImageNet weights for '{name}': use weights none, or a torchvision network such as resnet18"
         )
     weights = get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / 'checkpoints' / Path(weights.url).name
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location='cpu')
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        why = ' '.join(str(e).split())[:80]
         raise InputError(
-            f"the ImageNet weights of '{name}' cannot be had ({' '.join(str(e).split())[:80]}): download {weights.url}"
-            f" elsewhere and put it at {file}"
+            f"the ImageNet weights of '{name}' cannot be had ({why}):"
+            f" download {weights.url} elsewhere and put it at {file}"
         ) from None
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #0400c251
 def _read_file(path):
     "The weights in a .safetensors or .pth file"
     try:
-        state = (
-            safetensors.torch.load_file(path)
-            if path.suffix == '.safetensors'
-            else torch.load(path, map_location='cpu', weights_only=True)
-        )
+        if path.suffix == '.safetensors':
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, safetensors.SafetensorError, pickle.UnpicklingError):
         raise InputError(
             f'{path} cannot be read as weights: give a .safetensors or .pth file that holds a state dict'
@@ -407,98 +426,115 @@ def _read_file(path):
     return state
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #4ca33090
-def _timm_weights(c, path=None):
-    "A timm network's pretrained weights, fitted by timm to the size and the pooling; raises `InputError` where there are none or others"
-    name, overlay = c.card['backbone'], {'pretrained_cfg_overlay': {'file': str(path)}} if path else {}
-    wanted = {k for k in c.backbone.state_dict() if '.aux.' not in k and not k.endswith('num_batches_tracked')}
-    missing = sorted(wanted - set(_read_file(path))) if path else []
+def _timm_weights(classifier, path=None):
+    "A timm network's pretrained weights, fitted by timm to size and pooling; raises `InputError` for wrong ones"
+    name = classifier.card['backbone']
+    overlay = {'pretrained_cfg_overlay': {'file': str(path)}} if path else {}
+    missing = _missing_keys(classifier.backbone, _read_file(path)) if path else []
     try:
         if missing:
             raise RuntimeError(f'{missing[0]} is missing')
-        return _timm_net(name, c.size, c.card['pooling'], pretrained=True, **overlay).state_dict()
+        return _timm_net(name, classifier.size, classifier.card['pooling'], pretrained=True, **overlay).state_dict()
     except (OSError, RuntimeError, KeyError, ValueError) as e:
         why = ' '.join(str(e).split())[:80]
     if path:
         raise InputError(f"{path} does not fit the backbone '{name}' ({why}): give the weights of that network")
     raise InputError(
-        f"the pretrained weights of '{name}' cannot be had ({why}): download model.safetensors of {_timm_hub(name)}"
-        " elsewhere and give that file as weights"
+        f"the pretrained weights of '{name}' cannot be had ({why}):"
+        f" download model.safetensors of {_timm_hub(name)} elsewhere and give that file as weights"
     )
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #a2b9e228
 def _timm_hub(name):
+    "Where timm's weights are kept"
     import timm
 
     return timm.get_pretrained_cfg(name.removeprefix('timm/')).hf_hub_id
 
+
+def _missing_keys(net, state):
+    "Weights of a network that a file lacks; timm itself would leave them random"
+    wanted = {k for k in net.state_dict() if '.aux.' not in k and not k.endswith('num_batches_tracked')}
+    return sorted(wanted - set(state))
+
 # %% ../../nbs/07_classify/00_backbone.ipynb #f08e915b
-def _fit_stem(c, state, names):
+def _fit_stem(classifier, state, names):
     "A network's weights with a stem for the stains, where it was one for photographs"
-    stem, channels = f"{lookup_backbone(c.card['backbone']).stem}.weight", len(c.mean)
+    stem = f"{lookup_backbone(classifier.card['backbone']).stem}.weight"
     if stem not in state or state[stem].dim() != 4 or state[stem].shape[1] != 3:
         return state
-    return {**state, stem: stem_filters(state[stem], channels, names)}
+    return {**state, stem: stem_filters(state[stem], len(classifier.mean), names)}
+
+# %% ../../nbs/07_classify/00_backbone.ipynb #f7d6c7dd
+def _fit_keys(state, entry, net):
+    "A network's weights under its own names: without a classification layer, and with those of auxiliary BatchNorms"
+    old_densenet = r'(denselayer\d+\.(?:norm|conv))\.([12]\.)'
+    state = {
+        re.sub(old_densenet, r'\1\2', key): value
+        for key, value in state.items()
+        if not key.startswith(f'{entry.classifier}.')
+    }
+    main = {key: key.replace('.aux.', '.') for key in net.state_dict() if '.aux.' in key}
+    return state | {aux: state[key] for aux, key in main.items() if key in state}
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #34837700
-def _fit_backbone(c, state, where):
+def _fit_backbone(classifier, state, where):
     "Load a network's weights; raises `InputError` where they do not fit"
-    name, b, net = c.card['backbone'], lookup_backbone(c.card['backbone']), c.backbone
-    state = {
-        re.sub(r'(denselayer\d+\.(?:norm|conv))\.([12]\.)', r'\1\2', k): v
-        for k, v in state.items()
-        if not k.startswith(f'{b.classifier}.')
-    }
-    state |= {
-        k: state[k.replace('.aux.', '.')] for k in net.state_dict() if '.aux.' in k and k.replace('.aux.', '.') in state
-    }
+    name = classifier.card['backbone']
+    entry = lookup_backbone(name)
+    state = _fit_keys(state, entry, classifier.backbone)
     try:
-        if name == 'vit_b_16':
-            state = interpolate_embeddings(c.size, b.multiple, state)
-        net.load_state_dict(state)
+        if entry.size_multiple > 1:
+            state = interpolate_embeddings(classifier.size, entry.size_multiple, state)
+        classifier.backbone.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as e:
         raise InputError(f"{where} does not fit the backbone '{name}': {' '.join(str(e).split())[:200]}") from None
 
-# %% ../../nbs/07_classify/00_backbone.ipynb #96efb0fd
-def _from_classifier(c, folder, channels, classes):
-    "Take over the backbone of a saved classifier, and its head where that means the same"
-    its, mine = (
-        json.loads((folder / 'classifier.json').read_text()),
-        {
-            **c.card,
-            'channels': channels and [*channels],
-            'classes': classes and [*classes],
-        },
-    )
-    its = {'pooling': 'avg', 'head': 'linear', **its}
+# %% ../../nbs/07_classify/00_backbone.ipynb #2691a1ff
+def _check_backbone(its, mine, num_channels, folder):
+    "Raise `InputError` where a saved classifier has another backbone or other channels"
+    same_channels = mine['channels'] in (None, its['channels']) and len(its['channels']) == num_channels
     if its['backbone'] != mine['backbone']:
         raise InputError(
-            f"{folder} holds the backbone '{its['backbone']}', not '{mine['backbone']}': choose that one, or other"
-            " weights"
+            f"{folder} holds the backbone '{its['backbone']}', not '{mine['backbone']}':"
+            ' choose that one, or other weights'
         )
-    if (mine['channels'] or its['channels']) != its['channels'] or len(its['channels']) != len(c.mean):
+    if not same_channels:
         raise InputError(
-            f"{folder} was trained on the channels {', '.join(its['channels'])}, which are not those of these images:"
-            " choose other weights"
+            f"{folder} was trained on the channels {', '.join(its['channels'])},"
+            ' which are not those of these images: choose other weights'
         )
-    state = _read_file(folder / 'classifier.safetensors')
-    parts = {
-        p: {k.removeprefix(f'{p}.'): v for k, v in state.items() if k.startswith(f'{p}.')} for p in ('backbone', 'head')
+
+# %% ../../nbs/07_classify/00_backbone.ipynb #96efb0fd
+def _from_classifier(classifier, folder, channels, classes):
+    "Take over the backbone of a saved classifier, and its head where that means the same"
+    its = json.loads((folder / 'classifier.json').read_text())
+    its = {'pooling': 'avg', 'head': 'linear', **its}  # earlier versions did not write these
+    mine = {
+        **classifier.card,
+        'channels': [*channels] if channels else None,
+        'classes': [*classes] if classes else None,
     }
-    _fit_backbone(c, parts['backbone'], folder)
-    c.mean.copy_(state['mean'])
-    c.std.copy_(state['std'])
-    other = [k for k in ('pooling', 'head', 'classes') if mine[k] != its[k]]
-    if other:
-        warnings.warn(f"the head of {folder} stays behind: its {' and '.join(other)} differ")
+    _check_backbone(its, mine, len(classifier.mean), folder)
+    state = _read_file(folder / 'classifier.safetensors')
+
+    def weights_of(module):
+        return {k.removeprefix(f'{module}.'): v for k, v in state.items() if k.startswith(f'{module}.')}
+
+    _fit_backbone(classifier, weights_of('backbone'), folder)
+    classifier.mean.copy_(state['mean'])
+    classifier.std.copy_(state['std'])
+    differing = [k for k in ('pooling', 'head', 'classes') if mine[k] != its[k]]
+    if differing:
+        warnings.warn(f"the head of {folder} stays behind: its {' and '.join(differing)} differ", stacklevel=3)
     else:
-        c.head.load_state_dict(parts['head'])
+        classifier.head.load_state_dict(weights_of('head'))
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #a6077441
 def load_pretrained(
     classifier: Classifier,  # changed in place
-    weights: (
-        str | Path
-    ),  # 'none', 'imagenet', a .safetensors or .pth file of torchvision weights, or a folder of a trained classifier
+    # 'none', 'imagenet', a .safetensors or .pth file of torchvision weights, or the folder of a trained classifier
+    weights: str | Path,
     channels: Sequence[str] | None = None,  # names of the stains, for `stem_filters`
     classes: Sequence[str] | None = None,  # names of the classes, without which no head is taken over
 ) -> Classifier:
@@ -511,8 +547,8 @@ def load_pretrained(
         return classifier
     if str(weights) != 'imagenet' and not path.is_file():
         raise InputError(
-            f"there are no weights '{weights}': use none, imagenet, a .safetensors or .pth file, or the folder of a"
-            " trained classifier"
+            f"there are no weights '{weights}':"
+            ' use none, imagenet, a .safetensors or .pth file, or the folder of a trained classifier'
         )
     file = None if str(weights) == 'imagenet' else path
     if name.startswith('timm/'):
@@ -528,13 +564,13 @@ def standardise(
     batches,  # yields (images, labels), e.g. `in_order(store, store.rows('train'))`
 ) -> Classifier:
     "Set mean and deviation of each channel from images"
-    n, total, squares = 0, 0.0, 0.0
+    num_pixels, total, squares = 0, 0.0, 0.0
     for images, _ in batches:
-        x = images.double()
-        n += x.numel() // x.shape[1]
-        total = total + x.sum((0, 2, 3))
-        squares = squares + x.square().sum((0, 2, 3))
-    mean = total / n
+        pixels = images.double()
+        num_pixels += pixels.numel() // pixels.shape[1]
+        total = total + pixels.sum((0, 2, 3))
+        squares = squares + pixels.square().sum((0, 2, 3))
+    mean = total / num_pixels
     classifier.mean.copy_(mean)
-    classifier.std.copy_((squares / n - mean**2).clamp(min=1).sqrt())
+    classifier.std.copy_((squares / num_pixels - mean**2).clamp(min=1).sqrt())
     return classifier

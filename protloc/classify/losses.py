@@ -18,11 +18,11 @@ from torchvision.ops import sigmoid_focal_loss
 from ..core import InputError, lookup, nearest
 
 # %% auto #0
-__all__ = ['LARGEST_WEIGHT', 'CRITERIA', 'HARD', 'RANGES', 'bce', 'positive_weights', 'focal', 'asymmetric', 'arcface',
-           'Criterion', 'criterion', 'check_targets', 'check_head']
+__all__ = ['LARGEST_WEIGHT', 'CRITERIA', 'HARD_TARGETS_ONLY', 'RANGES', 'bce', 'positive_weights', 'focal', 'asymmetric',
+           'arcface', 'Criterion', 'build_criterion', 'check_targets', 'check_head']
 
 # %% ../../nbs/07_classify/01_losses.ipynb #48500c1d
-def _exact(x):
+def _at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -33,9 +33,10 @@ def bce(
     label_smoothing: float = 0.0,  # e in [0, 1): targets become (1 - e) * targets + e / 2
 ) -> Tensor:  # (N,) loss of each image, mean over classes
     "Binary cross-entropy"
+    logits = _at_least_float32(logits)
     if label_smoothing:
         targets = (1 - label_smoothing) * targets + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(_exact(logits), targets, pos_weight=pos_weight, reduction='none').mean(1)
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction='none').mean(1)
 
 # %% ../../nbs/07_classify/01_losses.ipynb #a5c653eb
 LARGEST_WEIGHT = 20.0
@@ -47,11 +48,11 @@ def _balanced(labels):
         raise InputError(
             'pos_weight: balanced is computed from the training labels, and there are none: give them, or numbers'
         )
-    labels = torch.as_tensor(labels, dtype=torch.float32)
     present = labels.sum(0)
     never = (present == 0).nonzero().flatten().tolist()
     if never:
-        warnings.warn(f"no training image has the class(es) number {', '.join(map(str, never))}: their pos_weight is 1")
+        numbers = ', '.join(map(str, never))
+        warnings.warn(f'no training image has the class(es) number {numbers}: their pos_weight is 1', stacklevel=3)
     weight = ((len(labels) - present) / present.clamp(min=1e-6)).clamp(max=LARGEST_WEIGHT)
     return torch.where(present == 0, 1.0, weight.clamp(min=1 / LARGEST_WEIGHT))
 
@@ -60,21 +61,23 @@ def positive_weights(
     weight: float | Sequence[float] | str | None,  # a number, K numbers, 'balanced', or None for none
     labels=None,  # (N, K) of the training images, an array or a tensor
 ) -> Tensor | None:  # (K,), or () for a single number
-    "Weights of present classes; raises `InputError` where they are not above 0 or not one a class"
+    "Weights of present classes; raises `InputError` where they are not above 0 or not one for each class"
     if weight is None:
         return None
+    if labels is not None:
+        labels = torch.as_tensor(labels, dtype=torch.float32)
     if isinstance(weight, str):
         lookup('pos_weight', weight, {'balanced': _balanced})
         return _balanced(labels)
     try:
-        w = torch.as_tensor(weight, dtype=torch.float32)
+        weights = torch.as_tensor(weight, dtype=torch.float32)
     except (TypeError, ValueError):
-        raise InputError(f"pos_weight must be a number, a number a class, or balanced, not {weight}") from None
-    if w.dim() > 1 or not (w > 0).all() or not w.isfinite().all():
+        raise InputError(f'pos_weight must be a number, a number a class, or balanced, not {weight}') from None
+    if weights.dim() > 1 or not (weights > 0).all() or not weights.isfinite().all():
         raise InputError(f'pos_weight must be above 0, one number or one a class, not {weight}')
-    if w.dim() and labels is not None and len(w) != np.shape(labels)[1]:
-        raise InputError(f'pos_weight has {len(w)} numbers for {np.shape(labels)[1]} classes: give one a class')
-    return w
+    if weights.dim() and labels is not None and len(weights) != labels.shape[1]:
+        raise InputError(f'pos_weight has {len(weights)} numbers for {labels.shape[1]} classes: give one a class')
+    return weights
 
 # %% ../../nbs/07_classify/01_losses.ipynb #e23afa74
 def focal(
@@ -84,8 +87,9 @@ def focal(
     alpha: float = -1.0,  # weight of present classes in [0, 1], 1 - alpha that of absent ones; -1 for none
 ) -> Tensor:  # (N,) loss of each image, mean over classes
     "Focal loss (Lin et al. 2017, equation 5), linear in soft targets"
-    x = _exact(logits)
-    present, absent = (sigmoid_focal_loss(x, torch.full_like(x, t), alpha, gamma) for t in (1.0, 0.0))
+    logits = _at_least_float32(logits)
+    present = sigmoid_focal_loss(logits, torch.ones_like(logits), alpha, gamma)
+    absent = sigmoid_focal_loss(logits, torch.zeros_like(logits), alpha, gamma)
     return (targets * present + (1 - targets) * absent).mean(1)
 
 # %% ../../nbs/07_classify/01_losses.ipynb #995531f6
@@ -94,13 +98,13 @@ def asymmetric(
     targets: Tensor,  # (N, K) in [0, 1]
     gamma_pos: float = 0.0,  # exponent of present classes, 0 or more
     gamma_neg: float = 4.0,  # exponent of absent classes, 0 or more
-    clip: float = 0.05,  # taken off the probability of absent classes, in [0, 1)
+    clip: float = 0.05,  # subtracted from the probability of absent classes, in [0, 1)
 ) -> Tensor:  # (N,) loss of each image, mean over classes
     "Asymmetric loss (Ridnik et al. 2021), linear in soft targets"
-    x = _exact(logits)
-    present = -F.logsigmoid(x) * torch.exp(gamma_pos * F.logsigmoid(-x))
-    no = torch.log((torch.sigmoid(-x) + clip).clamp(max=1)) if clip else F.logsigmoid(-x)
-    absent = -no * (x.sigmoid() - clip).clamp(min=1e-8) ** gamma_neg
+    logits = _at_least_float32(logits)
+    present = -F.logsigmoid(logits) * torch.exp(gamma_pos * F.logsigmoid(-logits))
+    log_no = torch.log((torch.sigmoid(-logits) + clip).clamp(max=1)) if clip else F.logsigmoid(-logits)
+    absent = -log_no * (logits.sigmoid() - clip).clamp(min=1e-8) ** gamma_neg
     return (targets * present + (1 - targets) * absent).mean(1)
 
 # %% ../../nbs/07_classify/01_losses.ipynb #09f4aebb
@@ -111,15 +115,16 @@ def arcface(
     scale: float = 30.0,  # of the cosine head
 ) -> Tensor:  # (N,) loss of each image, mean over classes
     "Additive angular margin (Deng et al. 2019, equation 3) for present classes, then binary cross-entropy"
-    x = _exact(logits)
-    cos = x / scale
-    further = cos * math.cos(margin) - (1 - cos**2).clamp(min=1e-12).sqrt() * math.sin(margin)
+    logits = _at_least_float32(logits)
+    cos = logits / scale
+    sin = (1 - cos**2).clamp(min=1e-12).sqrt()
+    further = cos * math.cos(margin) - sin * math.sin(margin)  # cos(angle + margin)
     further = torch.where(cos > -math.cos(margin), further, cos - 1 + math.cos(margin))
-    return bce(torch.where(targets > 0.5, scale * further, x), targets)
+    return bce(torch.where(targets > 0.5, scale * further, logits), targets)
 
 # %% ../../nbs/07_classify/01_losses.ipynb #d760cfb2
 CRITERIA = {'bce': bce, 'focal': focal, 'arcface': arcface, 'asymmetric': asymmetric}
-HARD = {'arcface'}  # defined for targets of 0 and 1 only
+HARD_TARGETS_ONLY = {'arcface'}  # defined for targets of 0 and 1 alone
 RANGES = dict(
     label_smoothing=(0, 0.99),
     gamma=(0, 10),
@@ -132,25 +137,33 @@ RANGES = dict(
 )
 
 
-def _check_options(name, options):
-    "Raise `InputError` for an option that the criterion does not take, or not so"
-    known = [*inspect.signature(CRITERIA[name]).parameters][2:]
-    for k, v in options.items():
-        if k not in known:
-            near = nearest(k, known)
-            raise InputError(
-                f"the criterion '{name}' does not take {k}"
-                + (f': did you mean {near}?' if near else f", only {', '.join(known)}")
-            )
-        if k not in RANGES:
-            continue
-        low, high = RANGES[k]
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= high:
-            raise InputError(f"{k} of the criterion '{name}' must be a number from {low} to {high:.4g}, not {v}")
-        if k == 'gamma' and 0 < v < 1:
-            raise InputError(f'gamma must be 0, or 1 and more, not {v}')
-        if k == 'alpha' and -1 < v < 0:
-            raise InputError(f'alpha must be -1 for none, or lie in [0, 1], not {v}')
+def _options_of(name):
+    "Names of the options of a criterion, and their defaults"
+    parameters = [*inspect.signature(CRITERIA[name]).parameters.values()]
+    return {p.name: p.default for p in parameters[2:]}  # behind logits and targets
+
+# %% ../../nbs/07_classify/01_losses.ipynb #e75f8b03
+def _check_name(name, option):
+    "Raise `InputError` for an option that a criterion does not have"
+    known = _options_of(name)
+    if option in known:
+        return
+    near = nearest(option, known)
+    hint = f': did you mean {near}?' if near else f", only {', '.join(known)}"
+    raise InputError(f"the criterion '{name}' does not take {option}{hint}")
+
+# %% ../../nbs/07_classify/01_losses.ipynb #d735d2ad
+def _check_range(name, option, value):
+    "Raise `InputError` for an option that is no number or out of range"
+    if option not in RANGES:
+        return
+    low, high = RANGES[option]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(f"{option} of the criterion '{name}' must be a number from {low} to {high:.4g}, not {value}")
+    if option == 'gamma' and 0 < value < 1:
+        raise InputError(f'gamma must be 0, or 1 and more, not {value}')
+    if option == 'alpha' and -1 < value < 0:
+        raise InputError(f'alpha must be -1 for none, or lie in [0, 1], not {value}')
 
 # %% ../../nbs/07_classify/01_losses.ipynb #00f9f25d
 class Criterion:
@@ -161,21 +174,23 @@ class Criterion:
         name: str,  # in `CRITERIA`
         options: dict,  # of that loss, checked
     ):
-        self.name, self.options, self.soft = name, options, name not in HARD
+        self.name = name
+        self.options = options
+        self.takes_soft_targets = name not in HARD_TARGETS_ONLY
 
     def __call__(
         self,
         logits: Tensor,  # (N, K)
-        targets: Tensor,  # (N, K) in [0, 1]; 0 or 1 unless `soft`
+        targets: Tensor,  # (N, K) in [0, 1]; 0 or 1 unless `takes_soft_targets`
     ) -> Tensor:  # (N,) loss of each image; not a number where a logit is not
-        "The loss of each image; weights follow the logits to their device once"
-        w = self.options.get('pos_weight')
-        if w is not None and w.device != logits.device:
-            self.options['pos_weight'] = w.to(logits.device)
+        "The loss of each image; class weights follow the logits to their device once"
+        weights = self.options.get('pos_weight')
+        if weights is not None and weights.device != logits.device:
+            self.options['pos_weight'] = weights.to(logits.device)
         return CRITERIA[self.name](logits, targets, **self.options)
 
 # %% ../../nbs/07_classify/01_losses.ipynb #317e8f65
-def criterion(
+def build_criterion(
     name: str,  # in `CRITERIA`
     labels=None,  # (N, K) of the training images, an array or a tensor, for pos_weight: balanced
     /,
@@ -183,7 +198,9 @@ def criterion(
 ) -> Criterion:  # criterion(logits, targets) -> (N,)
     "A loss by name; raises `InputError` for an unknown one or options that it does not take"
     lookup('criterion', name, CRITERIA)
-    _check_options(name, options)
+    for option, value in options.items():
+        _check_name(name, option)
+        _check_range(name, option, value)
     if 'pos_weight' in options:
         options['pos_weight'] = positive_weights(options['pos_weight'], labels)
     return Criterion(name, options)
@@ -196,10 +213,10 @@ def check_targets(
     "Raise `InputError` for targets that a criterion is not defined for"
     if not ((targets >= 0) & (targets <= 1)).all():
         raise InputError('labels must lie between 0 and 1')
-    if not criterion.soft and ((targets > 0) & (targets < 1)).any():
+    if not criterion.takes_soft_targets and ((targets > 0) & (targets < 1)).any():
         raise InputError(
-            f"the criterion '{criterion.name}' takes labels of 0 and 1 only, and these are mixed: use bce, focal or"
-            " asymmetric, or a strategy that does not mix labels"
+            f"the criterion '{criterion.name}' takes labels of 0 and 1 only, and these are mixed:"
+            ' use bce, focal or asymmetric, or a strategy that does not mix labels'
         )
 
 # %% ../../nbs/07_classify/01_losses.ipynb #45f62fc4
@@ -210,11 +227,9 @@ def check_head(
     "Raise `InputError` where ArcFace does not get the cosines it is made for"
     if criterion.name != 'arcface':
         return
-    scale, its = (
-        criterion.options.get('scale', 30.0),
-        next((m.scale for m in head.modules() if hasattr(m, 'scale')), None),
-    )
-    if its is None:
+    scale = criterion.options.get('scale', 30.0)
+    scales = [layer.scale for layer in head.modules() if hasattr(layer, 'scale')]
+    if not scales:
         raise InputError("the criterion 'arcface' is made for angles: use the head cosine or mlp_cosine")
-    if its != scale:
-        raise InputError(f'arcface has scale {scale:g} and the cosine head {its:g}: make them equal')
+    if scales[0] != scale:
+        raise InputError(f'arcface has scale {scale:g} and the cosine head {scales[0]:g}: make them equal')

@@ -19,33 +19,33 @@ from ..core import Config, InputError, lookup, read_config
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'STRATEGIES', 'Strategy', 'coral', 'mmd', 'Real', 'Synthetic', 'Concat', 'DuplicateReal', 'mix_shares',
            'Paired', 'MixLoss', 'MixRepresentation', 'InputMixup', 'cut_boxes', 'CutMix', 'PretrainFinetune',
-           'Weighted', 'TailOnly', 'SoftLabels', 'strategy']
+           'Weighted', 'TailOnly', 'SoftLabels', 'build_strategy']
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #43a9f816
 class Strategy(Config):
     "What to do with a real and a synthetic batch; its fields are its options"
 
-    uses: ClassVar[tuple[str, ...]] = ('real', 'synthetic')  # batches it wants
-    extra: ClassVar[str] = 'synthetic'  # the store that the second batch comes from
-    pairs: ClassVar[bool] = False  # whether images of both batches are mixed one to one
-    apart: ClassVar[bool] = True  # whether a step has features of real and of synthetic images, each for itself
-    soft: ClassVar[bool] = False  # whether it makes targets between 0 and 1
-    teacher: ClassVar[bool] = False  # whether a teacher's probabilities are to replace the synthetic labels
+    sources: ClassVar[tuple[str, ...]] = ('real', 'synthetic')  # the batches that its steps want
+    second_store: ClassVar[str] = 'synthetic'  # the store that the batch `synthetic` comes from; or 'real'
+    mixes_pairs: ClassVar[bool] = False  # whether it mixes the batches one to one, so that both have the same length
+    can_align: ClassVar[bool] = True  # whether a step has features of unmixed real and of unmixed synthetic images
+    makes_soft_targets: ClassVar[bool] = False  # whether targets lie between 0 and 1, which not every criterion takes
+    needs_teacher: ClassVar[bool] = False  # whether a teacher's probabilities replace the synthetic labels
     aux_bn: bool = False  # synthetic images have BatchNorm statistics of their own
     align: float = pydantic.Field(0.0, ge=0)  # weight of the distance between real and synthetic features; 0 for none
     alignment: Literal['coral', 'mmd'] = 'coral'  # which distance, see `ALIGNMENTS`
 
     @pydantic.model_validator(mode='after')
     def _possible(self):
-        kinds = {self.extra if k == 'synthetic' else k for k in self.uses}
-        if self.aux_bn and len(kinds) < 2:
+        two_kinds = len(self.sources) == 2 and self.second_store == 'synthetic'
+        if self.aux_bn and not two_kinds:
             raise InputError(
                 'aux_bn keeps real and synthetic images apart, and this strategy has one kind only: leave it out'
             )
-        if self.align and not self.apart:
+        if self.align and not self.can_align:
             raise InputError(
-                'align compares real with synthetic images, and this strategy never has both, unmixed, in one step:'
-                ' leave it out'
+                'align compares real with synthetic images,'
+                ' and this strategy never has both, unmixed, in one step: leave it out'
             )
         return self
 
@@ -53,10 +53,10 @@ class Strategy(Config):
 @patch
 def loss(
     self: Strategy,
-    classifier,  # `features(images, real)`, `head(features)`, and `head(features(images))` as a call
+    classifier,  # `features(images, num_real)`, `head(features)`, and `head(features(images))` as a call
     criterion,  # criterion(logits, targets) -> (N,)
     real: tuple[Tensor, Tensor] | None,  # images (N, C, H, W), uint8 or float from 0 to 255, labels (N, K)
-    synthetic: tuple[Tensor, Tensor] | None,  # likewise, of `extra`
+    synthetic: tuple[Tensor, Tensor] | None,  # likewise, of `second_store`
     progress: Tensor | None = None,  # scalar in [0, 1]: share of the training that is done
 ) -> Tensor:  # scalar
     "The loss of one step; every strategy has its own"
@@ -67,13 +67,13 @@ def loss(
 def sources_at(
     self: Strategy,
     progress: float,  # in [0, 1]: share of the training that is done
-) -> tuple[str, ...]:  # some of `uses`
-    "Which batches the step at this time wants"
-    return self.uses
+) -> tuple[str, ...]:  # some of `sources`
+    "Which batches a step at this time wants"
+    return self.sources
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #9d4ac179
 @patch
-def rows(
+def usable_synthetic(
     self: Strategy,
     real_labels: np.ndarray,  # (N, K) of the real training images
     synthetic_labels: np.ndarray,  # (M, K)
@@ -83,27 +83,33 @@ def rows(
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #219db93b
 @patch
-def one_pass(
+def features_together(
     self: Strategy,
     classifier,
     images: Tensor,  # (N, C, H, W), real ones first
-    real: int,  # how many of them are real
+    num_real: int,  # how many of them are real
 ) -> Tensor:  # (N, F)
     "Features of images that pass as one batch"
-    return classifier.features(images, real=real) if self.aux_bn else classifier.features(images)
+    return classifier.features(images, num_real=num_real) if self.aux_bn else classifier.features(images)
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #d1854b56
+def _has_batchnorm(classifier):
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in classifier.modules())
+
+
 @patch
-def each(
+def features_apart(
     self: Strategy,
     classifier,
-    real: Tensor,  # (N, C, H, W)
-    synthetic: Tensor,  # (M, C, H, W)
+    real_images: Tensor,  # (N, C, H, W)
+    synthetic_images: Tensor,  # (M, C, H, W)
 ) -> tuple[Tensor, ...]:  # (N, F), (M, F)
-    "Features of both kinds, each normalised by its own statistics: one pass where the network allows that, else two"
-    if not self.aux_bn and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules()):
-        return classifier.features(real), classifier.features(synthetic)
-    return self.one_pass(classifier, torch.cat([real, synthetic]), len(real)).tensor_split([len(real)])
+    "Features of both kinds, each normalised by its own statistics: in one pass where the network allows that, else two"
+    if not self.aux_bn and _has_batchnorm(classifier):
+        return classifier.features(real_images), classifier.features(synthetic_images)
+    num_real = len(real_images)
+    features = self.features_together(classifier, torch.cat([real_images, synthetic_images]), num_real)
+    return features.tensor_split([num_real])
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #e25bc5ad
 def coral(
@@ -113,8 +119,8 @@ def coral(
     "Squared difference of covariances (Sun and Saenko 2016, eq. 1); raises `InputError` for single images"
     if min(len(a), len(b)) < 2:
         raise InputError(
-            f'coral needs two images of each kind a step and process, not {len(a)} and {len(b)}: raise batch_size or'
-            ' the ratio, or use alignment: mmd'
+            f'coral needs two images of each kind a step and process, not {len(a)} and {len(b)}:'
+            ' raise batch_size or the ratio, or use alignment: mmd'
         )
 
     def covariance(x):
@@ -130,9 +136,8 @@ def mmd(
 ) -> Tensor:  # scalar, at least 0
     "Squared maximum mean discrepancy of Gaussian kernels (Gretton et al. 2012, eq. 5)"
     x, n = torch.cat([a, b]), len(a)
-    distance = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist') / F.pdist(x.detach()).median().clamp(
-        min=1e-6
-    )
+    median = F.pdist(x.detach()).median().clamp(min=1e-6)
+    distance = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist') / median
     kernel = sum((-distance.square() / (2 * w**2)).exp() for w in widths) / len(widths)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
@@ -141,51 +146,57 @@ ALIGNMENTS = {'coral': coral, 'mmd': mmd}
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #e598307b
 @patch
-def aligned(
+def add_alignment(
     self: Strategy,
     loss: Tensor,  # scalar
-    real: Tensor,  # (N, F)
-    synthetic: Tensor,  # (M, F)
+    real_features: Tensor,  # (N, F)
+    synthetic_features: Tensor,  # (M, F)
 ) -> Tensor:  # scalar
     "The loss with the penalty, in full precision; the loss itself where `align` is 0"
     if not self.align:
         return loss
     with torch.autocast(loss.device.type, enabled=False):
-        return loss + self.align * ALIGNMENTS[self.alignment](real.float(), synthetic.float())
+        distance = ALIGNMENTS[self.alignment](real_features.float(), synthetic_features.float())
+        return loss + self.align * distance
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #0b0c57b6
 class Real(Strategy):
     "Train on real images only"
 
-    uses, apart = ('real',), False
+    sources = ('real',)
+    can_align = False
 
     def loss(self, classifier, criterion, real, synthetic=None, progress=None):
-        return criterion(classifier(real[0]), real[1]).mean()
+        images, labels = real
+        return criterion(classifier(images), labels).mean()
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #e5d72b35
 class Synthetic(Strategy):
     "Train on synthetic images only (Ravuri and Vinyals 2019)"
 
-    uses, apart = ('synthetic',), False
+    sources = ('synthetic',)
+    can_align = False
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
-        return criterion(classifier(synthetic[0]), synthetic[1]).mean()
+        images, labels = synthetic
+        return criterion(classifier(images), labels).mean()
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #c5ee44da
 class Concat(Strategy):
     "Train on both in one batch, every image counted once"
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
-        (x, y), n = (torch.cat(b) for b in zip(real, synthetic)), len(real[0])
-        features = self.one_pass(classifier, x, n)
-        return self.aligned(
-            self.average(criterion(classifier.head(features), y), n, progress), features[:n], features[n:]
-        )
+        images, labels = (torch.cat(both) for both in zip(real, synthetic, strict=True))
+        num_real = len(real[0])
+        features = self.features_together(classifier, images, num_real)
+        losses = criterion(classifier.head(features), labels)
+        loss = self.average(losses, num_real, progress)
+        return self.add_alignment(loss, features[:num_real], features[num_real:])
 
     def average(
         self,
-        losses: Tensor,  # (N+M,) one an image, real ones first
-        real: int,  # N
+        losses: Tensor,  # (N+M,) one for each image, real ones first
+        num_real: int,  # N
         progress: Tensor | None = None,  # scalar in [0, 1]
     ) -> Tensor:  # scalar
         "The mean"
@@ -195,7 +206,8 @@ class Concat(Strategy):
 class DuplicateReal(Concat):
     "The control of concat: as many further real images in place of the synthetic ones"
 
-    extra, apart = 'real', False
+    second_store = 'real'
+    can_align = False
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #76aaa144
 def mix_shares(
@@ -204,51 +216,52 @@ def mix_shares(
     device=None,  # where the images are
 ) -> Tensor:  # (n,) share of the real image in each pair, in [0, 1]
     "Draw how much of each real image to keep, lambda ~ Beta(alpha, alpha) (Lin and Cao 2025)"
-    return torch.distributions.Beta(alpha, alpha, validate_args=False).sample((n,)).to(device, non_blocking=True)
+    shares = torch.distributions.Beta(alpha, alpha, validate_args=False).sample((n,))
+    return shares.to(device, non_blocking=True)
 
 
 class Paired(Strategy):
     "A strategy that mixes a real with a synthetic image"
 
-    pairs = True
+    mixes_pairs = True
     alpha: float = pydantic.Field(0.3, gt=0)  # both parameters of the Beta distribution, see `mix_shares`
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #cd8a3f20
 class MixLoss(Paired):
-    "lambda * loss(real) + (1 - lambda) * loss(synthetic), lambda an image (Lin and Cao 2025)"
+    "lambda * loss(real) + (1 - lambda) * loss(synthetic), a lambda for each image (Lin and Cao 2025)"
 
     as_released: bool = False  # average each loss over the batch before the shares weigh it
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)
-        f, g = self.each(classifier, real[0], synthetic[0])
-        a, b = criterion(classifier.head(f), real[1]), criterion(classifier.head(g), synthetic[1])
+        real_features, synthetic_features = self.features_apart(classifier, real[0], synthetic[0])
+        on_real = criterion(classifier.head(real_features), real[1])
+        on_synthetic = criterion(classifier.head(synthetic_features), synthetic[1])
         if self.as_released:
-            a, b = a.mean(), b.mean()
-        return self.aligned((share * a + (1 - share) * b).mean(), f, g)
+            on_real, on_synthetic = on_real.mean(), on_synthetic.mean()
+        loss = (share * on_real + (1 - share) * on_synthetic).mean()
+        return self.add_alignment(loss, real_features, synthetic_features)
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #5e06bb0c
 class MixRepresentation(Paired):
-    "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda an image (Lin and Cao 2025)"
+    "loss(head(lambda * f(real) + (1 - lambda) * f(synthetic)), mixed labels), lambda as in MixLoss (Lin and Cao 2025)"
 
-    soft = True
+    makes_soft_targets = True
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
         share = mix_shares(len(real[0]), self.alpha, real[0].device)[:, None]
-        f, g = self.each(classifier, real[0], synthetic[0])
-        return self.aligned(
-            criterion(
-                classifier.head(share * f + (1 - share) * g), share * real[1] + (1 - share) * synthetic[1]
-            ).mean(),
-            f,
-            g,
-        )
+        real_features, synthetic_features = self.features_apart(classifier, real[0], synthetic[0])
+        features = share * real_features + (1 - share) * synthetic_features
+        labels = share * real[1] + (1 - share) * synthetic[1]
+        loss = criterion(classifier.head(features), labels).mean()
+        return self.add_alignment(loss, real_features, synthetic_features)
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #96c44715
 class InputMixup(Paired):
-    "Train on lambda * real + (1 - lambda) * synthetic, labels likewise (Zhang et al. 2018); with aux_bn on the real images too"
+    "Train on lambda * real + (1 - lambda) * synthetic (Zhang et al. 2018); with aux_bn on the real images too"
 
-    soft, apart = True, False
+    makes_soft_targets = True
+    can_align = False
 
     def mix(
         self,
@@ -257,15 +270,17 @@ class InputMixup(Paired):
     ) -> tuple[Tensor, Tensor]:  # mixed images, float from 0 to 255, and labels
         "An image and its labels for each pair"
         share = mix_shares(len(real[0]), self.alpha, real[0].device)
-        return synthetic[0].float().lerp(real[0].float(), share.view(-1, 1, 1, 1)), synthetic[1].lerp(
-            real[1], share[:, None]
-        )
+        images = synthetic[0].float().lerp(real[0].float(), share.view(-1, 1, 1, 1))
+        labels = synthetic[1].lerp(real[1], share[:, None])
+        return images, labels
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
-        x, y = self.mix(real, synthetic)
+        images, labels = self.mix(real, synthetic)
         if self.aux_bn:
-            x, y = torch.cat([real[0].to(x.dtype), x]), torch.cat([real[1], y])
-        return criterion(classifier.head(self.one_pass(classifier, x, len(real[0]))), y).mean()
+            images = torch.cat([real[0].to(images.dtype), images])
+            labels = torch.cat([real[1], labels])
+        features = self.features_together(classifier, images, len(real[0]))
+        return criterion(classifier.head(features), labels).mean()
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #9354b698
 def cut_boxes(
@@ -275,88 +290,93 @@ def cut_boxes(
     width: int,  # pixels
 ) -> Tensor:  # (n, 1, height, width) bool, True in the box
     "A box of whole pixels for each image (Yun et al. 2019, eq. 2)"
+    half = (1 - share).sqrt() / 2
 
-    def inside(at, edge):
-        half, pixel = (1 - share).sqrt() / 2, torch.arange(edge, device=share.device)
-        low, high = (((at + d) * edge).round()[:, None] for d in (-half, half))
+    def inside(centre, edge):
+        pixel = torch.arange(edge, device=share.device)
+        low = ((centre - half) * edge).round()[:, None]
+        high = ((centre + half) * edge).round()[:, None]
         return (pixel >= low) & (pixel < high)
 
-    return (inside(centre[:, 0], height)[:, :, None] & inside(centre[:, 1], width)[:, None])[:, None]
+    rows, columns = inside(centre[:, 0], height), inside(centre[:, 1], width)
+    return (rows[:, :, None] & columns[:, None])[:, None]
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #369d8e04
 class CutMix(InputMixup):
     "Train on real images with a box of a synthetic one pasted in, labels by area (Yun et al. 2019)"
 
-    alpha: float = pydantic.Field(1.0, gt=0)  # both parameters of the Beta distribution; 1 draws all shares alike
+    alpha: float = pydantic.Field(1.0, gt=0)  # both parameters of the Beta distribution; at 1 it is uniform
 
     def mix(self, real, synthetic):
-        (n, _, *edges), device = real[0].shape, real[0].device
-        box = cut_boxes(mix_shares(n, self.alpha, device), torch.rand(n, 2).to(device, non_blocking=True), *edges)
-        return torch.where(box, synthetic[0], real[0]), real[1].lerp(synthetic[1], box.float().mean((2, 3)))
+        (n, _, height, width), device = real[0].shape, real[0].device
+        share = mix_shares(n, self.alpha, device)
+        centre = torch.rand(n, 2).to(device, non_blocking=True)
+        box = cut_boxes(share, centre, height, width)
+        pasted = box.float().mean((2, 3))  # (n, 1) share of the pixels
+        return torch.where(box, synthetic[0], real[0]), real[1].lerp(synthetic[1], pasted)
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #eca12f4a
 class PretrainFinetune(Strategy):
     "Train on synthetic images first, then on real ones only"
 
-    apart = False
+    can_align = False
     share: float = pydantic.Field(0.5, gt=0, lt=1)  # of the steps, for synthetic images
 
     def sources_at(self, progress):
         return ('synthetic',) if progress < self.share else ('real',)
 
     def loss(self, classifier, criterion, real, synthetic, progress=None):
-        ((x, y),) = (b for b in (real, synthetic) if b is not None)
-        return criterion(classifier.head(self.one_pass(classifier, x, 0 if real is None else len(x))), y).mean()
+        ((images, labels),) = (batch for batch in (real, synthetic) if batch is not None)
+        num_real = 0 if real is None else len(images)
+        features = self.features_together(classifier, images, num_real)
+        return criterion(classifier.head(features), labels).mean()
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #da5f653b
 class Weighted(Concat):
     "Train on both, with less weight on synthetic images (Shao et al. 2024)"
 
     weight: float = pydantic.Field(0.5, ge=0, le=1)  # of a synthetic image, a real one has 1; at the start
-    final_weight: float | None = pydantic.Field(
-        None, ge=0, le=1
-    )  # at the end, linear between; as at the start unless given
+    # the weight at the end, linear between; as at the start unless given
+    final_weight: float | None = pydantic.Field(None, ge=0, le=1)
 
     def weight_at(
         self,
         progress: Tensor | float | None,  # in [0, 1]: share of the training that is done; None is the start
     ) -> Tensor | float:
         "The weight at this time"
-        return (
-            self.weight
-            if progress is None or self.final_weight is None
-            else self.weight + (self.final_weight - self.weight) * progress
-        )
+        if progress is None or self.final_weight is None:
+            return self.weight
+        return self.weight + (self.final_weight - self.weight) * progress
 
-    def average(self, losses, real, progress=None):
-        return (losses[:real].sum() + self.weight_at(progress) * losses[real:].sum()) / real
+    def average(self, losses, num_real, progress=None):
+        return (losses[:num_real].sum() + self.weight_at(progress) * losses[num_real:].sum()) / num_real
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #3d73e5cd
 class TailOnly(Concat):
     "Train on real images and on synthetic ones that show a rare class (Hemmat et al. 2023)"
 
-    below: float = pydantic.Field(
-        0.02, gt=0
-    )  # classes with fewer real training images are rare: a number, or a share if under 1
+    # classes with fewer real training images are rare: a number, or a share if under 1
+    below: float = pydantic.Field(0.02, gt=0)
 
-    def rows(self, real_labels, synthetic_labels):
-        least = self.below if self.below >= 1 else self.below * len(real_labels)
-        rare = real_labels.sum(0) < least
+    def usable_synthetic(self, real_labels, synthetic_labels):
+        limit = self.below if self.below >= 1 else self.below * len(real_labels)
+        rare = real_labels.sum(0) < limit
         if not rare.any():
-            raise InputError(f'no class has fewer than {least:g} real training images: raise below ({self.below:g})')
-        found = (synthetic_labels[:, rare] > 0).any(1)
-        if not found.any():
+            raise InputError(f'no class has fewer than {limit:g} real training images: raise below ({self.below:g})')
+        usable = (synthetic_labels[:, rare] > 0).any(1)
+        if not usable.any():
             raise InputError(
-                f'no synthetic image shows one of the {rare.sum()} classes with fewer than {least:g} real training'
+                f'no synthetic image shows one of the {rare.sum()} classes with fewer than {limit:g} real training'
                 f' images: generate some, or raise below ({self.below:g})'
             )
-        return found
+        return usable
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #53f4b5ec
 class SoftLabels(Concat):
     "Train on both, synthetic images labelled with the probabilities of a real-trained teacher (Hinton et al. 2015)"
 
-    teacher, soft = True, True
+    needs_teacher = True
+    makes_soft_targets = True
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #0531d781
 STRATEGIES = {
@@ -374,8 +394,8 @@ STRATEGIES = {
     'soft_labels': SoftLabels,
 }
 
-
-def strategy(
+# %% ../../nbs/07_classify/02_mixing.ipynb #67c6f8f6
+def build_strategy(
     name: str,  # a name in `STRATEGIES`
     /,
     **options,  # of that strategy, e.g. alpha

@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from ..classify.backbone import check_size
-from ..classify.mixing import STRATEGIES, strategy
+from ..classify.mixing import STRATEGIES, build_strategy
 from ..classify.train import ClassifierConfig, check_partners, check_strategy
 from ..core import Config, InputError, lookup, read_config, read_yaml
 from ..data.split import Fractions
@@ -73,7 +73,7 @@ class ArmConfig(Config):
 
     @pydantic.model_validator(mode='after')
     def _known(self):
-        check_partners(strategy(self.kind, **self.options), self.partners, self.ratio)
+        check_partners(build_strategy(self.kind, **self.options), self.partners, self.ratio)
         return self
 
     @property
@@ -85,12 +85,12 @@ class ArmConfig(Config):
     def uses(self) -> tuple[str, ...]:
         "Which images it wants: 'real', 'synthetic'"
         strategy_class = STRATEGIES[self.kind]
-        return strategy_class.uses if strategy_class.extra == 'synthetic' else ('real',)
+        return strategy_class.sources if strategy_class.second_store == 'synthetic' else ('real',)
 
     @property
     def taught(self) -> bool:
         "Whether it needs a teacher, the arm 'real' of the same seed"
-        return STRATEGIES[self.kind].teacher
+        return STRATEGIES[self.kind].needs_teacher
 
 # %% ../../nbs/09_study/00_arms.ipynb #43ac586d
 DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
@@ -122,7 +122,7 @@ class StudyConfig(Config):
     @pydantic.model_validator(mode='after')
     def _trainable(self):
         for arm in self.arms:
-            check_strategy(self.classifier, strategy(arm.kind, **arm.options))
+            check_strategy(self.classifier, build_strategy(arm.kind, **arm.options))
         if not self.data.folder and self.data.simulate:
             check_size(self.classifier.backbone, self.data.simulate.size)
         return self
