@@ -267,10 +267,10 @@ def info(
     import yaml
 
     from protloc.core import atomic_path
-    from protloc.data.store import ImageStore, contact_sheet, described
+    from protloc.data.store import ImageStore, contact_sheet, describe_store
 
     store = ImageStore(store)
-    print(described(store, most))
+    print(describe_store(store, most))
     print(f"\nWhere they came from\n{yaml.safe_dump(store.manifest['made'], sort_keys=False).rstrip()}")
     if sheet:
         with atomic_path(sheet) as partial:

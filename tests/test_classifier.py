@@ -249,7 +249,7 @@ def test_bad_input_is_told_before_anything_is_written(stores, teacher, tmp_path)
         store(tmp_path / 'empty', np.zeros((0, 3))),
     )
     refused(
-        "has no image in its part 'train'",
+        "has no image in its split 'train'",
         real,
         run,
         config(),
