@@ -123,17 +123,17 @@ def augmented(
     "The images of a step, augmented, and all that is drawn for them; notes the step"
     self.progress['steps'] = step + 1
     (images, labels), p, o = Batches.augmented(self, batch, step), self.c.unet.patch_size, self.c.objective
-    level, drop, hide = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)[:, self.mine]
+    level, drop, hide = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)[:, self.own_slice]
 
     def there(values):
         return torch.as_tensor(values, device=images.device)
 
     if self.conditions is not None:
-        told = self.conditions[self.rows_at(step)[self.mine]] * torch.from_numpy(hide >= o.label_dropout)[:, None]
+        told = self.conditions[self.rows_at(step)[self.own_slice]] * torch.from_numpy(hide >= o.label_dropout)[:, None]
         labels = torch.cat([labels, there(told)], 1)
     noise = draw_noise(
         (images.shape[1] * p * p, images.shape[2] // p, images.shape[3] // p),
-        range(*self.mine.indices(self.batch_size)),
+        range(*self.own_slice.indices(self.batch_size)),
         self.seed,
         step,
         images.device,
