@@ -321,7 +321,7 @@ def split(
         SplitConfig,
         check_leaks,
         find_pairs,
-        no_longer_apart,
+        newly_shared_columns,
         reopen,
         split_report,
         split_store,
@@ -349,7 +349,7 @@ def split(
     if not report:
         images = split_store(images, config, pairs)
     print(split_report(images, pairs))
-    for c in no_longer_apart(before, images.table):
+    for c in newly_shared_columns(before, images.table):
         print(
             f"\nNote: the test images had values of '{c}' that no other image had, now they have not; --group {c} keeps"
             " equal values together."
