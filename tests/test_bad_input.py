@@ -141,11 +141,11 @@ COMMANDS = {
     'no synthetic': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat'], 'needs synthetic images'),
     'other channels': (
         ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{two}'],
-        'different channels',
+        '/two has channels dapi, gfp, ',
     ),
     'other classes': (
         ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{three}'],
-        'different classes',
+        '/three has classes a, b, ',
     ),
     'other store': (['run', 'demo', '--data', '{damaged}', '--out', '{tmp}/run'], 'does not match the hash'),
     'exists': (['simulate', '{store}', '--train', '28', '--val', '28', '--test', '28'], 'exists already'),
