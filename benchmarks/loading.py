@@ -1,4 +1,4 @@
-"""Training images a second: batches from a store, beside decoding four PNGs for every image anew.
+"""Training images a second: batches from a store, beside decoding four PNGs again for every image.
 
     python benchmarks/loading.py [--size 128] [--batch 64]
 
@@ -45,7 +45,7 @@ class Decoded(torch.utils.data.Dataset):
 
 
 def fields_in(folder):
-    "Names of some 512 px fields, and their images"
+    "Paths of some 512 px fields, without stain and ending"
     real = os.environ.get('PROTLOC_HPA')
     if real:
         red = (Path(real) / 'sample' / 'train').glob('*_red.png')
@@ -88,7 +88,7 @@ def main():
             Decoded(fields * 1000, args.size), args.batch, shuffle=True, num_workers=2
         )
         result = {'pillow, 2 workers': rate(decoded, args.batch, 2 * args.seconds)}
-        small = [resize_area(read_field(folder, field), args.size) for field in fields]
+        small = [resize_area(read_field('', path), args.size) for path in fields]
         with StoreWriter(f'{folder}/store', STAINS, HPA, args.size) as writer:
             for i in range(args.images):
                 writer.add(small[i % len(small)], id=f'i{i}', target='0', split='train')

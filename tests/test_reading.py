@@ -399,7 +399,7 @@ def test_killed_twice_and_continued_to_the_same_store(many, uninterrupted, tmp_p
     kill_at(120, words, path)
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (path / 'images.npy').stat().st_ino == inode, 'it began anew instead of going on'
+    assert (path / 'images.npy').stat().st_ino == inode, 'it began again instead of going on'
     assert same(path, uninterrupted) and ImageStore(path).verify()
     made = ImageStore(path).manifest['made']
     assert made['fields'] == 299 and made['bad_left_out'] == 1 and not partial.exists()

@@ -102,7 +102,7 @@ def candidate_pairs(
 
 # %% ../../nbs/04_data/05_duplicates.ipynb #084d0d27
 def _similar_pairs(prints, first, second, symmetry, similarity):
-    "Of pairs of rows those that correlate: arrays with the columns first, second, similarity"
+    "The pairs of rows that correlate: arrays with the columns first, second, similarity"
     pairs = np.stack([first, second], 1)
     similar = []
     for block in np.array_split(pairs, len(pairs) // 4096 + 1):
