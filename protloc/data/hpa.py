@@ -280,6 +280,7 @@ def _begin_window(work, items, n):
 # %% ../../nbs/04_data/07_hpa.ipynb #335b685e
 def _results(windows):
     "The results of the first window, which is left out afterwards"
+    # `yield from` would close the window, and with it joblib's pool, when the reader stops early
     for result in windows[0]:
         yield result
     windows.popleft()
