@@ -1,4 +1,4 @@
-"""Training images a second: batches from a store, beside decoding four PNGs for every image anew.
+"""Training images a second: batches from a store, beside decoding four PNGs again for every image.
 
     python benchmarks/loading.py [--size 128] [--batch 64]
 
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from protloc.data.fields import resize_area
+from protloc.data.fields import read_field, resize_area
 from protloc.data.loading import AugmentConfig, Batches, loader
 from protloc.data.simulate.photographs import simulate_cell
 from protloc.data.store import ImageStore, StoreWriter
@@ -45,30 +45,33 @@ class Decoded(torch.utils.data.Dataset):
 
 
 def fields_in(folder):
-    "Names of some 512 px fields, and their images"
+    "Paths of some 512 px fields, without stain and ending"
     real = os.environ.get('PROTLOC_HPA')
     if real:
-        return sorted({str(p)[: -len('_red.png')] for p in (Path(real) / 'sample' / 'train').glob('*_red.png')})
+        red = (Path(real) / 'sample' / 'train').glob('*_red.png')
+        return sorted(str(path).removesuffix('_red.png') for path in red)
     for i in range(24):
-        for image, stain in zip(simulate_cell([i], index=i, size=512), STAINS):
+        for image, stain in zip(simulate_cell([i], index=i, size=512), STAINS, strict=True):
             Image.fromarray(image).save(f'{folder}/f{i}_{stain}.png')
     return [f'{folder}/f{i}' for i in range(24)]
 
 
 def rate(batches, size, seconds):
     "Images a second over some seconds, after the first batch"
-    found, batches = 0, iter(batches)
+    batches = iter(batches)
     next(batches)
+    images = 0
     start = time.perf_counter()
     for _ in batches:
-        found += size
+        images += size
         if time.perf_counter() - start > seconds:
             break
-    return found / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start)
 
 
 def finished(batches, steps, workers):
-    for step, batch in zip(steps, loader(batches, steps[0], steps[-1], workers)):
+    # the last of the steps has no batch
+    for step, batch in zip(steps, loader(batches, steps[0], steps[-1], workers), strict=False):
         yield batches.augmented(batch, step)
 
 
@@ -78,48 +81,46 @@ def main():
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--images', type=int, default=10000, help='in the store')
     parser.add_argument('--seconds', type=float, default=5)
-    a = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fields = fields_in(folder)
-        decoded = torch.utils.data.DataLoader(Decoded(fields * 1000, a.size), a.batch, shuffle=True, num_workers=2)
-        result = {'pillow, 2 workers': rate(decoded, a.batch, 2 * a.seconds)}
-        small = [
-            resize_area(np.stack([np.asarray(Image.open(f'{f}_{s}.png')) for s in STAINS]), a.size) for f in fields
-        ]
-        with StoreWriter(f'{folder}/store', STAINS, HPA, a.size) as w:
-            for i in range(a.images):
-                w.add(small[i % len(small)], id=f'i{i}', target='0', split='train')
+        decoded = torch.utils.data.DataLoader(
+            Decoded(fields * 1000, args.size), args.batch, shuffle=True, num_workers=2
+        )
+        result = {'pillow, 2 workers': rate(decoded, args.batch, 2 * args.seconds)}
+        small = [resize_area(read_field('', path), args.size) for path in fields]
+        with StoreWriter(f'{folder}/store', STAINS, HPA, args.size) as writer:
+            for i in range(args.images):
+                writer.add(small[i % len(small)], id=f'i{i}', target='0', split='train')
         store = ImageStore(f'{folder}/store')
-        rows, steps = store.rows('train'), range(10**6)
+        rows = store.rows('train')
+        steps = range(10**6)
+        # into the page cache
         np.array(store.images).sum()
         for name, augment in (
             ('turned', AugmentConfig()),
             ('turned and cropped', AugmentConfig(crop_scale=(0.8, 1), crop_ratio=(0.9, 1.1))),
         ):
             for workers in (0, 2):
-                batches = Batches(store, rows, a.batch, 0, augment)
-                result[f'store, {name}, {workers} workers'] = rate(
-                    finished(batches, steps, workers), a.batch, a.seconds
-                )
-        start, out = time.perf_counter(), np.empty((a.batch, *store.images.shape[1:]), np.uint8)
-        for i in range(0, a.images - a.batch, a.batch):
-            np.copyto(out, store.images[i : i + a.batch])
-        result['copy'] = a.images / (time.perf_counter() - start)
-        base = result['pillow, 2 workers']
-        for name, found in result.items():
-            print(
-                json.dumps(
-                    dict(
-                        benchmark='loading',
-                        way=name,
-                        size=a.size,
-                        batch=a.batch,
-                        images_per_second=round(found),
-                        ratio=round(found / base, 1),
-                        threads=torch.get_num_threads(),
-                    )
-                )
-            )
+                batches = Batches(store, rows, args.batch, 0, augment)
+                stream = finished(batches, steps, workers)
+                result[f'store, {name}, {workers} workers'] = rate(stream, args.batch, args.seconds)
+        out = np.empty((args.batch, *store.images.shape[1:]), np.uint8)
+        start = time.perf_counter()
+        for i in range(0, args.images - args.batch, args.batch):
+            np.copyto(out, store.images[i : i + args.batch])
+        result['copy'] = args.images / (time.perf_counter() - start)
+    for name, images_per_second in result.items():
+        line = dict(
+            benchmark='loading',
+            way=name,
+            size=args.size,
+            batch=args.batch,
+            images_per_second=round(images_per_second),
+            ratio=round(images_per_second / result['pillow, 2 workers'], 1),
+            threads=torch.get_num_threads(),
+        )
+        print(json.dumps(line))
 
 
 if __name__ == '__main__':

@@ -275,10 +275,10 @@ def info(
     import yaml
 
     from protloc.core import atomic_path
-    from protloc.data.store import ImageStore, contact_sheet, described
+    from protloc.data.store import ImageStore, contact_sheet, describe_store
 
     images = ImageStore(store)
-    print(described(images, most))
+    print(describe_store(images, most))
     print(f"\nWhere they came from\n{yaml.safe_dump(images.manifest['made'], sort_keys=False).rstrip()}")
     if sheet:
         with atomic_path(sheet) as partial:
@@ -353,7 +353,7 @@ def split(
     if not report:
         images = resplit.split_store(images, config, pairs)
     print(resplit.split_report(images, pairs))
-    for column in resplit.no_longer_apart(table_before, images.table):
+    for column in resplit.newly_shared_columns(table_before, images.table):
         print(
             f"\nNote: the test images had values of '{column}' that no other image had, and no longer do;"
             f' --group {column} keeps equal values together.'

@@ -17,7 +17,7 @@ from protloc.labels import HPA, STAINS, Vocabulary
 def refused(result, *expected):
     code, out, err = result
     assert code == 2, (code, out, err)
-    lines = [l for l in err.strip().splitlines() if l.startswith('protloc: ')]
+    lines = [line for line in err.strip().splitlines() if line.startswith('protloc: ')]
     assert len(lines) == 1 and 'Traceback' not in err, err
     for text in expected:
         assert text in lines[0], lines[0]
@@ -91,14 +91,12 @@ def png16():
     import struct
     import zlib
 
-    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    rows = zlib.compress((b'\0' + bytes(64 * 6)) * 64)
-    return (
-        b'\x89PNG\r\n\x1a\n'
-        + chunk(b'IHDR', struct.pack('>IIBBBBB', 64, 64, 16, 2, 0, 0, 0))
-        + chunk(b'IDAT', rows)
-        + chunk(b'IEND', b'')
-    )
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', 64, 64, 16, 2, 0, 0, 0))
+    rows = chunk(b'IDAT', zlib.compress((b'\0' + bytes(64 * 6)) * 64))
+    return b'\x89PNG\r\n\x1a\n' + header + rows + chunk(b'IEND', b'')
 
 
 @pytest.mark.parametrize(
@@ -116,9 +114,8 @@ def png16():
 @pytest.mark.parametrize('workers', [1, 2])
 def test_images(protloc, challenge, tmp_path, damage, expected, workers):
     damage(challenge)
-    refused(
-        protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', workers), 'f3_blue.png', expected
-    )
+    result = protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', workers)
+    refused(result, 'f3_blue.png', expected)
     assert not (tmp_path / 'store').exists() and not list(tmp_path.glob('.*partial'))
 
 
@@ -144,11 +141,11 @@ COMMANDS = {
     'no synthetic': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat'], 'needs synthetic images'),
     'other channels': (
         ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{two}'],
-        'different channels',
+        '/two has channels dapi, gfp, ',
     ),
     'other classes': (
         ['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat', '--synthetic', '{three}'],
-        'different classes',
+        '/three has classes a, b, ',
     ),
     'other store': (['run', 'demo', '--data', '{damaged}', '--out', '{tmp}/run'], 'does not match the hash'),
     'exists': (['simulate', '{store}', '--train', '28', '--val', '28', '--test', '28'], 'exists already'),
@@ -161,17 +158,14 @@ def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stores')
 
     def write(name, channels=STAINS, vocab=HPA):
-        with StoreWriter(folder / name, channels, vocab, 32) as w:
+        with StoreWriter(folder / name, channels, vocab, 32) as writer:
             for i in range(9):
-                w.add(
-                    np.full((len(channels), 32, 32), i, np.uint8),
-                    id=i,
-                    target=i % 2,
-                    split=('train', 'val', 'test')[i % 3],
-                )
-        return folder / name
+                image = np.full((len(channels), 32, 32), i, np.uint8)
+                writer.add(image, id=i, target=i % 2, split=('train', 'val', 'test')[i % 3])
 
-    write('store'), write('two', ('dapi', 'gfp')), write('three', vocab=Vocabulary(['a', 'b']))
+    write('store')
+    write('two', ('dapi', 'gfp'))
+    write('three', vocab=Vocabulary(['a', 'b']))
     shutil.copytree(folder / 'store', folder / 'damaged')
     with open(folder / 'damaged' / 'images.npy', 'r+b') as f:
         f.seek(-1, 2)
@@ -208,17 +202,12 @@ def test_run_folder_with_another_config(protloc, finished):
 def test_full_disk(protloc, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk], capture_output=True).returncode
-    ):
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('a small disk can be mounted by root alone')
     try:
-        refused(
-            protloc('simulate', disk / 'cells', '--train', 100, '--val', 30, '--test', 30),
-            'No space left on device',
-            'nothing half-written',
-        )
+        result = protloc('simulate', disk / 'cells', '--train', 100, '--val', 30, '--test', 30)
+        refused(result, 'No space left on device', 'nothing half-written')
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(['umount', disk], check=True)

@@ -518,5 +518,5 @@ def test_labels_of_another_width(architecture):
 
 def test_a_store_without_training_images(cells, tmp_path):
     rest = simulate_store(tmp_path / 'rest', dict(val=8), size=32, classes=['Nucleoli', 'Cytosol'])
-    with pytest.raises(InputError, match="no image in its part 'train'"):
+    with pytest.raises(InputError, match="no image in its split 'train'"):
         train_generator(rest, tmp_path / 'run', GeneratorConfig(unet=dict(widths=(16, 32))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -376,13 +377,19 @@ def interrupted(pipe, after, error=KeyboardInterrupt):
     return pipe.unet.register_forward_pre_hook(stop)
 
 
-def test_other_settings_begin_anew(drawn, tmp_path):
+def test_other_settings_are_refused(drawn, tmp_path):
     whole, folder, _ = drawn
     pipe = quiet(open_pipeline(folder))
     hook = interrupted(pipe, 5)
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=4)
     hook.remove()
+    partial = tmp_path / '.a.partial'
+    half_written = {p: p.read_bytes() for p in partial.rglob('*') if p.is_file()}
+    with pytest.raises(InputError, match=r'seed is 4 there and 3 now.* remove .*\.a\.partial'):
+        generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=3)
+    assert half_written == {p: p.read_bytes() for p in partial.rglob('*') if p.is_file()}
+    shutil.rmtree(partial)
     generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=3)
     same(tmp_path / 'a', whole.path)
     with pytest.raises(InputError, match='exists already'):

@@ -70,8 +70,8 @@ def test_folder_per_class_of_stacked_tiff(protloc, classes, tmp_path):
     assert store.labels.argmax(1).tolist() == [0, 0, 0, 1, 1, 1]
     whole = prepared(protloc, classes, tmp_path / 'whole', '--size', 64)
     assert whole.channels == ('channel0', 'channel1') and whole.manifest['made']['depths'] == {'uint16': 6}
-    for image, id in zip(whole.images, whole.table.id):
-        for plane, raw in zip(image, tifffile.imread(classes / f'{id}.tif')):
+    for image, id in zip(whole.images, whole.table.id, strict=True):
+        for plane, raw in zip(image, tifffile.imread(classes / f'{id}.tif'), strict=True):
             assert np.array_equal(plane, stretched(raw))
 
 
@@ -83,18 +83,20 @@ def test_percentiles_are_an_option_and_noted(protloc, classes, tmp_path):
     assert 'two numbers' in refused(protloc, classes, tmp_path / 'bad', '--percentiles', '5')
 
 
+def write_pages(path, planes, **options):
+    "A TIFF of Pillow's, a page a plane"
+    first, *others = map(Image.fromarray, planes)
+    first.save(path, save_all=True, append_images=others, **options)
+
+
 @pytest.mark.parametrize(
     'write',
     [
         lambda path, planes: tifffile.imwrite(path, planes, photometric='minisblack', compression='zlib'),
         lambda path, planes: tifffile.imwrite(path, planes, imagej=True, metadata={'axes': 'CYX'}),
         lambda path, planes: tifffile.imwrite(path, planes, photometric='minisblack', byteorder='>'),
-        lambda path, planes: Image.fromarray(planes[0]).save(
-            path, save_all=True, append_images=[Image.fromarray(p) for p in planes[1:]]
-        ),
-        lambda path, planes: Image.fromarray(planes[0]).save(
-            path, save_all=True, append_images=[Image.fromarray(p) for p in planes[1:]], compression='tiff_lzw'
-        ),
+        write_pages,
+        lambda path, planes: write_pages(path, planes, compression='tiff_lzw'),
     ],
     ids=['compressed', 'ImageJ', 'big-endian', 'pages', 'LZW'],
 )
@@ -118,12 +120,11 @@ def test_channels_in_files_side_by_side(protloc, tmp_path):
                 tifffile.imwrite(tmp_path / 'images' / name / f'my cell_{i}_{c}.tif', planes[f'{name}/my cell_{i}', c])
     store = prepared(protloc, tmp_path / 'images', tmp_path / 'store', '--channels', 'gfp,dapi')
     assert len(store) == 4
-    for image, id in zip(store.images, store.table.id):
+    for image, id in zip(store.images, store.table.id, strict=True):
         assert np.array_equal(image, [planes[id, 'gfp'], planes[id, 'dapi']])
     (tmp_path / 'images' / 'b' / 'my cell_1_gfp.tif').unlink()
-    assert 'my cell_1_gfp.tif is missing' in refused(
-        protloc, tmp_path / 'images', tmp_path / 'bad', '--channels', 'gfp,dapi'
-    )
+    said = refused(protloc, tmp_path / 'images', tmp_path / 'bad', '--channels', 'gfp,dapi')
+    assert 'my cell_1_gfp.tif is missing' in said
 
 
 def test_colour_png_jpeg_and_gray_in_one_folder(protloc, tmp_path):
@@ -132,9 +133,9 @@ def test_colour_png_jpeg_and_gray_in_one_folder(protloc, tmp_path):
         Image.fromarray(noise(32, 32, 3)).save(tmp_path / 'images' / name / 'one.png')
         Image.fromarray(noise(32, 32, 3)).save(tmp_path / 'images' / name / 'two.JPG')
     store = prepared(protloc, tmp_path / 'images', tmp_path / 'store')
-    assert store.images.shape == (4, 3, 32, 32) and np.array_equal(
-        store.images[0], np.moveaxis(np.asarray(Image.open(tmp_path / 'images' / 'a' / 'one.png')), -1, 0)
-    )
+    colour = np.asarray(Image.open(tmp_path / 'images' / 'a' / 'one.png'))
+    assert store.images.shape == (4, 3, 32, 32)
+    assert np.array_equal(store.images[0], np.moveaxis(colour, -1, 0))
     Image.fromarray(noise(32, 32)).save(tmp_path / 'images' / 'b' / 'three.png')
     assert 'three.png has 1 channels, 3 are expected' in refused(protloc, tmp_path / 'images', tmp_path / 'bad')
     shutil.copy(tmp_path / 'images' / 'b' / 'one.png', tmp_path / 'images' / 'b' / 'two.png')
@@ -153,10 +154,8 @@ def test_layout_of_2021(protloc, challenge, tmp_path):
 
 
 def test_layout_is_said_and_can_be_named(protloc, challenge, tmp_path):
-    assert (
-        'the 2018 challenge, 8 fields of 4 channels'
-        in protloc('prepare', challenge, tmp_path / 'a', '--size', 32, '--workers', 1)[2]
-    )
+    code, out, err = protloc('prepare', challenge, tmp_path / 'a', '--size', 32, '--workers', 1)
+    assert 'the 2018 challenge, 8 fields of 4 channels' in err
     assert 'no column ID' in refused(protloc, challenge, tmp_path / 'b', '--layout', 'hpa2021')
     assert 'no sub-folders with images' in refused(protloc, challenge, tmp_path / 'b', '--layout', 'classes')
     assert "there is no layout 'hpa2019'" in refused(protloc, challenge, tmp_path / 'b', '--layout', 'hpa2019')
@@ -170,9 +169,8 @@ def test_names_with_spaces(protloc, challenge, tmp_path):
     table = (challenge / 'train.csv').read_text().replace('f', 'my field ')
     (challenge / 'train.csv').write_bytes(b'\xef\xbb\xbf' + table.replace('\n', '\r\n').encode())
     store = prepared(protloc, challenge, tmp_path / 'a store')
-    assert list(store.table.id) == [f'my field {i}' for i in range(8)] and list(store.table.target) == [
-        f'{i % 3} 25' for i in range(8)
-    ]
+    assert list(store.table.id) == [f'my field {i}' for i in range(8)]
+    assert list(store.table.target) == [f'{i % 3} 25' for i in range(8)]
 
 
 # --- depth, normalisation, empty tiles
@@ -200,18 +198,17 @@ def test_8_bits_stay_unless_normalised(protloc, challenge, tmp_path):
 def test_tiles_without_nuclei_are_dropped(protloc, challenge, tmp_path):
     for i in range(8):
         nucleus = noise(64, 64) // 16
-        nucleus[:8, : (i + 1) * 4] += 180  # an eighth of a tile for each step, the right tile from the ninth column on
+        # an eighth of a tile for each step, the right tile from the ninth column on
+        nucleus[:8, : (i + 1) * 4] += 180
         Image.fromarray(nucleus).save(challenge / 'train' / f'f{i}_blue.png')
     share = {i: [min(32, (i + 1) * 4) * 8 / 1024, max(0, (i + 1) * 4 - 32) * 8 / 1024, 0, 0] for i in range(8)}
     store = prepared(protloc, challenge, tmp_path / 'store', '--tile', 32, '--min-foreground', 0.1)
-    kept = [
-        f'f{i}{s}' for i in range(8) for s, x in zip(('_y0x0', '_y0x32', '_y32x0', '_y32x32'), share[i]) if x >= 0.1
-    ]
+    names = ('_y0x0', '_y0x32', '_y32x0', '_y32x32')
+    kept = [f'f{i}{name}' for i in range(8) for name, x in zip(names, share[i], strict=True) if x >= 0.1]
     assert list(store.table.id) == kept and 0 < len(kept) < 8
     assert store.manifest['made']['tiles_dropped'] == 32 - len(kept) and store.manifest['made']['min_foreground'] == 0.1
-    assert 'lower --min-foreground' in refused(
-        protloc, challenge, tmp_path / 'bad', '--tile', 32, '--min-foreground', 0.9
-    )
+    said = refused(protloc, challenge, tmp_path / 'bad', '--tile', 32, '--min-foreground', 0.9)
+    assert 'lower --min-foreground' in said
     assert "'dapi'" in refused(protloc, challenge, tmp_path / 'bad', '--min-foreground', 0.1, '--nucleus', 'dapi')
 
 
@@ -227,14 +224,12 @@ def test_images_without_labels(tmp_path, stacked):
         if stacked:
             tifffile.imwrite(folder / f'{name}.tif', two, photometric='minisblack')
         else:
-            for c, plane in zip(('dapi', 'gfp'), two):
-                Image.fromarray(plane).save(folder / f'{name}_{c}.png')
+            for channel, plane in zip(('dapi', 'gfp'), two, strict=True):
+                Image.fromarray(plane).save(folder / f'{name}_{channel}.png')
     store = prepare(folder, tmp_path / 'store', size=32, labelled=False, channels=['dapi', 'gfp'], workers=1)
-    assert (
-        list(store.table.id) == list(planes)
-        and np.array_equal(store.images, list(planes.values()))
-        and set(store.table.split) == {''}
-    )
+    assert list(store.table.id) == list(planes)
+    assert np.array_equal(store.images, list(planes.values()))
+    assert set(store.table.split) == {''}
 
 
 # --- what info says
@@ -249,7 +244,7 @@ def test_info(protloc, tmp_path):
     )
     write_store(tmp_path / 'store', images, table, ['dapi', 'gfp'], Vocabulary(['Golgi', 'Cytosol', 'Nothing']))
     code, out, err = protloc('info', tmp_path / 'store', '--sheet', tmp_path / 'sheet.png', '--most', 2)
-    lines = [' '.join(l.split()) for l in out.splitlines()]
+    lines = [' '.join(line.split()) for line in out.splitlines()]
     assert code == 0, err
     for line in (
         'Label sets: 3, the most frequent',
@@ -270,9 +265,8 @@ def test_info(protloc, tmp_path):
 
 def test_info_reads_few_images_of_a_large_store(protloc, tmp_path):
     images = np.full((1500, 1, 4, 4), 9, np.uint8)
-    write_store(
-        tmp_path / 'store', images, pd.DataFrame(dict(id=range(1500), target='0')), ['gfp'], Vocabulary(['Golgi'])
-    )
+    table = pd.DataFrame(dict(id=range(1500), target='0'))
+    write_store(tmp_path / 'store', images, table, ['gfp'], Vocabulary(['Golgi']))
     assert 'Intensities of 1000 evenly spaced images of 1500' in protloc('info', tmp_path / 'store')[1]
 
 
@@ -281,7 +275,10 @@ def test_info_reads_few_images_of_a_large_store(protloc, tmp_path):
 
 def damage(challenge):
     "Five bad fields; what is wrong with each"
-    stain = lambda name: challenge / 'train' / f'{name}.png'
+
+    def stain(name):
+        return challenge / 'train' / f'{name}.png'
+
     stain('f1_blue').write_bytes(stain('f1_blue').read_bytes()[:900])
     Image.fromarray(noise(64, 64, 4)).save(stain('f2_red'))
     Image.fromarray(noise(32, 64)).save(stain('f4_yellow'))
@@ -382,9 +379,8 @@ def kill_at(fields, words, path):
 
 
 def same(a, b):
-    return all(sha256(a / name) == sha256(b / name) for name in ('images.npy', 'table.csv')) and sorted(
-        p.name for p in a.iterdir()
-    ) == sorted(p.name for p in b.iterdir())
+    equal = all(sha256(a / name) == sha256(b / name) for name in ('images.npy', 'table.csv'))
+    return equal and sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
 
 
 @pytest.fixture(scope='module')
@@ -394,6 +390,7 @@ def uninterrupted(many):
     return many.parent / 'store'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_killed_twice_and_continued_to_the_same_store(many, uninterrupted, tmp_path, workers):
     path, words = tmp_path / 'store', command(many, tmp_path / 'store', workers)
@@ -402,7 +399,7 @@ def test_killed_twice_and_continued_to_the_same_store(many, uninterrupted, tmp_p
     kill_at(120, words, path)
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (path / 'images.npy').stat().st_ino == inode, 'it began anew instead of going on'
+    assert (path / 'images.npy').stat().st_ino == inode, 'it began again instead of going on'
     assert same(path, uninterrupted) and ImageStore(path).verify()
     made = ImageStore(path).manifest['made']
     assert made['fields'] == 299 and made['bad_left_out'] == 1 and not partial.exists()
@@ -425,12 +422,12 @@ def test_what_the_log_does_not_vouch_for_is_cut_off(many, uninterrupted, tmp_pat
     assert same(path, uninterrupted) and ImageStore(path).verify()
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_one(many, tmp_path):
     import psutil
 
-    process = subprocess.Popen(
-        command(many, tmp_path / 'store', 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    words = command(many, tmp_path / 'store', 2)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not finished(tmp_path / '.store.partial' / 'log.jsonl'):
         time.sleep(0.002)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -449,11 +446,74 @@ def test_joblib_works_after_reading():
     assert joblib.Parallel(2)(joblib.delayed(abs)(i) for i in range(-5, 0)) == [5, 4, 3, 2, 1]
 
 
-def test_other_settings_begin_anew(many, uninterrupted, tmp_path):
+@pytest.mark.slow
+def test_no_process_outlives_the_reading():
+    "Whether it is read to the end, given up or ended by an error"
+    import psutil
+
+    from protloc.data.hpa import ordered_map
+
+    def pool():
+        mine = psutil.Process().children(recursive=True)
+        return [p for p in mine if 'resource_tracker' not in ' '.join(p.cmdline())]
+
+    others = pool()
+    assert list(ordered_map(abs, range(-9, 0), 2)) == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    assert not psutil.wait_procs([p for p in pool() if p not in others], timeout=20)[1]
+    given_up = ordered_map(abs, range(100), 2)
+    assert next(given_up) == 0
+    given_up.close()
+    with pytest.raises(TypeError, match='bad operand type'):
+        list(ordered_map(abs, [1, 2, 'three', *range(100)], 2))
+    assert not psutil.wait_procs([p for p in pool() if p not in others], timeout=20)[1]
+
+
+def test_the_reading_waits_for_a_slow_writer():
+    from protloc.data.hpa import ordered_map
+
+    begun = []
+
+    def items():
+        for i in range(40):
+            begun.append(i)
+            yield -i
+
+    for i, result in enumerate(ordered_map(abs, items(), 2)):
+        assert result == i and len(begun) - i <= 4
+        if i < 12:
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused(many, uninterrupted, tmp_path):
+    "What is half written stays as it is, to the byte, for the settings that it was begun with"
     path = tmp_path / 'store'
-    kill_at(50, [*command(many, path, 1), '--normalise'], path)
+    partial = kill_at(50, [*command(many, path, 1), '--normalise'], path)
+    half_written = {p.name: p.read_bytes() for p in partial.iterdir()}
+    done = subprocess.run(command(many, path, 1), capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and 'normalise is True there and False now' in said
+    assert 'repeat those settings' in said and f'remove {partial}' in said
+    assert half_written == {p.name: p.read_bytes() for p in partial.iterdir()} and not path.exists()
+    shutil.rmtree(partial)
     subprocess.run(command(many, path, 1), check=True, capture_output=True)
     assert same(path, uninterrupted)
+
+
+@pytest.mark.parametrize('change', ['classes', 'fields', 'protloc'])
+def test_long_settings_are_told_in_short(many, tmp_path, change):
+    "Of a class list and of a label table the sentence says what they are, and no more"
+    import json
+
+    path = tmp_path / 'store'
+    partial = kill_at(10, command(many, path, 1), path)
+    noted = json.loads((partial / 'settings.json').read_text())
+    assert noted['fields'].startswith('300, hash ') and noted['classes'].startswith('28 (Nucleoplasm, ')
+    (partial / 'settings.json').write_text(json.dumps(noted | {change: 'other ones'}))
+    done = subprocess.run(command(many, path, 1), capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and f'{change} is other ones there and ' in said
+    assert len(said.replace(str(tmp_path), '')) < 400
 
 
 def test_two_at_once(many, tmp_path):
@@ -471,16 +531,13 @@ def test_two_at_once(many, tmp_path):
 def test_full_disk_leaves_nothing(protloc, many, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk], capture_output=True).returncode
-    ):
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('a small disk can be mounted by root alone')
     try:
         code, _, err = protloc('prepare', many, disk / 'store', '--size', 64, '--tile', 64, '--skip-bad')
-        assert (
-            code == 2 and 'No space left on device' in err and 'nothing half-written' in err and 'Traceback' not in err
-        )
+        assert code == 2 and 'No space left on device' in err
+        assert 'nothing half-written' in err and 'Traceback' not in err
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(['umount', disk], check=True)
@@ -489,28 +546,12 @@ def test_full_disk_leaves_nothing(protloc, many, tmp_path):
 # --- real images
 
 
+@pytest.mark.slow
 def test_real_fields_prepared_in_one_and_in_two_processes(protloc, hpa, tmp_path):
+    options = ['--size', 64, '--tile', 256, '--min-foreground', 0.02]
     for n in (1, 2):
-        assert (
-            protloc(
-                'prepare',
-                hpa / 'sample',
-                tmp_path / f's{n}',
-                '--size',
-                64,
-                '--tile',
-                256,
-                '--min-foreground',
-                0.02,
-                '--workers',
-                n,
-            )[0]
-            == 0
-        )
+        assert protloc('prepare', hpa / 'sample', tmp_path / f's{n}', *options, '--workers', n)[0] == 0
     assert same(tmp_path / 's1', tmp_path / 's2')
     store = ImageStore(tmp_path / 's1')
-    assert (
-        store.manifest['made']['tiles_dropped'] == 240 - len(store)
-        and len(store) > 200
-        and store.manifest['made']['depths'] == {'uint8': 60}
-    )
+    made = store.manifest['made']
+    assert made['tiles_dropped'] == 240 - len(store) and len(store) > 200 and made['depths'] == {'uint8': 60}

@@ -19,7 +19,7 @@ from ..core import Config, InputError, lookup
 from ..labels import STAINS
 
 # %% auto #0
-__all__ = ['ENDINGS', 'read_image', 'read_stain', 'read_field', 'to_bytes', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
+__all__ = ['ENDINGS', 'read_image', 'read_channel', 'read_field', 'to_bytes', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
            'field_images']
 
 # %% ../../nbs/04_data/00_fields.ipynb #60aef6e2
@@ -33,7 +33,7 @@ def read_image(
     "The planes of an image file; raises `InputError` for a missing, damaged or other file"
     path = Path(path)
     try:
-        found = _read_tiff(path) if path.suffix.lower() in ('.tif', '.tiff') else _read_picture(path, out)
+        planes = _read_tiff(path) if path.suffix.lower() in ('.tif', '.tiff') else _read_picture(path, out)
     except InputError:
         raise
     except FileNotFoundError:
@@ -41,69 +41,73 @@ def read_image(
     except PermissionError:
         raise InputError(f'{path} may not be read: give yourself the permission') from None
     except Exception as e:
-        raise InputError(f"{path} cannot be decoded, it may be cut off: {' '.join(str(e).split())}") from None
-    if found.dtype.kind != 'u':
-        raise InputError(f'{path} holds {found.dtype}, not unsigned numbers: export it with 8 or 16 bits')
-    return found.astype(found.dtype.newbyteorder('='), copy=False)
+        reason = ' '.join(str(e).split())
+        raise InputError(f'{path} cannot be decoded, it may be cut off: {reason}') from None
+    if planes.dtype.kind != 'u':
+        raise InputError(f'{path} holds {planes.dtype}, not unsigned numbers: export it with 8 or 16 bits')
+    return planes.astype(planes.dtype.newbyteorder('='), copy=False)
 
 # %% ../../nbs/04_data/00_fields.ipynb #f168297a
 def _read_picture(path, out):
     "A PNG or JPEG, whatever its name says"
     data = path.read_bytes()
     if data.startswith(b'\x89PNG'):
-        found = _read_png(path, data, out)
+        pixels = _read_png(path, data, out)
     else:
         with Image.open(path) as image:
             if image.mode not in ('L', 'RGB'):
                 raise InputError(f'{path} is {image.mode}, not gray or RGB: export it as PNG or TIFF')
-            found = np.asarray(image)
-    return np.moveaxis(found, -1, 0) if found.ndim == 3 else found[None]
+            pixels = np.asarray(image)
+    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
 
 # %% ../../nbs/04_data/00_fields.ipynb #f59f516b
 def _read_png(path, data, out):
     "A PNG, decoded into `out` where it fits"
-    width, height, depth, kind = struct.unpack_from('>IIBB', data, 16)
-    if kind not in (0, 2):
-        raise InputError(
-            f"{path} is {({3: 'a palette image', 4: 'gray with transparency'}).get(kind, 'RGBA')}, not gray or RGB:"
-            " export it without palette and transparency"
-        )
-    if depth < 8:
-        raise InputError(f'{path} has {depth} bits a pixel: export it with 8 or 16 bits')
-    fits = out is not None and kind == 0 and (height, width, depth) == (*out.shape, 8 * out.itemsize)
+    width, height, bits, colour_type = struct.unpack_from('>IIBB', data, 16)
+    if colour_type not in (0, 2):
+        what = {3: 'a palette image', 4: 'gray with transparency'}.get(colour_type, 'RGBA')
+        raise InputError(f'{path} is {what}, not gray or RGB: export it without palette and transparency')
+    if bits < 8:
+        raise InputError(f'{path} has {bits} bits a pixel: export it with 8 or 16 bits')
+    fits = out is not None and colour_type == 0 and (height, width, bits) == (*out.shape, 8 * out.itemsize)
     return imagecodecs.png_decode(data, out=out if fits else None)
 
 # %% ../../nbs/04_data/00_fields.ipynb #e5c6c433
 def _read_tiff(path):
     "A TIFF: pages or channels"
     with tifffile.TiffFile(path) as tiff:
-        if len(tiff.series) != 1:
-            raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
-        if any(p.photometric == 3 for p in tiff.pages[:1]):
-            raise InputError(f'{path} is a palette image: export it as gray')
-        need = max(max(np.add(p.dataoffsets, p.databytecounts), default=0) for p in tiff.pages)
-        if need > path.stat().st_size:
-            raise InputError(f'{path} cannot be decoded, it is cut off: {path.stat().st_size} bytes of at least {need}')
-        axes, found = tiff.series[0].axes, tiff.series[0].asarray()
-    if axes.endswith('S') and found.ndim > 2:
-        found = np.moveaxis(found, -1, 0)
-    if found.ndim > 3:
+        _check_tiff(path, tiff)
+        axes = tiff.series[0].axes
+        planes = tiff.series[0].asarray()
+    if axes.endswith('S') and planes.ndim > 2:
+        planes = np.moveaxis(planes, -1, 0)
+    if planes.ndim > 3:
         raise InputError(f'{path} has the axes {axes}: save one plane a channel, e.g. a maximum projection')
-    return found[None] if found.ndim == 2 else found
+    return planes[None] if planes.ndim == 2 else planes
+
+# %% ../../nbs/04_data/00_fields.ipynb #dbb92773
+def _check_tiff(path, tiff):
+    "Raise `InputError` for pages that differ, a palette, or a file that is cut off"
+    if len(tiff.series) != 1:
+        raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
+    if any(page.photometric == tifffile.PHOTOMETRIC.PALETTE for page in tiff.pages[:1]):
+        raise InputError(f'{path} is a palette image: export it as gray')
+    need = max(max(np.add(page.dataoffsets, page.databytecounts), default=0) for page in tiff.pages)
+    size = path.stat().st_size
+    if need > size:
+        raise InputError(f'{path} cannot be decoded, it is cut off: {size} bytes of at least {need}')
 
 # %% ../../nbs/04_data/00_fields.ipynb #8b292d94
-def read_stain(
+def read_channel(
     path: Path,  # an image file
     out: np.ndarray | None = None,  # (H, W), as in `read_image`
 ) -> np.ndarray:  # (H, W) of an unsigned type
     "One channel of a field; raises `InputError` for a colour image"
-    found = read_image(path, out)
-    if len(found) > 1:
-        raise InputError(
-            f"{path} is {'RGB' if len(found) == 3 else f'an image of {len(found)} planes'}, not 8-bit gray or 16-bit"
-            " gray: export each channel as a gray image"
-        )
-    return found[0]
+    planes = read_image(path, out)
+    if len(planes) > 1:
+        what = 'RGB' if len(planes) == 3 else f'an image of {len(planes)} planes'
+        raise InputError(f'{path} is {what}, not 8-bit gray or 16-bit gray: export each channel as a gray image')
+    return planes[0]
 
 # %% ../../nbs/04_data/00_fields.ipynb #e27f2738
 def read_field(
@@ -115,31 +119,38 @@ def read_field(
 ) -> np.ndarray:  # (C, H, W) of an unsigned type
     "All channels of a field; raises `InputError` where they differ in size or depth"
     if stacked:
-        return _stack_of(Path(folder) / f'{id}{ending}', channels)
-    paths = [Path(folder) / f'{id}_{c}{ending}' for c in channels]
-    first = read_stain(paths[0])
+        return _read_stack(Path(folder) / f'{id}{ending}', channels)
+    paths = [Path(folder) / f'{id}_{channel}{ending}' for channel in channels]
+    first = read_channel(paths[0])
     field = np.empty((len(paths), *first.shape), first.dtype)
     field[0] = first
-    for path, plane in zip(paths[1:], field[1:]):
-        stain = read_stain(path, plane)
-        (h, w), (first_h, first_w) = stain.shape, first.shape
-        if stain.shape != first.shape:
-            raise InputError(f'{path} is {w} x {h} pixels, {paths[0].name} is {first_w} x {first_h}')
-        if stain.dtype != first.dtype:
-            raise InputError(
-                f'{path} is {stain.dtype}, {paths[0].name} is {first.dtype}: export all channels with the same depth'
-            )
-        if not np.may_share_memory(stain, plane):
-            plane[:] = stain
+    for path, plane in zip(paths[1:], field[1:], strict=True):
+        channel = read_channel(path, plane)
+        _check_alike(path, channel, paths[0], first)
+        # a plane that the decoder has not filled itself
+        if not np.may_share_memory(channel, plane):
+            plane[:] = channel
     return field
 
+# %% ../../nbs/04_data/00_fields.ipynb #077240cf
+def _check_alike(path, channel, first_path, first):
+    "Raise `InputError` where a channel has another size or depth than the first one"
+    (height, width), (first_height, first_width) = channel.shape, first.shape
+    if channel.shape != first.shape:
+        raise InputError(f'{path} is {width} x {height} pixels, {first_path.name} is {first_width} x {first_height}')
+    if channel.dtype != first.dtype:
+        raise InputError(
+            f'{path} is {channel.dtype}, {first_path.name} is {first.dtype}: export all channels with the same depth'
+        )
+
 # %% ../../nbs/04_data/00_fields.ipynb #3fd3db48
-def _stack_of(path, channels):
+def _read_stack(path, channels):
     "All channels from one file"
-    found = read_image(path)
-    if len(found) != len(channels):
-        raise InputError(f"{path} has {len(found)} channels, {len(channels)} are expected ({', '.join(channels)})")
-    return found
+    planes = read_image(path)
+    if len(planes) != len(channels):
+        expected = f'{len(channels)} are expected ({", ".join(channels)})'
+        raise InputError(f'{path} has {len(planes)} channels, {expected}')
+    return planes
 
 # %% ../../nbs/04_data/00_fields.ipynb #b80f4868
 def to_bytes(
@@ -163,7 +174,8 @@ def tiles_of(
     height, width = field.shape[1:]
     if tile is None:
         edge = min(height, width)
-        y, x = (height - edge) // 2, (width - edge) // 2
+        y = (height - edge) // 2
+        x = (width - edge) // 2
         return {'': field[:, y : y + edge, x : x + edge]}
     if tile > min(height, width):
         raise InputError(f'a tile of {tile} pixels does not fit into a field of {width} x {height}')
@@ -187,25 +199,28 @@ def resize_area(
     return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in image])
 
 # %% ../../nbs/04_data/00_fields.ipynb #31f480e8
+# OpenCV has it too (THRESH_OTSU), but with 0 for a constant plane, which would be all bright
 def otsu(
     plane: np.ndarray,  # (H, W) uint8
 ) -> int:  # pixels above it are bright; in [0, 255]
     "The threshold with the largest variance between the two sides (Otsu 1979)"
     counts = np.bincount(plane.ravel(), minlength=256).astype(float)
-    below, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    if counts.max() == plane.size:
+        return 255
+    below = counts.cumsum()
+    mass = (counts * np.arange(256)).cumsum()
     above = below[-1] - below
     with np.errstate(all='ignore'):
         between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return int(np.nan_to_num(between).argmax()) if counts.max() < plane.size else 255
+    return int(np.nan_to_num(between).argmax())
 
 # %% ../../nbs/04_data/00_fields.ipynb #4d57c43d
 class FieldConfig(Config):
     "How a field becomes images"
 
     size: int = pydantic.Field(128, ge=1)  # height and width of the stored images in pixels
-    tile: int | None = pydantic.Field(
-        None, ge=1
-    )  # cut fields into tiles of this many pixels; None for the largest centred square
+    # cut fields into tiles of this many pixels; None for the largest centred square
+    tile: int | None = pydantic.Field(None, ge=1)
     percentiles: tuple[float, float] = (0.1, 99.9)  # of a channel; become 0 and 255 where a field has more than 8 bits
     normalise: bool = False  # stretch 8-bit images by the percentiles too
     min_foreground: float = pydantic.Field(0, ge=0, le=1)  # least share of nuclear pixels; tiles with less are dropped
@@ -213,25 +228,33 @@ class FieldConfig(Config):
     keep_one: bool = False  # where all tiles of a field would be dropped, keep the one with the most nuclear pixels
 
     @pydantic.field_validator('percentiles')
-    def _ascending(cls, p):
-        if not 0 <= p[0] < p[1] <= 100:
+    def _ascending(cls, percentiles):
+        low, high = percentiles
+        if not 0 <= low < high <= 100:
             raise ValueError('percentiles must ascend from 0 to 100, e.g. 0.1,99.9')
-        return p
+        return percentiles
 
 # %% ../../nbs/04_data/00_fields.ipynb #028f8986
 def field_images(
     field: np.ndarray,  # (C, H, W) of an unsigned type
     channels,  # C channel names
-    c: FieldConfig,
+    config: FieldConfig,
 ) -> tuple[dict[str, np.ndarray], int]:  # name suffix -> (C, size, size) uint8; how many tiles were dropped
     "The finished images of one field; raises `InputError` where it is too small"
-    field = to_bytes(field, c.percentiles, c.normalise)
-    tiles = tiles_of(field, c.tile)
-    n = len(tiles)
-    if c.min_foreground:
-        at = lookup('channel', c.nucleus, {name: i for i, name in enumerate(channels)})
-        bright = otsu(field[at])
-        shares = {name: (t[at] > bright).mean() for name, t in tiles.items()}
-        least = min(c.min_foreground, max(shares.values())) if c.keep_one else c.min_foreground
-        tiles = {name: t for name, t in tiles.items() if shares[name] >= least}
-    return {name: resize_area(t, c.size) for name, t in tiles.items()}, n - len(tiles)
+    field = to_bytes(field, config.percentiles, config.normalise)
+    tiles = tiles_of(field, config.tile)
+    kept = tiles
+    if config.min_foreground:
+        nucleus = lookup('channel', config.nucleus, {name: i for i, name in enumerate(channels)})
+        kept = _with_nuclei(tiles, nucleus, otsu(field[nucleus]), config)
+    images = {name: resize_area(tile, config.size) for name, tile in kept.items()}
+    return images, len(tiles) - len(kept)
+
+# %% ../../nbs/04_data/00_fields.ipynb #4bc7c4df
+def _with_nuclei(tiles, nucleus, threshold, config):
+    "The tiles with enough nuclear pixels, or with the most of them if one must be kept"
+    shares = {name: (tile[nucleus] > threshold).mean() for name, tile in tiles.items()}
+    least = config.min_foreground
+    if config.keep_one:
+        least = min(least, max(shares.values()))
+    return {name: tile for name, tile in tiles.items() if shares[name] >= least}

@@ -5,23 +5,25 @@
 # %% ../../nbs/04_data/07_hpa.ipynb #5db69dd6
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
-from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core import InputError, atomic_path, lookup, read_config, remove, sha256
-from .fields import ENDINGS, FieldConfig, field_images, read_field, read_image, resize_area, tiles_of
+from .fields import ENDINGS, FieldConfig, field_images, read_field, read_image
 from .split import Fractions, assign_splits
 from .store import ImageStore, ResumableWriter
 from ..labels import HPA, STAINS, Vocabulary
@@ -93,18 +95,18 @@ def _read_csv(path, columns, **options):
 # %% ../../nbs/04_data/07_hpa.ipynb #725186f8
 def _check_rows(path, table, vocab):
     "Every Id present and unique, every Target valid"
-    for line, (id, target) in enumerate(zip(table.Id, table.Target), 2):
+    for line, (id, target) in enumerate(zip(table.Id, table.Target, strict=True), 2):
         if not id.strip():
             raise InputError(f'{path}, line {line}: the Id is missing')
         try:
-            found = vocab.encode(target)
+            labels = vocab.encode(target)
         except InputError as e:
             raise InputError(f"{path}, line {line} (Id '{id}'): {e}") from None
-        if not found.any():
+        if not labels.any():
             raise InputError(f"{path}, line {line} (Id '{id}'): the Target is empty")
-    twice = table.Id[table.Id.duplicated()]
-    if len(twice):
-        raise InputError(f"{path}, line {twice.index[0] + 2}: Id '{twice.iloc[0]}' stands twice")
+    repeated = table.Id[table.Id.duplicated()]
+    if len(repeated):
+        raise InputError(f"{path}, line {repeated.index[0] + 2}: Id '{repeated.iloc[0]}' stands twice")
 
 # %% ../../nbs/04_data/07_hpa.ipynb #5aa6f3b7
 @dataclass(frozen=True)
@@ -119,9 +121,8 @@ class Fields:
     stacked: bool = False  # all channels of a field are in one file
 
     def __repr__(self):
-        files = (
-            'in one file each' if self.stacked else f"in files <Id>_<channel>{'/'.join(sorted(set(self.table.Ending)))}"
-        )
+        endings = '/'.join(sorted(set(self.table.Ending)))
+        files = 'in one file each' if self.stacked else f'in files <Id>_<channel>{endings}'
         return (
             f'{self.folder}: {LAYOUTS[self.layout]}, {len(self.table)} fields of {len(self.channels)} channels'
             f' ({", ".join(self.channels)}) {files}, {len(self.vocab)} classes'
@@ -135,26 +136,25 @@ def fields_by_name(
 ) -> tuple[dict[str, str], bool]:  # id -> ending of the file name; whether all channels are in one file
     "Side by side where file names end on a channel, else stacked; raises `InputError` for two files of one name"
     names = [(p.relative_to(folder).with_suffix('').as_posix(), p.suffix) for p in paths]
-    beside = {}
+    side_by_side = {}
     for name, ending in names:
         id, _, channel = name.rpartition('_')
         if id and channel in (channels or ()):
-            beside.setdefault(id, ending)
-    if beside:
-        return beside, False
-    twice = [name for name, n in Counter(name for name, _ in names).items() if n > 1]
-    if twice:
+            side_by_side.setdefault(id, ending)
+    if side_by_side:
+        return side_by_side, False
+    repeated = [name for name, n in Counter(name for name, _ in names).items() if n > 1]
+    if repeated:
         raise InputError(
-            f'{folder}/{twice[0]} stands for several files that differ in their endings only: rename or remove one'
+            f'{folder}/{repeated[0]} stands for several files that differ in their endings only: rename or remove one'
         )
     return dict(names), True
 
 # %% ../../nbs/04_data/07_hpa.ipynb #4cb9407b
 def _images_in(folder):
     "Image files of a folder by name; none where it is no folder"
-    return sorted(
-        p for p in folder.glob('*') if p.suffix.lower() in ENDINGS and not p.name.startswith('.') and p.is_file()
-    )
+    visible = (p for p in folder.glob('*') if not p.name.startswith('.'))
+    return sorted(p for p in visible if p.suffix.lower() in ENDINGS and p.is_file())
 
 # %% ../../nbs/04_data/07_hpa.ipynb #e9b0c9b4
 def find_layout(
@@ -197,11 +197,12 @@ def labelled_fields(
     for name in ('train.csv', 'train'):
         if not (folder / name).exists():
             raise InputError(
-                f"{folder} has no {name}: labelled fields need train.csv (Id,Target) and train/<Id>_<stain>.png"
+                f'{folder} has no {name}: labelled fields need train.csv (Id,Target) and train/<Id>_<stain>.png'
             )
-    columns, its = TABLES[layout]
-    table = read_labels(folder / 'train.csv', vocab or its, columns)
-    return Fields(layout, folder / 'train', table.assign(Ending='.png'), tuple(channels or STAINS), vocab or its)
+    columns, layout_vocab = TABLES[layout]
+    vocab = vocab or layout_vocab
+    table = read_labels(folder / 'train.csv', vocab, columns).assign(Ending='.png')
+    return Fields(layout, folder / 'train', table, tuple(channels or STAINS), vocab)
 
 # %% ../../nbs/04_data/07_hpa.ipynb #98d717c2
 def _class_fields(folder, vocab, channels):
@@ -213,21 +214,20 @@ def _class_fields(folder, vocab, channels):
         raise InputError(
             f'{folder} has no sub-folders with images: a folder per class is <class>/<name>.tif, .png or .jpg'
         )
-    vocab, paths = vocab or Vocabulary(names), [p for name in names for p in _images_in(folder / name)]
-    found, stacked = fields_by_name(folder, paths, channels)
-    target = [str(vocab.number_of(id.split('/')[0])) for id in found]
-    table = pd.DataFrame(dict(Id=list(found), Target=target, Ending=list(found.values())))
-    return Fields('classes', folder, table, tuple(channels or _numbered(paths)), vocab, stacked)
+    vocab = vocab or Vocabulary(names)
+    paths = [p for name in names for p in _images_in(folder / name)]
+    endings, stacked = fields_by_name(folder, paths, channels)
+    target = [str(vocab.number_of(id.split('/')[0])) for id in endings]
+    table = pd.DataFrame(dict(Id=list(endings), Target=target, Ending=list(endings.values())))
+    return Fields('classes', folder, table, tuple(channels or _numbered_channels(paths)), vocab, stacked)
 
 # %% ../../nbs/04_data/07_hpa.ipynb #fc47aa9f
-def _numbered(paths):
+def _numbered_channels(paths):
     "Names for as many channels as the first whole file has"
-    for p in paths:
-        try:
-            return [f'channel{i}' for i in range(len(read_image(p)))]
-        except InputError:
-            pass
-    raise InputError(f'none of the {len(paths)} images can be read: {p} is one of them')
+    for path in paths:
+        with contextlib.suppress(InputError):
+            return [f'channel{i}' for i in range(len(read_image(path)))]
+    raise InputError(f'none of the {len(paths)} images can be read: {path} is one of them')
 
 # %% ../../nbs/04_data/07_hpa.ipynb #fb028b5e
 def unlabelled_fields(
@@ -239,16 +239,10 @@ def unlabelled_fields(
     if not folder.is_dir():
         raise InputError(f'there is no folder {folder}')
     for images in (folder, folder / 'test', folder / 'train'):
-        found, stacked = fields_by_name(images, _images_in(images), channels)
-        if found:
-            return Fields(
-                'unlabelled',
-                images,
-                pd.DataFrame(dict(Id=list(found), Target='', Ending=list(found.values()))),
-                tuple(channels),
-                HPA,
-                stacked,
-            )
+        endings, stacked = fields_by_name(images, _images_in(images), channels)
+        if endings:
+            table = pd.DataFrame(dict(Id=list(endings), Target='', Ending=list(endings.values())))
+            return Fields('unlabelled', images, table, tuple(channels), HPA, stacked)
     raise InputError(f'{folder} has no images named <Id>_{channels[0]}.png')
 
 # %% ../../nbs/04_data/07_hpa.ipynb #1f1bcfc9
@@ -257,25 +251,51 @@ def ordered_map(
     items,  # to work on
     workers: int = -1,  # processes; -1 for one a core, 1 for none besides this one
 ):  # yields `work(item)` in the order of the items
-    "`map` over processes that never run far ahead"
+    "`map` over processes that run at most two items each ahead"
     n = joblib.effective_n_jobs(workers)
     if n == 1:
         yield from map(work, items)
         return
-    pool, ahead = ProcessPoolExecutor(n, initializer=_end_with, initargs=(os.getpid(),)), deque()
+    items = iter(items)
+    unread = deque()
     try:
-        for item in items:
-            ahead.append(pool.submit(work, item))
-            if len(ahead) > 2 * n:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        # two windows fit into the pool's own queue, so that it can be stopped at any moment
+        while window := list(islice(items, n)):
+            unread.append(_begin_window(work, window, n))
+            if len(unread) == 2:
+                yield from _results(unread)
+        while unread:
+            yield from _results(unread)
     finally:
-        pool.shutdown(kill_workers=bool(ahead))
+        _finish_windows(unread)
+
+# %% ../../nbs/04_data/07_hpa.ipynb #a4c985d9
+def _begin_window(work, items, n):
+    "Hand some items to the pool; yields their results"
+    # an idle process leaves the pool after 5 s, so none is left over for long
+    with joblib.parallel_config('loky', initializer=_end_with, initargs=(os.getpid(),), idle_worker_timeout=5):
+        parallel = joblib.Parallel(n, return_as='generator', pre_dispatch='all', batch_size=1)
+        return parallel(joblib.delayed(work)(item) for item in items)
+
+# %% ../../nbs/04_data/07_hpa.ipynb #335b685e
+def _results(windows):
+    "The results of the first window, which is left out afterwards"
+    # `yield from` would close the window, and with it joblib's pool, when the reader stops early
+    for result in windows[0]:
+        yield result
+    windows.popleft()
+
+
+def _finish_windows(windows):
+    "Let the pool finish what nobody reads any more: joblib could only kill the processes, with a traceback of its own"
+    for window in windows:
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            deque(window, maxlen=0)
 
 # %% ../../nbs/04_data/07_hpa.ipynb #6c0c1968
 def _end_with(parent):
-    "Let this process end soon after its parent, however that ends"
+    "Let this process end soon after its parent, however that ends, and leave Ctrl-C to it"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:
@@ -287,66 +307,83 @@ def _end_with(parent):
 # %% ../../nbs/04_data/07_hpa.ipynb #6b7daca9
 def _read_block(job):
     "What came of some fields: images and a note, or the reason why not"
-    fields, ids, c = job
+    fields, files, config = job
 
-    def one(id, ending):
+    def read(id, ending):
         try:
             field = read_field(fields.folder, id, fields.channels, ending, fields.stacked)
-            images, dropped = field_images(field, fields.channels, c)
+            images, dropped = field_images(field, fields.channels, config)
             return images, dict(dropped=dropped, depth=str(field.dtype))
         except InputError as e:
             return {}, dict(bad=str(e))
 
-    return [one(*i) for i in ids]
+    return [read(id, ending) for id, ending in files]
 
 # %% ../../nbs/04_data/07_hpa.ipynb #cd9b67e2
-def _blocks(fields, c, first, each=8):
-    "Jobs for the fields from `first` on; the table stays here"
-    light, ids = replace(fields, table=None), list(zip(fields.table.Id, fields.table.Ending))
-    for i in range(first, len(ids), each):
-        yield light, ids[i : i + each], c
+def _blocks(fields, config, first, each=8):
+    "Jobs for the fields from `first` on; the table is not sent along"
+    files = list(zip(fields.table.Id, fields.table.Ending, strict=True))
+    fields = replace(fields, table=None)
+    for i in range(first, len(files), each):
+        yield fields, files[i : i + each], config
 
 # %% ../../nbs/04_data/07_hpa.ipynb #4c36d11e
-def _read_all(w, fields, splits, c, workers) -> list:
+def _read_all(writer, fields, splits, config, workers) -> list:
     "Read what is left to read into an open store; the notes of all fields"
-    notes, first = w.done, len(w.done)
-    results = (r for block in ordered_map(_read_block, _blocks(fields, c, first), workers) for r in block)
-    rows = zip(fields.table.Id[first:], fields.table.Target[first:], splits[first:], results)
-    for id, target, split, (images, note) in tqdm(
-        rows, total=len(fields.table), initial=first, desc='prepare', unit='field'
-    ):
+    notes = writer.done
+    first = len(notes)
+    blocks = ordered_map(_read_block, _blocks(fields, config, first), workers)
+    results = (result for block in blocks for result in block)
+    rows = zip(fields.table.Id[first:], fields.table.Target[first:], splits[first:], results, strict=True)
+    bar = tqdm(rows, total=len(fields.table), initial=first, desc='prepare', unit='field')
+    for id, target, split, (images, note) in bar:
         for suffix, image in images.items():
-            w.add(image, id=id + suffix, target=target, group=id, split=split, source='real')
-        w.commit(**note)
+            writer.add(image, id=id + suffix, target=target, group=id, split=split, source='real')
+        writer.commit(**note)
         notes.append(note)
     return notes
 
 # %% ../../nbs/04_data/07_hpa.ipynb #c95d1454
 def _splits_of(fields, fractions, seed):
-    "The part of each field"
-    labels = np.stack([fields.vocab.encode(t) for t in fields.table.Target])
+    "The split of each field"
+    labels = np.stack([fields.vocab.encode(target) for target in fields.table.Target])
     return assign_splits(labels, fields.table.Id, fractions, seed)
 
 # %% ../../nbs/04_data/07_hpa.ipynb #3ea7fe8c
-def _account(w, fields, notes, skip_bad, bad_list, least) -> dict:
-    "What became of the fields, for the manifest; raises `InputError` for bad files, after listing them"
-    bad = [(id, n['bad']) for id, n in zip(fields.table.Id, notes) if 'bad' in n]
-    remove(bad_list)
+def _list_bad(fields, notes, path, skip_bad) -> int:
+    "List the fields that cannot be used, and count them; raises `InputError` unless they may be left out"
+    bad = [(id, note['bad']) for id, note in zip(fields.table.Id, notes, strict=True) if 'bad' in note]
+    remove(path)
     if bad:
-        with atomic_path(bad_list) as partial:
+        with atomic_path(path) as partial:
             pd.DataFrame(bad, columns=['Id', 'reason']).to_csv(partial, index=False, lineterminator='\n')
     if bad and not (skip_bad and len(bad) < len(notes)):
         raise InputError(
-            f'{len(bad)} of {len(notes)} fields cannot be used, see {bad_list} (the first: {bad[0][1]}); mend them, or'
-            ' leave them out with --skip-bad'
+            f'{len(bad)} of {len(notes)} fields cannot be used, see {path} (the first: {bad[0][1]});'
+            ' mend them, or leave them out with --skip-bad'
         )
-    if not w.rows:
-        raise InputError(f'no tile of {fields.folder} has {least:.0%} nuclear pixels: lower --min-foreground')
+    return len(bad)
+
+# %% ../../nbs/04_data/07_hpa.ipynb #9d11ee7c
+def _account(notes, bad) -> dict:
+    "What became of the fields, for the manifest"
     return dict(
-        fields=len(notes) - len(bad),
-        bad_left_out=len(bad),
-        tiles_dropped=sum(n.get('dropped', 0) for n in notes),
-        depths=dict(Counter(n['depth'] for n in notes if 'depth' in n)),
+        fields=len(notes) - bad,
+        bad_left_out=bad,
+        tiles_dropped=sum(note.get('dropped', 0) for note in notes),
+        depths=dict(Counter(note['depth'] for note in notes if 'depth' in note)),
+    )
+
+# %% ../../nbs/04_data/07_hpa.ipynb #cc5307d1
+def _store_settings(made, fields, splits, size) -> dict:
+    "All that decides the store, short enough to be quoted where it differs"
+    return dict(
+        made,
+        protloc=__version__,
+        size=size,
+        channels=fields.channels,
+        classes=fields.vocab.names,
+        fields=f'{len(fields.table)}, hash {sha256(fields.table.to_csv() + ",".join(splits))[:12]}',
     )
 
 # %% ../../nbs/04_data/07_hpa.ipynb #0b5cb3ca
@@ -355,24 +392,26 @@ def prepare(
     path: str | Path,  # the new store
     size: int = 128,  # height and width of the stored images in pixels
     tile: int | None = None,  # cut fields into tiles of this many pixels first
-    fractions: Fractions = Fractions(),  # shares of train, val and test
+    fractions: Fractions | None = None,  # shares of train, val and test; those of `Fractions()` unless given
     seed: int = 0,  # of the split
     vocab: Vocabulary | None = None,  # the classes that the numbers mean; the layout's unless given
     channels=None,  # in the order of the array; the layout's unless given
-    labelled: bool = True,  # read labels and split; without labels the images belong to no part
+    labelled: bool = True,  # read labels and split; without labels the images are in no split
     workers: int = -1,  # processes; -1 for one a core
     layout: str = '',  # a name in `LAYOUTS`; recognised unless given
     skip_bad: bool = False,  # leave out fields that cannot be used
     bad_list: str | Path = '',  # where they are listed; PATH.bad.csv unless given
     **options,  # the other settings of `FieldConfig`: percentiles, normalise, min_foreground, nucleus, keep_one
 ) -> ImageStore:
-    "Read a folder of fields into a store, or go on where a killed process was; raises `InputError` for bad files and leaves nothing but their list"
-    c = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
-    fields = (
-        labelled_fields(folder, vocab, channels, layout) if labelled else unlabelled_fields(folder, channels or STAINS)
-    )
-    if c.min_foreground:
-        lookup('channel of the nuclei (--nucleus)', c.nucleus, dict.fromkeys(fields.channels))
+    "Read a folder into a store, or go on after a kill; raises `InputError` for bad files, and leaves only their list"
+    config = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
+    fractions = fractions or Fractions()
+    if labelled:
+        fields = labelled_fields(folder, vocab, channels, layout)
+    else:
+        fields = unlabelled_fields(folder, channels or STAINS)
+    if config.min_foreground:
+        lookup('channel of the nuclei (--nucleus)', config.nucleus, dict.fromkeys(fields.channels))
     print(fields, file=sys.stderr)
     splits = _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
     made = dict(
@@ -382,23 +421,14 @@ def prepare(
         resize='area',
         seed=seed,
         fractions=fractions.model_dump(),
-        **c.model_dump(exclude={'size'}),
+        **config.model_dump(exclude={'size'}),
     )
-    settings = dict(
-        made,
-        protloc=__version__,
-        size=size,
-        channels=fields.channels,
-        classes=fields.vocab.names,
-        table=sha256(fields.table.to_csv() + ','.join(splits)),
-    )
-    with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as w:
-        w.made |= _account(
-            w,
-            fields,
-            _read_all(w, fields, splits, c, workers),
-            skip_bad,
-            Path(bad_list or f'{w.path}.bad.csv'),
-            c.min_foreground,
-        )
+    settings = _store_settings(made, fields, splits, size)
+    with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as writer:
+        notes = _read_all(writer, fields, splits, config, workers)
+        bad = _list_bad(fields, notes, Path(bad_list or f'{writer.path}.bad.csv'), skip_bad)
+        if not writer.rows:
+            least = f'{config.min_foreground:.0%}'
+            raise InputError(f'no tile of {fields.folder} has {least} nuclear pixels: lower --min-foreground')
+        writer.made |= _account(notes, bad)
     return ImageStore(path)

@@ -44,18 +44,20 @@ class ImageKind:
 @patch
 def must_match(
     self: ImageKind,  # of the images in question
-    other: ImageKind,  # of what they are to be used with
+    other: ImageKind,  # of what they are used with
     labelled: bool = True,  # whether labels are compared too, so that the classes must be the same
     mend: str = '',  # what the user can do, for the message
 ):
     "Raise `InputError` naming the first thing in which two kinds differ"
-    named = ['channels', 'size', *(['classes'] if labelled else [])]
-    compared = [(name, getattr(self, name), getattr(other, name)) for name in named]
+    names = ['channels', 'size']
+    if labelled:
+        names.append('classes')
+    compared = [(name, getattr(self, name), getattr(other, name)) for name in names]
     compared += [(name, self.fields[name], other.fields[name]) for name in self.fields if name in other.fields]
-    for name, mine, its in compared:
-        if mine != its:
+    for name, own, others in compared:
+        if own != others:
             ending = f': {mend}' if mend else ''
-            raise InputError(f'{self.owner} has {name} {brief(mine)}, {other.owner} has {brief(its)}{ending}')
+            raise InputError(f'{self.owner} has {name} {brief(own)}, {other.owner} has {brief(others)}{ending}')
 
 # %% ../../nbs/04_data/01_kind.ipynb #3ed1f34b
 def brief(
@@ -64,4 +66,6 @@ def brief(
     "A list for a message: all of a short one, the count and the start of a long one"
     if not isinstance(value, list | tuple):
         return str(value)
-    return ', '.join(map(str, value)) if len(value) <= 4 else f'{len(value)} ({", ".join(map(str, value[:3]))} ...)'
+    if len(value) <= 4:
+        return ', '.join(map(str, value))
+    return f'{len(value)} ({", ".join(map(str, value[:3]))} ...)'

@@ -24,19 +24,19 @@ from .store import ImageStore
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SYMMETRIES', 'PARTNER_KINDS', 'order_of', 'AugmentConfig', 'draw_boxes', 'turn_and_crop', 'scale_channels',
+__all__ = ['SYMMETRIES', 'PARTNER_KINDS', 'shuffled_rows', 'AugmentConfig', 'draw_crop_boxes', 'turn_and_crop', 'scale_channels',
            'augment_images', 'Batch', 'balance_weights', 'Batches', 'SourceBatches', 'Partners', 'loader', 'in_order']
 
 # %% ../../nbs/04_data/08_loading.ipynb #52ddb6fe
-def order_of(
+def shuffled_rows(
     n: int,  # images in an epoch
     first: int,  # position of the first image, counted from the start of training
     count: int,  # how many
     seed: int,  # of the shuffles
 ) -> np.ndarray:  # (count,) in [0, n)
-    "Which images stand at these positions of an endless, freshly shuffled sequence"
-    positions = np.arange(first, first + count)
-    return np.array([_permutation(n, e, seed)[i] for e, i in zip(*divmod(positions, n))])
+    "Which images stand at some positions of an endless sequence that is shuffled for each epoch"
+    epochs, positions = np.divmod(np.arange(first, first + count), n)
+    return np.array([_permutation(n, epoch, seed)[i] for epoch, i in zip(epochs, positions, strict=True)])
 
 
 @lru_cache(maxsize=8)
@@ -70,85 +70,95 @@ class AugmentConfig(Config):
         return self
 
 # %% ../../nbs/04_data/08_loading.ipynb #29808b56
-def draw_boxes(
+def draw_crop_boxes(
     n: int,  # images
-    c: AugmentConfig,
+    config: AugmentConfig,
     rng: np.random.Generator,  # of the crops
 ) -> np.ndarray:  # (n, 4): top, left, height, width as shares of the edge, in [0, 1]
     "A crop for each image"
-    area, ratio = rng.uniform(*c.crop_scale, n), np.exp(rng.uniform(*np.log(c.crop_ratio), n))
+    area = rng.uniform(*config.crop_scale, n)
+    ratio = np.exp(rng.uniform(*np.log(config.crop_ratio), n))
     size = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], 1).clip(max=1)
     return np.concatenate([rng.random((n, 2)) * (1 - size), size], 1)
 
 # %% ../../nbs/04_data/08_loading.ipynb #d8083b1f
+# k quarter turns against the clock, then a mirror image for k >= 4
 SYMMETRIES = (
-    lambda p: p,  # k quarter turns against the clock, then a mirror image for k >= 4
-    lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE),
-    lambda p: cv2.rotate(p, cv2.ROTATE_180),
-    lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE),
-    lambda p: cv2.flip(p, 1),
-    lambda p: cv2.flip(cv2.transpose(p), -1),
-    lambda p: cv2.flip(p, 0),
+    lambda plane: plane,
+    lambda plane: cv2.rotate(plane, cv2.ROTATE_90_COUNTERCLOCKWISE),
+    lambda plane: cv2.rotate(plane, cv2.ROTATE_180),
+    lambda plane: cv2.rotate(plane, cv2.ROTATE_90_CLOCKWISE),
+    lambda plane: cv2.flip(plane, 1),
+    lambda plane: cv2.flip(cv2.transpose(plane), -1),
+    lambda plane: cv2.flip(plane, 0),
     cv2.transpose,
 )
 
 
 @lru_cache(maxsize=1)
-def _pool(process, threads):
+def _thread_pool(process, threads):
     return ThreadPoolExecutor(threads)
 
 # %% ../../nbs/04_data/08_loading.ipynb #4e95c337
-def _by_plane(images, which, boxes):
-    "`turn_and_crop` on a processor"
-    images, out, edge = (
-        images.numpy(),
-        torch.empty_like(images, memory_format=torch.contiguous_format),
-        images.shape[-1],
-    )
-    filled, threads = out.numpy(), torch.get_num_threads() if (boxes[:, 2:] < edge).any() else 1
+def _turn_and_crop_planes(images, symmetries, boxes):
+    "`turn_and_crop` on a CPU"
+    images = images.numpy()
+    edge = images.shape[-1]
+    out = torch.empty(images.shape, dtype=torch.uint8)
+    filled = out.numpy()
+    threads = torch.get_num_threads() if (boxes[:, 2:] < edge).any() else 1
 
-    def some(first):
+    def fill(first):
         for i in range(first, len(images), threads):
-            y, x, h, w = boxes[i]
-            for plane, to in zip(images[i], filled[i]):
-                cv2.resize(
-                    SYMMETRIES[which[i]](plane)[y : y + h, x : x + w], (edge, edge), to, interpolation=cv2.INTER_LINEAR
-                )
+            y, x, height, width = boxes[i]
+            for plane, target in zip(images[i], filled[i], strict=True):
+                cropped = SYMMETRIES[symmetries[i]](plane)[y : y + height, x : x + width]
+                cv2.resize(cropped, (edge, edge), target, interpolation=cv2.INTER_LINEAR)
 
-    list(map(some, range(1)) if threads == 1 else _pool(os.getpid(), threads).map(some, range(threads)))
+    if threads == 1:
+        fill(0)
+    else:
+        list(_thread_pool(os.getpid(), threads).map(fill, range(threads)))
     return out
 
 # %% ../../nbs/04_data/08_loading.ipynb #5b1e7a90
-def _by_grid(images, which, boxes):
+def _turn_and_crop_grid(images, symmetries, boxes):
     "`turn_and_crop` on an accelerator"
-    edge, (k, b) = images.shape[-1], (torch.as_tensor(a, device=images.device) for a in (which, boxes))
-    start, length = b[:, :2, None], b[:, 2:, None]  # (N, 2, 1): of rows and of columns
-    at = start + (length * (torch.arange(edge, device=images.device) + 0.5) / edge - 0.5).clamp(min=0).minimum(
-        length - 1
-    )
-    y, x = ((at - (edge - 1) / 2) * (2 / edge)).unbind(1)  # (N, S) from -1 to 1
+    edge = images.shape[-1]
+    k = torch.as_tensor(symmetries, device=images.device)
+    boxes = torch.as_tensor(boxes, device=images.device)
+    y, x = _box_coordinates(boxes, edge).unbind(1)
     x = torch.where(k[:, None] >= 4, -x, x)
-    cos, sin = (
-        torch.tensor(v, device=images.device)[k % 4][:, None, None]
-        for v in ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
-    )
-    grid = torch.stack([cos * x[:, None] - sin * y[:, :, None], sin * x[:, None] + cos * y[:, :, None]], -1)
-    return (
-        torch.nn.functional.grid_sample(images.float(), grid, padding_mode='border', align_corners=False).round().byte()
-    )
+    # of k quarter turns
+    cos = torch.tensor((1.0, 0.0, -1.0, 0.0), device=images.device)[k % 4][:, None, None]
+    sin = torch.tensor((0.0, 1.0, 0.0, -1.0), device=images.device)[k % 4][:, None, None]
+    rows, columns = y[:, :, None], x[:, None]
+    grid = torch.stack([cos * columns - sin * rows, sin * columns + cos * rows], -1)
+    sampled = torch.nn.functional.grid_sample(images.float(), grid, padding_mode='border', align_corners=False)
+    return sampled.round().byte()
+
+# %% ../../nbs/04_data/08_loading.ipynb #6dac486d
+def _box_coordinates(boxes, edge):
+    "Where the pixels of a stretched box lie in its image: (N, 2, edge) rows and columns from -1 to 1"
+    start = boxes[:, :2, None]
+    length = boxes[:, 2:, None]
+    within = length * (torch.arange(edge, device=boxes.device) + 0.5) / edge - 0.5
+    at = start + within.clamp(min=0).minimum(length - 1)
+    return (at - (edge - 1) / 2) * (2 / edge)
 
 # %% ../../nbs/04_data/08_loading.ipynb #7d2e4c11
 def turn_and_crop(
     images: Tensor,  # (N, C, S, S) uint8, on any device
-    which: np.ndarray,  # (N,) integers in [0, 8): quarter turns against the clock, plus 4 for a mirror image
-    boxes: (
-        np.ndarray | None
-    ) = None,  # (N, 4) as `draw_boxes` gives them, of the turned images; whole images unless given
+    symmetries: np.ndarray,  # (N,) integers in [0, 8): quarter turns against the clock, plus 4 for a mirror image
+    # (N, 4) as `draw_crop_boxes` gives them, of the turned images; whole images unless given
+    boxes: np.ndarray | None = None,
 ) -> Tensor:  # (N, C, S, S) uint8
     "Turn each image, cut a box of whole pixels out of it and stretch that to full size (bilinear)"
-    boxes = np.tile([0.0, 0, 1, 1], (len(images), 1)) if boxes is None else boxes
+    if boxes is None:
+        boxes = np.tile([0.0, 0, 1, 1], (len(images), 1))
     pixels = np.rint(boxes * images.shape[-1]).astype(int).clip([0, 0, 1, 1])
-    return (_by_plane if images.device.type == 'cpu' else _by_grid)(images, which, pixels)
+    on_device = _turn_and_crop_planes if images.device.type == 'cpu' else _turn_and_crop_grid
+    return on_device(images, symmetries, pixels)
 
 # %% ../../nbs/04_data/08_loading.ipynb #6f1b53ed
 def scale_channels(
@@ -161,28 +171,25 @@ def scale_channels(
 # %% ../../nbs/04_data/08_loading.ipynb #664df1d7
 def augment_images(
     images: Tensor,  # (n, C, S, S) uint8, this process's slice of the batch
-    c: AugmentConfig,
+    config: AugmentConfig,
     seed: int,  # of the training
     step: int,  # from 0
-    size: int,  # images of the whole batch
-    mine: slice,  # which of them these are
+    batch_size: int,  # images of the whole batch
+    own_slice: slice,  # which of them these are
 ) -> Tensor:  # (n, C, S, S) uint8
     "Turn, crop and scale the images of a step"
-
-    def drawn(name, draw):
-        return draw(rng_for(seed, name, step))[mine]
-
-    which = drawn('turn', lambda rng: rng.integers(8, size=size)) if c.turn else np.zeros(len(images), int)
-    boxes = drawn('crop', lambda rng: draw_boxes(size, c, rng)) if c.crop else None
-    if c.turn or c.crop:
-        images = turn_and_crop(images, which, boxes)
-    if c.jitter:
-        images = scale_channels(
-            images,
-            torch.from_numpy(drawn('jitter', lambda rng: np.exp(rng.normal(0, c.jitter, (size, images.shape[1])))))
-            .float()
-            .to(images.device),
-        )
+    symmetries = np.zeros(len(images), int)
+    boxes = None
+    if config.turn:
+        symmetries = rng_for(seed, 'turn', step).integers(8, size=batch_size)[own_slice]
+    if config.crop:
+        boxes = draw_crop_boxes(batch_size, config, rng_for(seed, 'crop', step))[own_slice]
+    if config.turn or config.crop:
+        images = turn_and_crop(images, symmetries, boxes)
+    if config.jitter:
+        logs = rng_for(seed, 'jitter', step).normal(0, config.jitter, (batch_size, images.shape[1]))
+        gains = torch.from_numpy(np.exp(logs)[own_slice]).float()
+        images = scale_channels(images, gains.to(images.device))
     return images
 
 # %% ../../nbs/04_data/08_loading.ipynb #bd3e94b2
@@ -197,35 +204,38 @@ class Batch(tuple):
         vocab: Vocabulary,  # K classes
     ):
         self = super().__new__(cls, (images, labels))
-        self.channels, self.vocab = channels, vocab
+        self.channels = channels
+        self.vocab = vocab
         return self
 
     def __getnewargs__(self):
         return *self, self.channels, self.vocab
 
     def __repr__(self):
-        return f'Batch({len(self[0])} images {tuple(self[0].shape[1:])} {self[0].dtype}, labels {tuple(self[1].shape)})'
+        images, labels = self
+        return f'Batch({len(images)} images {tuple(images.shape[1:])} {images.dtype}, labels {tuple(labels.shape)})'
 
     def _repr_html_(self):
         from protloc.plots import thumbnails
 
-        captions = [', '.join(self.vocab.names_of(y)) or 'no label' for y in self[1][:16].tolist()]
-        line = html.escape(repr(self)) + (', the first 16 shown' if len(self[0]) > 16 else '')
-        return f'<div>{line}{thumbnails(self[0][:16].numpy(), self.channels, captions)}</div>'
+        images, labels = self
+        captions = [', '.join(self.vocab.names_of(row)) or 'no label' for row in labels[:16].tolist()]
+        line = html.escape(repr(self)) + (', the first 16 shown' if len(images) > 16 else '')
+        return f'<div>{line}{thumbnails(images[:16].numpy(), self.channels, captions)}</div>'
 
 # %% ../../nbs/04_data/08_loading.ipynb #32febaf5
 def balance_weights(
     labels: np.ndarray,  # (N, K) multi-hot
     balance: float,  # exponent; 0 = all alike
 ) -> np.ndarray:  # (N,) probabilities
-    "How often each image is to be shown, by its rarest class; one without a label counts as the most common"
+    "How often each image is shown, by its rarest class; one without a label counts as the most common"
     rarest = np.where(labels > 0, labels.sum(0), len(labels)).min(1, initial=len(labels))
     weights = rarest ** -float(balance)
     return weights / weights.sum()
 
 # %% ../../nbs/04_data/08_loading.ipynb #d0e39f03
 class Batches(torch.utils.data.Dataset):
-    "`batches[step]` -> (images, labels): part of a store, shuffled; `augmented` turns and crops them"
+    "`batches[step]` -> (images, labels) of some rows of a store, shuffled; `augmented` turns and crops them"
 
     def __init__(
         self,
@@ -233,31 +243,34 @@ class Batches(torch.utils.data.Dataset):
         rows: np.ndarray,  # positions in the store, e.g. `store.rows('train')`
         batch_size: int,  # images a step, over all processes
         seed: int = 0,  # of order and augmentation
-        augment: AugmentConfig = AugmentConfig(),
+        augment: AugmentConfig | None = None,  # turned, neither cropped nor scaled, unless given
         weights: np.ndarray | None = None,  # (len(rows),) how often each is drawn; all once an epoch unless given
     ):
         if batch_size < 1:
             raise InputError(f'the batch size must be at least 1, not {batch_size}')
-        self.store, self.rows, self.batch_size, self.seed, self.augment = (
-            store,
-            np.asarray(rows),
-            batch_size,
-            seed,
-            augment,
-        )
-        self.images, self.labels = store.images, torch.from_numpy(store.labels)
-        self.rank, self.world, self.edges = 0, 1, None if weights is None else np.cumsum(weights)
+        self.store = store
+        self.rows = np.asarray(rows)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment or AugmentConfig()
+        self.images = store.images
+        self.labels = torch.from_numpy(store.labels)
+        self.cumulative_weights = None if weights is None else np.cumsum(weights)
+        self.rank = 0
+        self.world_size = 1
 
-    def shard(self, rank: int, world: int):
-        "A copy that yields only the slice of process `rank` among `world`"
+    def shard(self, rank: int, world_size: int):
+        "A copy that yields only the slice of process `rank` among `world_size`"
         new = copy.copy(self)
-        new.rank, new.world = rank, world
+        new.rank = rank
+        new.world_size = world_size
         return new
 
     @property
-    def mine(self) -> slice:
-        "This process's part of the whole batch"
-        return slice(self.rank * self.batch_size // self.world, (self.rank + 1) * self.batch_size // self.world)
+    def own_slice(self) -> slice:
+        "This process's share of the whole batch"
+        first, end = (rank * self.batch_size // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(first, end)
 
 # %% ../../nbs/04_data/08_loading.ipynb #3dd17499
 @patch
@@ -266,10 +279,11 @@ def rows_at(
     step: int,  # from 0
 ) -> np.ndarray:  # (batch_size,) positions in the store
     "Which images the whole batch of a step holds"
-    if self.edges is None:
-        return self.rows[order_of(len(self.rows), step * self.batch_size, self.batch_size, self.seed)]
-    drawn = rng_for(self.seed, 'balance', step).random(self.batch_size) * self.edges[-1]
-    return self.rows[np.searchsorted(self.edges, drawn, side='right')]
+    if self.cumulative_weights is None:
+        return self.rows[shuffled_rows(len(self.rows), step * self.batch_size, self.batch_size, self.seed)]
+    # numpy's `choice` would sum up all weights again at every step
+    drawn = rng_for(self.seed, 'balance', step).random(self.batch_size) * self.cumulative_weights[-1]
+    return self.rows[np.searchsorted(self.cumulative_weights, drawn, side='right')]
 
 # %% ../../nbs/04_data/08_loading.ipynb #47aa3b70
 @patch
@@ -278,8 +292,8 @@ def __getitem__(
     step: int,  # from 0
 ) -> Batch:  # images (n, C, H, W) uint8, labels (n, K) float32
     "This process's images of a step as they are stored, always the same ones"
-    mine = self.rows_at(step)[self.mine]
-    return Batch(torch.from_numpy(self.images[mine]), self.labels[mine], self.store.channels, self.store.vocab)
+    rows = self.rows_at(step)[self.own_slice]
+    return Batch(torch.from_numpy(self.images[rows]), self.labels[rows], self.store.channels, self.store.vocab)
 
 # %% ../../nbs/04_data/08_loading.ipynb #1a3db005
 @patch
@@ -290,12 +304,8 @@ def augmented(
 ) -> Batch:  # the same images, augmented
     "Turn, crop and scale as the settings say"
     images, labels = batch
-    return Batch(
-        augment_images(images, self.augment, self.seed, step, self.batch_size, self.mine),
-        labels,
-        self.store.channels,
-        self.store.vocab,
-    )
+    images = augment_images(images, self.augment, self.seed, step, self.batch_size, self.own_slice)
+    return Batch(images, labels, self.store.channels, self.store.vocab)
 
 # %% ../../nbs/04_data/08_loading.ipynb #3dacfeaf
 class SourceBatches(torch.utils.data.Dataset):
@@ -303,31 +313,34 @@ class SourceBatches(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        steps: int = 0,  # of the training; `progress`, the share of it that is done, is given where this is
-        sources_at: (
-            Callable | None
-        ) = None,  # sources_at(progress) -> names of the sources that are read; all unless given
+        steps: int = 0,  # of the training; where given, a step also has `progress`, the share that is done
+        # sources_at(progress) -> names of the sources that are read; all unless given
+        sources_at: Callable | None = None,
         **sources: Batches | None,  # name -> its batches; None where it is not used
     ):
-        self.steps, self.sources_at, self.sources = (
-            steps,
-            sources_at,
-            {k: b for k, b in sources.items() if b is not None},
-        )
+        self.steps = steps
+        self.sources_at = sources_at
+        self.sources = {name: batches for name, batches in sources.items() if batches is not None}
 
-    def shard(self, rank: int, world: int):
-        "A copy that yields only the slices of process `rank` among `world`"
-        return SourceBatches(self.steps, self.sources_at, **{k: b.shard(rank, world) for k, b in self.sources.items()})
+    def shard(self, rank: int, world_size: int):
+        "A copy that yields only the slices of process `rank` among `world_size`"
+        sources = {name: batches.shard(rank, world_size) for name, batches in self.sources.items()}
+        return SourceBatches(self.steps, self.sources_at, **sources)
 
     def __getitem__(self, step: int) -> dict[str, Batch | Tensor]:
         "The step's batch of each source that is wanted"
         wanted = self.sources_at(step / self.steps) if self.sources_at else self.sources
-        progress = dict(progress=torch.tensor(step / self.steps)) if self.steps else {}
-        return {**{k: b[step] for k, b in self.sources.items() if k in wanted}, **progress}
+        batch = {name: batches[step] for name, batches in self.sources.items() if name in wanted}
+        if self.steps:
+            batch['progress'] = torch.tensor(step / self.steps)
+        return batch
 
     def augmented(self, batch: dict, step: int) -> dict[str, Batch | Tensor]:
         "Each source's batch, augmented"
-        return {k: self.sources[k].augmented(b, step) if k in self.sources else b for k, b in batch.items()}
+        finished = dict(batch)
+        for name in self.sources.keys() & batch.keys():
+            finished[name] = self.sources[name].augmented(batch[name], step)
+        return finished
 
 # %% ../../nbs/04_data/08_loading.ipynb #2d1e80ba
 PARTNER_KINDS = ('any', 'same', 'shared', 'other')  # how a synthetic partner's labels relate to the real image's
@@ -343,22 +356,29 @@ class Partners(Batches):
         real: Batches,  # whose images want partners
         kind: str = 'same',  # one of `PARTNER_KINDS`
         seed: int = 0,  # of choice and augmentation
-        augment: AugmentConfig = AugmentConfig(),
+        augment: AugmentConfig | None = None,  # turned, neither cropped nor scaled, unless given
     ):
         super().__init__(store, rows, real.batch_size, seed, augment)
-        self.real, self.kind = real, kind
-        self.real_labels, self.candidates = real.store.labels, {}
+        self.real = real
+        self.kind = kind
+        self.real_labels = real.store.labels
+        self.candidates = {}
 
-    def _of(self, row):
+    def _candidates_for(self, label_set):
         "Positions in the store that may stand beside a real image with these labels"
-        key = row.tobytes()
+        key = label_set.tobytes()
         if key not in self.candidates:
-            mine = self.store.labels[self.rows]
-            fits = dict(same=(mine == row).all(1), shared=(mine * row).any(1), other=~(mine * row).any(1)).get(
-                self.kind, np.ones(len(mine), bool)
-            )
+            fits = _fits(self.kind, self.store.labels[self.rows], label_set)
             self.candidates[key] = self.rows[fits] if fits.any() else self.rows
         return self.candidates[key]
+
+# %% ../../nbs/04_data/08_loading.ipynb #a114c53e
+def _fits(kind, labels, label_set):
+    "Which rows of labels relate to a label set in one of the `PARTNER_KINDS`"
+    if kind == 'same':
+        return (labels == label_set).all(1)
+    shared = (labels * label_set).any(1)
+    return dict(shared=shared, other=~shared).get(kind, np.ones(len(labels), bool))
 
 # %% ../../nbs/04_data/08_loading.ipynb #544b7227
 @patch
@@ -367,8 +387,9 @@ def rows_at(
     step: int,  # from 0
 ) -> np.ndarray:  # (batch_size,) positions in the synthetic store
     "A partner for each real image of the whole batch"
-    of = [self._of(row) for row in self.real_labels[self.real.rows_at(step)]]
-    return np.array([c[int(u * len(c))] for c, u in zip(of, rng_for(self.seed, 'partner', step).random(len(of)))])
+    candidates = [self._candidates_for(label_set) for label_set in self.real_labels[self.real.rows_at(step)]]
+    drawn = rng_for(self.seed, 'partner', step).random(len(candidates))
+    return np.array([rows[int(u * len(rows))] for rows, u in zip(candidates, drawn, strict=True)])
 
 # %% ../../nbs/04_data/08_loading.ipynb #93f525b1
 def loader(

@@ -10,6 +10,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +22,23 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import InputError, atomic_path, command_line, exclusive, remove, sha256, write_json
-from .kind import ImageKind
+from protloc.core import (
+    InputError,
+    atomic_path,
+    claim_settings,
+    command_line,
+    exclusive,
+    remove,
+    sha256,
+    write_json,
+)
+from .kind import ImageKind, brief
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'ResumableWriter', 'ImageStore', 'class_counts', 'label_set_counts',
-           'label_pairs', 'channel_statistics', 'sample_rows', 'described', 'contact_sheet', 'few_rows', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'quotable', 'ResumableWriter', 'ImageStore', 'class_counts',
+           'label_set_counts', 'label_pairs', 'channel_statistics', 'sample_rows', 'describe_store', 'contact_sheet',
+           'few_rows', 'write_store']
 
 # %% ../../nbs/04_data/02_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -45,8 +56,13 @@ class StoreWriter:
         size: int,  # height and width in pixels
         made: dict | None = None,  # how the images came to be: free-form, JSON
     ):
-        self.path, self.channels, self.vocab, self.size = Path(path), tuple(channels), vocab, int(size)
-        self.made, self.rows, self.hash = dict(made or {}), [], hashlib.sha256()
+        self.path = Path(path)
+        self.channels = tuple(channels)
+        self.vocab = vocab
+        self.size = int(size)
+        self.made = dict(made or {})
+        self.rows = []
+        self.hash = hashlib.sha256()
         if self.path.exists():
             raise InputError(f'{self.path} exists already: choose another name or remove it first')
 
@@ -58,12 +74,12 @@ def __enter__(self: StoreWriter) -> StoreWriter:
     self.folder = self._whole.__enter__()
     self.folder.mkdir()
     self.file = open(self.folder / 'images.npy', 'wb')
-    self._header(0)
+    self._write_header(0)
     return self
 
 # %% ../../nbs/04_data/02_store.ipynb #6d23cdcb
 @patch
-def _header(self: StoreWriter, n):
+def _write_header(self: StoreWriter, n):
     "numpy leaves room in a header for the first axis to grow, so it can be rewritten at the end"
     shape = (n, len(self.channels), self.size, self.size)
     np.lib.format.write_array_header_1_0(self.file, dict(descr='|u1', fortran_order=False, shape=shape))
@@ -73,7 +89,7 @@ def _header(self: StoreWriter, n):
 def add(
     self: StoreWriter,
     image: np.ndarray,  # (C, H, W) uint8
-    **row,  # id and target at least, and whatever else the table shall hold
+    **row,  # id and target at least, and any further columns of the table
 ):
     "Append one image; raises `InputError` for another shape or type"
     shape = (len(self.channels), self.size, self.size)
@@ -89,25 +105,23 @@ def add(
 def _finish(self: StoreWriter):
     "Header, table and manifest; raises `InputError` for duplicated ids"
     self.file.seek(0)
-    self._header(len(self.rows))
+    self._write_header(len(self.rows))
     self.file.close()
     table = pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS)
-    twice = table.id[table.id.duplicated()]
-    if len(twice):
-        raise InputError(f"id '{twice.iloc[0]}' stands twice in the table of {self.path}")
+    repeated = table.id[table.id.duplicated()]
+    if len(repeated):
+        raise InputError(f"id '{repeated.iloc[0]}' stands twice in the table of {self.path}")
     table.to_csv(self.folder / 'table.csv', index=False, lineterminator='\n')
-    write_json(
-        self.folder / 'manifest.json',
-        dict(
-            schema_version=SCHEMA_VERSION,
-            channels=self.channels,
-            classes=self.vocab.names,
-            size=self.size,
-            n=len(table),
-            made=dict(protloc=__version__, command=command_line(), **self.made),
-            sha256=dict(images=self.hash.hexdigest(), table=sha256(self.folder / 'table.csv')),
-        ),
+    manifest = dict(
+        schema_version=SCHEMA_VERSION,
+        channels=self.channels,
+        classes=self.vocab.names,
+        size=self.size,
+        n=len(table),
+        made=dict(protloc=__version__, command=command_line(), **self.made),
+        sha256=dict(images=self.hash.hexdigest(), table=sha256(self.folder / 'table.csv')),
     )
+    write_json(self.folder / 'manifest.json', manifest)
 
 # %% ../../nbs/04_data/02_store.ipynb #1c822ffb
 @patch
@@ -117,17 +131,33 @@ def __exit__(self: StoreWriter, kind, error, trace):
         if kind is None:
             self._finish()
     except BaseException:
-        self._leave(*sys.exc_info())
+        self._close(*sys.exc_info())
         raise
-    self._leave(kind, error, trace)
+    self._close(kind, error, trace)
 
 # %% ../../nbs/04_data/02_store.ipynb #45b19a98
 @patch
-def _leave(self: StoreWriter, *error):
+def _close(self: StoreWriter, *error):
     "Give the folder its name, or sweep it"
+    # a full disk has raised its error already
     with contextlib.suppress(OSError):
-        self.file.close()  # a full disk has said so already
+        self.file.close()
     self._whole.__exit__(*error)
+
+# %% ../../nbs/04_data/02_store.ipynb #b9d92902
+def quotable(
+    setting,  # what JSON can hold
+):  # the same where it is short
+    "A setting as a message can quote it: a hash, and the start of a long list or text"
+    if isinstance(setting, dict):
+        return {name: quotable(value) for name, value in setting.items()}
+    if isinstance(setting, str) and re.fullmatch('[0-9a-f]{64}', setting):
+        return f'hash {setting[:12]}'
+    text = json.dumps(setting)
+    if len(text) <= 200:
+        return setting
+    start = brief(setting) if isinstance(setting, list | tuple) else f'{text[:40]} ...'
+    return f'{start}, hash {sha256(text)[:12]}'
 
 # %% ../../nbs/04_data/02_store.ipynb #6eb4a312
 class ResumableWriter(StoreWriter):
@@ -140,13 +170,11 @@ class ResumableWriter(StoreWriter):
         vocab: Vocabulary,  # the classes
         size: int,  # height and width in pixels
         made: dict | None = None,  # how the images came to be: free-form, JSON
-        settings: dict | None = None,  # all that decides the images; JSON. Others than last time begin anew
+        settings: dict | None = None,  # all that decides the images; JSON. Other ones than last time are refused
     ):
         super().__init__(path, channels, vocab, size, made)
-        self.settings, self.folder = (
-            json.loads(json.dumps(settings or {})),
-            self.path.parent / f'.{self.path.name}.partial',
-        )
+        self.settings = quotable(settings or {})
+        self.folder = self.path.parent / f'.{self.path.name}.partial'
         self.done = []  # the notes of what a process before this one finished
 
     def commit(
@@ -162,58 +190,69 @@ class ResumableWriter(StoreWriter):
 # %% ../../nbs/04_data/02_store.ipynb #ef3b3bcf
 @patch
 def __enter__(self: ResumableWriter) -> ResumableWriter:
-    "Begin the store, or go on"
+    "Begin the store, or go on; raises `InputError` where it was begun with other settings or is being written"
     self.folder.mkdir(parents=True, exist_ok=True)
-    self._hold = exclusive(self.folder)
-    self._hold.__enter__()
-    settings = self.folder / 'settings.json'
-    if not settings.exists() or json.loads(settings.read_text()) != self.settings:
-        for p in self.folder.iterdir():
-            if p.name != '.lock':
-                remove(p)
-        write_json(settings, self.settings)
-    for name in ('images.npy', 'log.jsonl'):
-        (self.folder / name).touch()
-    self.file, self.log = open(self.folder / 'images.npy', 'r+b'), open(self.folder / 'log.jsonl', 'r+', newline='')
-    self._header(0)
-    self._go_on()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(self.folder))
+        self._claim()
+        for name in ('images.npy', 'log.jsonl'):
+            (self.folder / name).touch()
+        self.file = stack.enter_context(open(self.folder / 'images.npy', 'r+b'))
+        self.log = stack.enter_context(open(self.folder / 'log.jsonl', 'r+', newline=''))
+        self._write_header(0)
+        self._go_on()
+        self._held = stack.pop_all()
     return self
+
+# %% ../../nbs/04_data/02_store.ipynb #540b11b5
+@patch
+def _claim(self: ResumableWriter):
+    "The folder is for these settings; what lies in it without any is from another kind of writer and is removed"
+    noted = self.folder / 'settings.json'
+    if not noted.exists():
+        for path in self.folder.iterdir():
+            if path.name != '.lock':
+                remove(path)
+    mend = f'repeat those settings, choose another name than {self.path}, or remove {self.folder} to begin again'
+    claim_settings(noted, self.settings, mend)
 
 # %% ../../nbs/04_data/02_store.ipynb #0de7668f
 @patch
 def _go_on(self: ResumableWriter):
     "Keep what the log vouches for and the image file holds; cut off the rest"
-    bytes_each, first = len(self.channels) * self.size**2, self.file.tell()
-    there, kept = ((self.folder / 'images.npy').stat().st_size - first) // bytes_each, 0
+    image_bytes = len(self.channels) * self.size**2
+    first_byte = self.file.tell()
+    images_there = ((self.folder / 'images.npy').stat().st_size - first_byte) // image_bytes
+    log_bytes = 0
     for line in self.log:
         note = json.loads(line) if line.endswith('\n') else None
-        if note is None or len(self.rows) + len(note['rows']) > there:
+        if note is None or len(self.rows) + len(note['rows']) > images_there:
             break
         self.rows += note.pop('rows')
         self.done.append(note)
-        kept += len(line.encode())
+        log_bytes += len(line.encode())
     for _ in self.rows:
-        self.hash.update(self.file.read(bytes_each))
+        self.hash.update(self.file.read(image_bytes))
     self.logged = len(self.rows)
-    self.file.seek(first + self.logged * bytes_each)
+    self.file.seek(first_byte + self.logged * image_bytes)
     self.file.truncate()
-    self.log.seek(kept)
+    self.log.seek(log_bytes)
     self.log.truncate()
 
 # %% ../../nbs/04_data/02_store.ipynb #e103a8fa
 @patch
-def _leave(self: ResumableWriter, kind, error, trace):
+def _close(self: ResumableWriter, kind, error, trace):
     "Give the folder its name, sweep it after bad input or a full disk, or leave it to the next process"
-    for f in (self.file, self.log):
+    for file in (self.file, self.log):
         with contextlib.suppress(OSError):
-            f.close()
+            file.close()
     if kind is None:
         for name in ('log.jsonl', 'settings.json', '.lock'):
             remove(self.folder / name)
         os.replace(self.folder, self.path)
     elif issubclass(kind, (InputError, OSError)):
         remove(self.folder)
-    self._hold.__exit__(None, None, None)
+    self._held.close()
 
 # %% ../../nbs/04_data/02_store.ipynb #b841b8fa
 class ImageStore:
@@ -224,19 +263,9 @@ class ImageStore:
         path: str | Path,  # the store's folder; `InputError` where it is missing, damaged or not a store
     ):
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise InputError(f'there is no folder {self.path}')
-        missing = [f for f in ('images.npy', 'table.csv', 'manifest.json') if not (self.path / f).exists()]
-        if missing:
-            raise InputError(
-                f'{self.path} is not an image store, it has no {" and no ".join(missing)}: make one with `protloc'
-                ' prepare`'
-            )
-        try:
-            self.manifest = json.loads((self.path / 'manifest.json').read_text())
-        except json.JSONDecodeError as e:
-            raise InputError(f'{self.path}/manifest.json is not JSON: {e}') from None
-        self.vocab, self.channels = Vocabulary(self.manifest['classes']), tuple(self.manifest['channels'])
+        self.manifest = self._read_manifest()
+        self.vocab = Vocabulary(self.manifest['classes'])
+        self.channels = tuple(self.manifest['channels'])
         self.size = self.manifest['size']
         self.table = pd.read_csv(self.path / 'table.csv', dtype={c: str for c in COLUMNS}, keep_default_na=False)
         self._check()
@@ -250,10 +279,23 @@ class ImageStore:
         return self.manifest['n']
 
     def __repr__(self):
-        return (
-            f"ImageStore({str(self.path)!r}: {len(self)} images, {'+'.join(self.channels)}, {self.size} px,"
-            f" {len(self.vocab)} classes)"
-        )
+        what = f"{len(self)} images, {'+'.join(self.channels)}, {self.size} px, {len(self.vocab)} classes"
+        return f'ImageStore({str(self.path)!r}: {what})'
+
+# %% ../../nbs/04_data/02_store.ipynb #850c78ec
+@patch
+def _read_manifest(self: ImageStore) -> dict:
+    "The manifest; raises `InputError` for a folder that is not a store"
+    if not self.path.is_dir():
+        raise InputError(f'there is no folder {self.path}')
+    missing = [name for name in ('images.npy', 'table.csv', 'manifest.json') if not (self.path / name).exists()]
+    if missing:
+        names = ' and no '.join(missing)
+        raise InputError(f'{self.path} is not an image store, it has no {names}: make one with `protloc prepare`')
+    try:
+        return json.loads((self.path / 'manifest.json').read_text())
+    except json.JSONDecodeError as e:
+        raise InputError(f'{self.path}/manifest.json is not JSON: {e}') from None
 
 # %% ../../nbs/04_data/02_store.ipynb #68628e71
 @patch(as_prop=True)
@@ -265,32 +307,34 @@ def images(self: ImageStore) -> np.ndarray:  # (N, C, H, W) uint8, memory-mapped
 @patch
 def _check(self: ImageStore):
     "What can be checked without reading the images"
-    m, mend = self.manifest, 'it was changed or cut off after it was written, make it anew'
-    if m['schema_version'] != SCHEMA_VERSION:
-        raise InputError(f"{self.path} has schema version {m['schema_version']}, this protloc reads {SCHEMA_VERSION}")
+    manifest = self.manifest
+    mend = 'it was changed or cut off after it was written, make the store again'
+    version = manifest['schema_version']
+    if version != SCHEMA_VERSION:
+        raise InputError(f'{self.path} has schema version {version}, this protloc reads {SCHEMA_VERSION}')
     try:
-        found = self.images
+        images = self.images
     except (ValueError, OSError) as e:
         raise InputError(f'{self.path}/images.npy cannot be read ({e}): {mend}') from None
-    shape = (m['n'], len(m['channels']), m['size'], m['size'])
-    if found.shape != shape or found.dtype != np.uint8:
-        raise InputError(
-            f'{self.path}/images.npy holds {found.dtype} {found.shape}, its manifest says uint8 {shape}: {mend}'
-        )
-    if sha256(self.path / 'table.csv') != m['sha256']['table']:
+    shape = (manifest['n'], len(manifest['channels']), manifest['size'], manifest['size'])
+    if images.shape != shape or images.dtype != np.uint8:
+        held = f'{images.dtype} {images.shape}'
+        raise InputError(f'{self.path}/images.npy holds {held}, its manifest says uint8 {shape}: {mend}')
+    if sha256(self.path / 'table.csv') != manifest['sha256']['table']:
         raise InputError(f'{self.path}/table.csv does not match its manifest: {mend}')
 
 # %% ../../nbs/04_data/02_store.ipynb #41496d87
 @patch
 def verify(self: ImageStore) -> bool:  # True, or `InputError`
     "Hash all images and compare with the manifest; raises `InputError` where they differ"
-    found, hash = self.images, hashlib.sha256()
-    for i in tqdm(range(0, len(found), 256), desc='verify', unit='block', leave=False):
-        hash.update(np.ascontiguousarray(found[i : i + 256]))
+    images = self.images
+    hash = hashlib.sha256()
+    for i in tqdm(range(0, len(images), 256), desc='verify', unit='block', leave=False):
+        hash.update(np.ascontiguousarray(images[i : i + 256]))
     if hash.hexdigest() != self.manifest['sha256']['images']:
         raise InputError(
-            f'{self.path}/images.npy does not match the hash in its manifest: it was changed after it was written, make'
-            ' it anew'
+            f'{self.path}/images.npy does not match the hash in its manifest:'
+            ' it was changed after it was written, make the store again'
         )
     return True
 
@@ -298,18 +342,13 @@ def verify(self: ImageStore) -> bool:  # True, or `InputError`
 @patch
 def _decode(self: ImageStore) -> np.ndarray:  # (N, K) float32 multi-hot
     "The labels of all images; raises `InputError` naming the row of a bad target"
-
-    def encode(i, target):
+    labels = np.zeros((len(self), len(self.vocab)), np.float32)
+    for i, target in enumerate(self.table.target):
         try:
-            return self.vocab.encode(target)
+            labels[i] = self.vocab.encode(target)
         except InputError as e:
             raise InputError(f"{self.path}/table.csv, row {i + 2} (id '{self.table.id[i]}'): {e}") from None
-
-    return (
-        np.stack([encode(i, t) for i, t in enumerate(self.table.target)])
-        if len(self)
-        else np.zeros((0, len(self.vocab)), np.float32)
-    )
+    return labels
 
 # %% ../../nbs/04_data/02_store.ipynb #15d42897
 @patch
@@ -317,25 +356,24 @@ def rows(
     self: ImageStore,
     split: str = '',  # 'train', 'val', 'test'; '' for all images
 ) -> np.ndarray:  # (n,) int64 positions
-    "Positions of the images of one part; raises `InputError` where the part is empty"
-    found = np.flatnonzero(self.table.split == split) if split else np.arange(len(self))
-    if not len(found):
-        raise InputError(
-            f"{self.path} has no image in its part '{split}': it has {', '.join(sorted(set(self.table.split)))!r}"
-        )
-    return found
+    "Positions of the images of one split; raises `InputError` where it is empty"
+    positions = np.flatnonzero(self.table.split == split) if split else np.arange(len(self))
+    if not len(positions):
+        splits = ', '.join(sorted(set(self.table.split)))
+        raise InputError(f"{self.path} has no image in its split '{split}': it has {splits!r}")
+    return positions
 
 # %% ../../nbs/04_data/02_store.ipynb #265ced5f
 def class_counts(
     store: ImageStore,
-) -> pd.DataFrame:  # a row a class, a column a part
-    "Images of each class in each part, and of all classes together"
-    parts = list(dict.fromkeys(store.table.split))
+) -> pd.DataFrame:  # a row a class, a column a split
+    "Images of each class in each split, and of all classes together"
+    rows = {split: store.rows(split) for split in dict.fromkeys(store.table.split)}
     counts = pd.DataFrame(
-        {p or 'unsplit': store.labels[store.rows(p)].sum(0).astype(int) for p in parts},
+        {split or 'unsplit': store.labels[mine].sum(0).astype(int) for split, mine in rows.items()},
         index=pd.Index(store.vocab.names, name='class'),
     )
-    counts.loc['(images)'] = [len(store.rows(p)) for p in parts]
+    counts.loc['(images)'] = [len(mine) for mine in rows.values()]
     return counts
 
 # %% ../../nbs/04_data/02_store.ipynb #389bb9ba
@@ -343,19 +381,18 @@ def label_set_counts(
     store: ImageStore,
 ) -> pd.Series:  # names joined by ' + ' -> number of images, the most frequent first
     "How often each label set occurs"
-    named = {t: ' + '.join(store.vocab.names_of(t)) or '(no label)' for t in store.table.target.unique()}
-    return store.table.target.map(named).rename('label set').value_counts()
+    names = {t: ' + '.join(store.vocab.names_of(t)) or '(no label)' for t in store.table.target.unique()}
+    return store.table.target.map(names).rename('label set').value_counts()
 
 # %% ../../nbs/04_data/02_store.ipynb #514f79b6
 def label_pairs(
     store: ImageStore,
 ) -> pd.Series:  # two names joined by ' + ' -> number of images, the most frequent first
     "How often two classes stand on one image"
-    together, names = np.triu(store.labels.T @ store.labels, 1).astype(int), store.vocab.names
-    found = pd.Series(
-        {f'{names[a]} + {names[b]}': together[a, b] for a, b in zip(*together.nonzero())}, name='count', dtype=int
-    )
-    return found.sort_values(ascending=False, kind='stable')
+    together = np.triu(store.labels.T @ store.labels, 1).astype(int)
+    names = store.vocab.names
+    pairs = {f'{names[a]} + {names[b]}': together[a, b] for a, b in np.argwhere(together)}
+    return pd.Series(pairs, name='count', dtype=int).sort_values(ascending=False, kind='stable')
 
 # %% ../../nbs/04_data/02_store.ipynb #c7f481cf
 def channel_statistics(
@@ -365,53 +402,50 @@ def channel_statistics(
     "Mean, percentiles and the share of pixels at 255"
     counts = np.zeros((len(store.channels), 256), int)
     for i in sample_rows(store) if rows is None else rows:
-        for c, plane in enumerate(store.images[i]):
-            counts[c] += np.bincount(plane.ravel(), minlength=256)
+        for channel, plane in enumerate(store.images[i]):
+            counts[channel] += np.bincount(plane.ravel(), minlength=256)
     share = counts / counts.sum(1, keepdims=True)
-    found = dict(
-        mean=share @ np.arange(256),
-        **{f'p{p}': (share.cumsum(1) < p / 100 - 1e-12).sum(1) for p in (1, 50, 99)},
-        saturated=share[:, 255],
-    )
-    return pd.DataFrame(found, index=pd.Index(store.channels, name='channel'))
+    statistics = pd.DataFrame(dict(mean=share @ np.arange(256)), index=pd.Index(store.channels, name='channel'))
+    for percent in (1, 50, 99):
+        statistics[f'p{percent}'] = (share.cumsum(1) < percent / 100 - 1e-12).sum(1)
+    return statistics.assign(saturated=share[:, 255])
 
 # %% ../../nbs/04_data/02_store.ipynb #5a2a776f
 def sample_rows(
     store: ImageStore,
-    most: int = 1000,  # read no more images than that
+    most: int = 1000,  # read at most so many images
 ) -> np.ndarray:  # (<=most,) positions
     "All images, or evenly spaced ones of a large store"
     return np.unique(np.linspace(0, len(store) - 1, min(most, len(store))).round().astype(int))
 
 # %% ../../nbs/04_data/02_store.ipynb #18ff93b4
-def described(
+def describe_store(
     store: ImageStore,
     most: int = 10,  # label sets and pairs to list
 ) -> str:
-    "Parts, classes, label sets, pairs and intensities of a store, for people"
+    "Splits, classes, label sets, pairs and intensities of a store, for people"
     if not len(store):
         return f'{store}'
-    sets, pairs, rows, groups = (
-        label_set_counts(store),
-        label_pairs(store),
-        sample_rows(store),
-        store.table.groupby('group').size(),
-    )
-    of = 'all images' if len(rows) == len(store) else f'{len(rows)} evenly spaced images of {len(store)}'
+    sets = label_set_counts(store)
+    rows = sample_rows(store)
+    groups = store.table.groupby('group').size()
+    which = 'all images' if len(rows) == len(store) else f'{len(rows)} evenly spaced images of {len(store)}'
     return '\n\n'.join(
         [
             f'{store}',
-            f'Images of each class and part\n{class_counts(store).to_string()}',
+            f'Images of each class and split\n{class_counts(store).to_string()}',
             f'Label sets: {len(sets)}, the most frequent\n{sets.head(most).to_string(header=False)}',
-            (
-                f'Pairs of classes: {len(pairs)}, the most frequent\n{pairs.head(most).to_string(header=False)}'
-                if len(pairs)
-                else 'No two classes stand on one image.'
-            ),
-            f'Intensities of {of}\n{channel_statistics(store, rows).round(3).to_string()}',
+            _describe_pairs(label_pairs(store), most),
+            f'Intensities of {which}\n{channel_statistics(store, rows).round(3).to_string()}',
             f'Groups: {len(groups)}, of {groups.min()} to {groups.max()} images',
         ]
     )
+
+
+def _describe_pairs(pairs, most):
+    if not len(pairs):
+        return 'No two classes stand on one image.'
+    return f'Pairs of classes: {len(pairs)}, the most frequent\n{pairs.head(most).to_string(header=False)}'
 
 # %% ../../nbs/04_data/02_store.ipynb #781d1917
 def contact_sheet(
@@ -421,13 +455,12 @@ def contact_sheet(
     "Some images of every class; a class without images has an empty row"
     from protloc.plots import show_cells
 
-    def some(k):
+    shown = {}
+    for k, name in enumerate(store.vocab.names):
         rows = np.flatnonzero(store.labels[:, k])
-        return f'{store.vocab.names[k]} ({len(rows)})', list(
-            store.images[rows[np.unique(np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int))]]
-        ) or [None]
-
-    return show_cells(dict(some(k) for k in range(len(store.vocab))), store.channels)
+        evenly = np.unique(np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int))
+        shown[f'{name} ({len(rows)})'] = list(store.images[rows[evenly]]) or [None]
+    return show_cells(shown, store.channels)
 
 # %% ../../nbs/04_data/02_store.ipynb #433a844e
 def few_rows(
@@ -441,7 +474,7 @@ def few_rows(
 # %% ../../nbs/04_data/02_store.ipynb #0ea99c1a
 @patch
 def _repr_html_(self: ImageStore) -> str:  # HTML
-    "What it is, a few images, counts by class and part, where it came from"
+    "What it is, a few images, counts by class and split, where it came from"
     from protloc.plots import details, preformatted, thumbnails
 
     rows = few_rows(self)
@@ -449,14 +482,18 @@ def _repr_html_(self: ImageStore) -> str:  # HTML
     source = ' and '.join(sorted(set(self.table.source) - {''})) or 'unnamed'
     line = (
         f"{len(self)} {source} images of {self.size} px, {len(self.channels)} channels ({', '.join(self.channels)}),"
-        f" {len(self.vocab)} classes"
+        f' {len(self.vocab)} classes'
     )
+    counts = class_counts(self).rename_axis(None).to_html() if len(self) else ''
     made = dict(self.manifest['made'], sha256=self.manifest['sha256']['images'][:16])
-    return (
-        f'<div><b>ImageStore {html.escape(self.path.name)}</b>:'
-        f' {html.escape(line)}{thumbnails(self.images[rows], self.channels, captions)}'
-        f'{details("Images of each class and part", class_counts(self).rename_axis(None).to_html()) if len(self) else ""}'
-        f'{details("Where they came from", preformatted(yaml.safe_dump(made, sort_keys=False)))}</div>'
+    return ''.join(
+        [
+            f'<div><b>ImageStore {html.escape(self.path.name)}</b>: {html.escape(line)}',
+            thumbnails(self.images[rows], self.channels, captions),
+            details('Images of each class and split', counts) if counts else '',
+            details('Where they came from', preformatted(yaml.safe_dump(made, sort_keys=False))),
+            '</div>',
+        ]
     )
 
 # %% ../../nbs/04_data/02_store.ipynb #45f65acb
@@ -477,7 +514,7 @@ def write_store(
     "Write arrays that are in memory as a store, and open it; raises `InputError` as `StoreWriter` does"
     if len(images) != len(table):
         raise InputError(f'{len(images)} images but {len(table)} rows for {path}')
-    with StoreWriter(path, channels, vocab, images.shape[-1], made) as w:
-        for image, row in zip(images, table.to_dict('records')):
-            w.add(image, **row)
+    with StoreWriter(path, channels, vocab, images.shape[-1], made) as writer:
+        for image, row in zip(images, table.to_dict('records'), strict=True):
+            writer.add(image, **row)
     return ImageStore(path)

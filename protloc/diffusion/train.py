@@ -119,7 +119,7 @@ def augmented(
     images, labels = Batches.augmented(self, batch, step)
     objective = self.config.objective
     shares = rng_for(self.seed, 'level', step).random((3, self.batch_size), dtype=np.float32)
-    level, drop, hide = shares[:, self.mine]
+    level, drop, hide = shares[:, self.own_slice]
     timesteps = (level * objective.num_train_timesteps).astype(np.int64).clip(max=objective.num_train_timesteps - 1)
 
     def on_device(values):
@@ -127,7 +127,7 @@ def augmented(
 
     if self.condition_rows is not None:
         shown = torch.from_numpy(hide >= objective.label_dropout)
-        rows = self.condition_rows[self.rows_at(step)[self.mine]] * shown[:, None]
+        rows = self.condition_rows[self.rows_at(step)[self.own_slice]] * shown[:, None]
         labels = torch.cat([labels, on_device(rows)], 1)
     noise = _batch_noise(self, images, step)
     return images, labels, noise, on_device(timesteps), on_device(drop < objective.label_dropout)
@@ -137,7 +137,7 @@ def _batch_noise(batches, images, step):
     "The noise of this process's images, as large as they are when folded"
     _, channels, height, width = images.shape
     edge = batches.config.unet.patch_size
-    numbers = range(*batches.mine.indices(batches.batch_size))
+    numbers = range(*batches.own_slice.indices(batches.batch_size))
     shape = (channels * edge**2, height // edge, width // edge)
     return draw_noise(shape, numbers, batches.seed, step, images.device)
 
