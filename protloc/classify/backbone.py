@@ -272,7 +272,7 @@ def mlp(
         last(features // 2, num_classes),
     )
 
-
+# %% ../../nbs/07_classify/00_backbone.ipynb #e678b850
 def mlp_cosine(
     features: int,  # F
     num_classes: int,  # K

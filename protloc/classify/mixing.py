@@ -96,7 +96,7 @@ def features_together(
 def _has_batchnorm(classifier):
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in classifier.modules())
 
-
+# %% ../../nbs/07_classify/02_mixing.ipynb #916102a1
 @patch
 def features_apart(
     self: Strategy,

@@ -19,13 +19,10 @@ from ..core import Config, InputError, lookup
 from ..labels import STAINS
 
 # %% auto #0
-__all__ = ['ENDINGS', 'read_image', 'read_channel', 'read_field', 'to_bytes', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
+__all__ = ['READERS', 'read_image', 'read_channel', 'read_field', 'to_bytes', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
            'field_images']
 
 # %% ../../nbs/04_data/00_fields.ipynb #60aef6e2
-ENDINGS = ('.png', '.tif', '.tiff', '.jpg', '.jpeg')
-
-
 def read_image(
     path: str | Path,  # a PNG, TIFF or JPEG file
     out: np.ndarray | None = None,  # (H, W), where a gray PNG of this size and depth is put
@@ -33,7 +30,7 @@ def read_image(
     "The planes of an image file; raises `InputError` for a missing, damaged or other file"
     path = Path(path)
     try:
-        planes = _read_tiff(path) if path.suffix.lower() in ('.tif', '.tiff') else _read_picture(path, out)
+        planes = READERS.get(path.suffix.lower(), _read_picture)(path, out)
     except InputError:
         raise
     except FileNotFoundError:
@@ -73,8 +70,8 @@ def _read_png(path, data, out):
     return imagecodecs.png_decode(data, out=out if fits else None)
 
 # %% ../../nbs/04_data/00_fields.ipynb #e5c6c433
-def _read_tiff(path):
-    "A TIFF: pages or channels"
+def _read_tiff(path, out):
+    "A TIFF: pages or channels; never decoded into `out`"
     with tifffile.TiffFile(path) as tiff:
         _check_tiff(path, tiff)
         axes = tiff.series[0].axes
@@ -96,6 +93,15 @@ def _check_tiff(path, tiff):
     size = path.stat().st_size
     if need > size:
         raise InputError(f'{path} cannot be decoded, it is cut off: {size} bytes of at least {need}')
+
+# %% ../../nbs/04_data/00_fields.ipynb #17c345b7
+READERS = {  # ending of the file's name -> read(path, out)
+    '.png': _read_picture,
+    '.jpg': _read_picture,
+    '.jpeg': _read_picture,
+    '.tif': _read_tiff,
+    '.tiff': _read_tiff,
+}
 
 # %% ../../nbs/04_data/00_fields.ipynb #8b292d94
 def read_channel(

@@ -408,7 +408,7 @@ def _claimed(path, pipe, labels, config, made, base):
         assembly.append_ready()
         yield assembly
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #d99bb24a
 def _dealt(assembly, process):
     "The missing blocks that are this process's to draw"
     missing = broadcast_object_list([assembly.missing() if assembly else None])[0]

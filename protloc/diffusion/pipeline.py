@@ -320,6 +320,6 @@ def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
         f'{details(f"The {len(classes)} classes", html.escape(", ".join(classes)))}</div>'
     )
 
-
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #0c0b9d02
 def _parameters(module):
     return f'{sum(p.numel() for p in module.parameters()):,}'

@@ -23,7 +23,6 @@ from ..core import atomic_path
 from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
-from ..evaluate.label_fidelity import label_fidelity
 from ..metrics import METRICS
 from ..plots import details, preformatted, show_cells, show_intervals
 from .verdict import VERDICT_COLOURS, Study, write_results

@@ -20,19 +20,20 @@ __all__ = ['TRAIN_LINES', 'TEST_LINES', 'class_numbers', 'hpa_sets', 'label_set_
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #f00e7724
 from ...core import InputError, derive_seed, rng_for
 from .cells import CellLine
+from .organelles import SIMULATED
 from .photographs import check_picture, simulate_cell
 from ..store import ImageStore, StoreWriter
-from ...labels import HPA, STAINS, Vocabulary
+from ...labels import STAINS, Vocabulary
 
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #bfe5be09
 def class_numbers(
-    classes=None,  # HPA class names or numbers; None for all 28
-) -> list[int]:  # HPA class numbers, in the order given
-    "HPA's numbers of some classes; raises `InputError` for an unknown or repeated one"
+    classes=None,  # class names or numbers; None for all
+) -> list[int]:  # class numbers, in the order given
+    "The numbers of some classes; raises `InputError` for an unknown or repeated one"
     if classes is None:
-        return list(range(len(HPA)))
-    numbers = [HPA.number_of(k) for k in classes]
-    Vocabulary([HPA.names[k] for k in numbers])  # raises where a class stands twice
+        return list(range(len(SIMULATED)))
+    numbers = [SIMULATED.number_of(k) for k in classes]
+    Vocabulary([SIMULATED.names[k] for k in numbers])  # raises where a class stands twice
     return numbers
 
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #5dcf37b0
@@ -44,9 +45,9 @@ def hpa_sets() -> dict:  # tuple of class numbers -> number of images
 
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #4110002b
 def label_set_probabilities(
-    classes=None,  # HPA class names or numbers; None for all 28
+    classes=None,  # class names or numbers; None for all
     temper: float = 1.0,  # exponent of the counts: 1 as in HPA, 0 all sets alike
-) -> tuple:  # list of tuples of HPA class numbers, (n,) probabilities
+) -> tuple:  # list of tuples of class numbers, (n,) probabilities
     "The label sets within `classes`, and how likely each is"
     keep = set(class_numbers(classes))
     counts = {labels: n for labels, n in hpa_sets().items() if set(labels) <= keep}
@@ -58,11 +59,11 @@ def label_set_probabilities(
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #6b6c317f
 def draw_label_sets(
     n: int,  # sets to draw
-    classes=None,  # HPA class names or numbers; None for all 28
+    classes=None,  # class names or numbers; None for all
     temper: float = 0.5,  # exponent of HPA's counts
     seed: int = 0,  # the user's seed
     least: int | None = None,  # sets that every class occurs in; four, or fewer where n is small, unless given
-) -> list[tuple]:  # n tuples of HPA class numbers
+) -> list[tuple]:  # n tuples of class numbers
     "Label sets in which every class occurs; raises `InputError` where n is too small for `least`"
     sets, p = label_set_probabilities(classes, temper)
     keep = class_numbers(classes)
@@ -99,7 +100,7 @@ def _images_per_antibody(n, n_classes, rng):
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #6b444b2d
 def plan_images(
     counts: dict,  # split -> number of images
-    classes=None,  # HPA class names or numbers; None for all 28
+    classes=None,  # class names or numbers; None for all
     temper: float = 0.5,  # exponent of HPA's counts
     seed: int = 0,  # the user's seed
     least: int | None = None,  # antibodies of every class in each split, as in `draw_label_sets`
@@ -149,7 +150,7 @@ def _batches(plan, workers, *settings):
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #17037930
 def _write(path, plan, classes, size, made, *, seed, shift=0.0, cells=1, workers=1, source='simulated'):
     "Simulate planned images into a store"
-    vocab = Vocabulary([HPA.names[k] for k in classes])
+    vocab = Vocabulary([SIMULATED.names[k] for k in classes])
     place = {k: i for i, k in enumerate(classes)}
     with (
         StoreWriter(path, STAINS, vocab, size, made) as writer,
@@ -174,7 +175,7 @@ def simulate_store(
     path,  # the store's folder; must not exist yet
     counts: dict | None = None,  # split -> number of images; 2000, 400 and 400 unless given
     size: int = 32,  # height and width, 32 to 512 pixels
-    classes=None,  # HPA class names or numbers, the store's vocabulary in this order; None for all 28
+    classes=None,  # class names or numbers, the store's vocabulary in this order; None for all
     temper: float = 0.5,  # exponent of HPA's label set counts
     seed: int = 0,  # the user's seed
     workers: int = 1,  # processes

@@ -5,25 +5,46 @@
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #c719c1dd
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 # %% auto #0
-__all__ = ['INSIDE_NUCLEOLI', 'ORGANELLES', 'nucleoplasm', 'nuclear_membrane', 'nucleoli', 'fibrillar_center', 'nuclear_speckles',
-           'nuclear_bodies', 'endoplasmic_reticulum', 'golgi', 'peroxisomes', 'endosomes', 'lysosomes',
-           'lipid_droplets', 'mitochondria', 'intermediate_filaments', 'actin_filaments', 'focal_adhesions',
-           'microtubules', 'microtubule_ends', 'cytokinetic_bridge', 'mitotic_spindle', 'organizing_center',
-           'centrosome', 'plasma_membrane', 'cell_junctions', 'aggresome', 'cytosol', 'cytoplasmic_bodies',
-           'rods_and_rings']
+__all__ = ['ORGANELLES', 'INSIDE_NUCLEOLI', 'SIMULATED', 'organelle', 'nucleoplasm', 'nuclear_membrane', 'nucleoli',
+           'fibrillar_center', 'nuclear_speckles', 'nuclear_bodies', 'endoplasmic_reticulum', 'golgi', 'peroxisomes',
+           'endosomes', 'lysosomes', 'lipid_droplets', 'mitochondria', 'intermediate_filaments', 'actin_filaments',
+           'focal_adhesions', 'microtubules', 'microtubule_ends', 'cytokinetic_bridge', 'mitotic_spindle',
+           'organizing_center', 'centrosome', 'plasma_membrane', 'cell_junctions', 'aggresome', 'cytosol',
+           'cytoplasmic_bodies', 'rods_and_rings']
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #97270ae6
+from ...core import InputError
 from .cells import SPINDLE, direction
 from .textures import lines, network, rings, spots, texture
-from ...labels import HPA
+from ...labels import HPA, Vocabulary
+
+# %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #3cb684ac
+ORGANELLES: dict[str, Callable] = {}  # class name -> function(cell, rng) -> (g, g) canvas
+
+
+def organelle(
+    name: str,  # of the class, as in `HPA`, or a new one
+) -> Callable:  # a decorator
+    "Register a function as the painter of a class; raises `InputError` for a second one"
+
+    def register(paint):
+        if name in ORGANELLES and ORGANELLES[name].__name__ != paint.__name__:
+            raise InputError(f"two functions paint '{name}': {ORGANELLES[name].__name__} and {paint.__name__}")
+        ORGANELLES[name] = paint
+        return paint
+
+    return register
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #a1cdbd6d
 INSIDE_NUCLEOLI = {HPA.number_of('Nucleoli'), HPA.number_of('Nucleoli fibrillar center')}
 
 
+@organelle('Nucleoplasm')
 def nucleoplasm(cell, rng):
     "The nucleus without its nucleoli; with them where they are stained too"
     spared = 0 if INSIDE_NUCLEOLI & cell.labels else 0.75
@@ -31,12 +52,14 @@ def nucleoplasm(cell, rng):
     return cell.in_nucleus * grain * (1 - spared * cell.in_nucleoli)
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #7967b7af
+@organelle('Nuclear membrane')
 def nuclear_membrane(cell, rng):
     "The rim of the nucleus, and a little of its inside"
     rim = np.exp(-((cell.nuclear_depth / 0.012) ** 2))
     return rim * (1 + 0.15 * texture(rng, 20, cell.g)) + 0.1 * cell.in_nucleus
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #b087d387
+@organelle('Nucleoli')
 def nucleoli(cell, rng):
     "A few large lumps in the nucleus"
     lumps = np.repeat(cell.nucleoli, 3, 0)
@@ -44,6 +67,7 @@ def nucleoli(cell, rng):
     return np.minimum(1, spots(yx, lumps[:, 2] * 0.8, cell.g)) + 0.06 * cell.in_nucleus
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #ed764a23
+@organelle('Nucleoli fibrillar center')
 def fibrillar_center(cell, rng):
     "Small bright spots inside the nucleoli"
     lumps = np.repeat(cell.nucleoli, 3, 0)
@@ -52,6 +76,7 @@ def fibrillar_center(cell, rng):
     return spots(yx, 0.0085 * cell.line.spot_size, cell.g, height) + 0.05 * cell.in_nucleus
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #1692645e
+@organelle('Nuclear speckles')
 def nuclear_speckles(cell, rng):
     "Some twenty irregular islands between the nucleoli"
     yx = np.repeat(cell.scatter_nucleus(rng, rng.integers(16, 26)), 2, 0)
@@ -60,6 +85,7 @@ def nuclear_speckles(cell, rng):
     return spots(yx, radius, cell.g) * (1 - 0.8 * cell.in_nucleoli) + 0.15 * cell.in_nucleus
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #0100cd03
+@organelle('Nuclear bodies')
 def nuclear_bodies(cell, rng):
     "Two to eight small round spots"
     n = rng.integers(2, 9)
@@ -68,6 +94,7 @@ def nuclear_bodies(cell, rng):
     return spots(yx, radius, cell.g) + 0.08 * cell.in_nucleus
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #3be59d28
+@organelle('Endoplasmic reticulum')
 def endoplasmic_reticulum(cell, rng):
     "A net that thins out from the nucleus' envelope to the periphery"
     net = 0.35 + 0.8 * network(rng, 44, cell.g) * (1 + 0.3 * texture(rng, 9, cell.g))
@@ -75,6 +102,7 @@ def endoplasmic_reticulum(cell, rng):
     return cell.in_cytoplasm * np.exp(-1.7 * cell.t.clip(0)) * net.clip(0.1) + 0.35 * envelope
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #12a7bcf5
+@organelle('Golgi apparatus')
 def golgi(cell, rng):
     "A ribbon of short curved stacks on one side of the nucleus"
     n = rng.integers(7, 12)
@@ -83,6 +111,7 @@ def golgi(cell, rng):
     return np.minimum(1.3, lines(cell.at(angle, t), 0.0095, cell.g)) + 0.03 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #a8a49db9
+@organelle('Peroxisomes')
 def peroxisomes(cell, rng):
     "Many small dots all over the cytoplasm"
     n = rng.poisson(cell.line.peroxisomes * cell.line.vesicles)
@@ -91,6 +120,7 @@ def peroxisomes(cell, rng):
     return spots(yx, 0.0075 * cell.line.spot_size, cell.g, height) + 0.04 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #32451bbd
+@organelle('Endosomes')
 def endosomes(cell, rng):
     "Dots and a few rings, more of them near the nucleus"
     n = rng.poisson(cell.line.endosomes * cell.line.vesicles) + 4
@@ -101,6 +131,7 @@ def endosomes(cell, rng):
     return dots + rings(yx[:n_rings], 0.017 * cell.line.spot_size, cell.g) + 0.08 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #a02e7020
+@organelle('Lysosomes')
 def lysosomes(cell, rng):
     "Larger dots of many sizes, gathered beside the nucleus"
     n = rng.poisson(cell.line.lysosomes * cell.line.vesicles) + 4
@@ -110,6 +141,7 @@ def lysosomes(cell, rng):
     return spots(yx, radius, cell.g) + 0.04 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #d4e9a166
+@organelle('Lipid droplets')
 def lipid_droplets(cell, rng):
     "Round droplets whose coat is stained, in groups"
     n = rng.poisson(cell.line.droplets) + 4
@@ -120,6 +152,7 @@ def lipid_droplets(cell, rng):
     return coats * cell.in_cytoplasm + 0.03 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #84ba0070
+@organelle('Mitochondria')
 def mitochondria(cell, rng):
     "Worms in the cytoplasm, dense around the nucleus"
     n = rng.poisson(cell.line.mitochondria * cell.line.vesicles) + 10
@@ -131,6 +164,7 @@ def mitochondria(cell, rng):
     return np.minimum(1.4, worms) * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #dc1fe85d
+@organelle('Intermediate filaments')
 def intermediate_filaments(cell, rng):
     "Curly threads that wrap the nucleus"
     n = int(rng.integers(50, 65))
@@ -142,6 +176,7 @@ def intermediate_filaments(cell, rng):
     return 1 - np.exp(-0.7 * lines(cell.at(angle, np.abs(t).clip(0.02, 0.95)), 0.0055, cell.g))
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #71f80ea7
+@organelle('Actin filaments')
 def actin_filaments(cell, rng):
     "Straight bundles side by side, from edge to edge"
     n = rng.integers(12, 20)
@@ -154,6 +189,7 @@ def actin_filaments(cell, rng):
     return bundles * cell.in_cell + 0.08 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #2d506943
+@organelle('Focal adhesion sites')
 def focal_adhesions(cell, rng):
     "Short streaks at the periphery that point outward"
     n = rng.integers(22, 36)
@@ -163,6 +199,7 @@ def focal_adhesions(cell, rng):
     return lines(cell.at(angle[:, None], t), 0.0075, cell.g) + 0.06 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #98116200
+@organelle('Microtubules')
 def microtubules(cell, rng):
     "Threads that leave the centrosome and bend around the nucleus; the spindle in a dividing cell"
     if SPINDLE in cell.labels:
@@ -171,6 +208,7 @@ def microtubules(cell, rng):
     return threads * (1 - 0.35 * cell.t.clip(0, 1)) + 0.05 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #8c2994b7
+@organelle('Microtubule ends')
 def microtubule_ends(cell, rng):
     "Dashes at the outer ends of the microtubules"
     angle, t = cell.tracks
@@ -178,6 +216,7 @@ def microtubule_ends(cell, rng):
     return lines(cell.at(angle[:, -2:], dashes), 0.0065, cell.g) + 0.07 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #9cc5b8b4
+@organelle('Cytokinetic bridge')
 def cytokinetic_bridge(cell, rng):
     "The thin bridge between two daughters, brightest in its middle"
     if not cell.pivots:
@@ -187,6 +226,7 @@ def cytokinetic_bridge(cell, rng):
     return lines([[root, middle]], 0.0075, cell.g) + 1.2 * spots([middle], 0.012, cell.g) + 0.06 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #3daa2356
+@organelle('Mitotic spindle')
 def mitotic_spindle(cell, rng):
     "Two poles and the threads from them to the plate of chromosomes"
     along = np.linspace(0, 1, 6)[:, None]
@@ -199,6 +239,7 @@ def mitotic_spindle(cell, rng):
     return 1 - np.exp(-light) + 0.05 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #a877e9b2
+@organelle('Microtubule organizing center')
 def organizing_center(cell, rng):
     "One blob by the nucleus where the microtubules meet"
     angle, t = cell.tracks
@@ -207,6 +248,7 @@ def organizing_center(cell, rng):
     return 1.6 * blob + 0.6 * threads.clip(0, 1) + 0.06 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #eefab426
+@organelle('Centrosome')
 def centrosome(cell, rng):
     "One or two tiny points by the nucleus"
     pair = cell.at(cell.side + rng.normal(0, 0.04, 2), cell.line.mtoc + 0.02 + rng.normal(0, 0.03, 2))
@@ -214,12 +256,14 @@ def centrosome(cell, rng):
     return spots(pair[:n], 0.011, cell.g) + 0.02 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #daa9c97e
+@organelle('Plasma membrane')
 def plasma_membrane(cell, rng):
     "The whole outline of the cell"
     rim = np.exp(-((cell.cell_depth / 0.012) ** 2))
     return rim * (1 + 0.25 * texture(rng, 14, cell.g)) + 0.12 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #3ef1e6c3
+@organelle('Cell junctions')
 def cell_junctions(cell, rng):
     "The outline where it touches a neighbour, with soft ends"
     around = np.concatenate([cell.contact[-8:], cell.contact, cell.contact[:8]])
@@ -228,18 +272,21 @@ def cell_junctions(cell, rng):
     return rim * touch[cell.polar[1]] * (1 + 0.2 * texture(rng, 24, cell.g)) + 0.06 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #c049710d
+@organelle('Aggresome')
 def aggresome(cell, rng):
     "One large lump that dents the nucleus"
     yx = cell.at(cell.side, cell.line.mtoc + 0.08) + rng.normal(0, 0.016, (7, 2))
     return np.minimum(1.2, spots(yx, rng.uniform(0.016, 0.026, 7), cell.g)) + 0.07 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #1ae3e5de
+@organelle('Cytosol')
 def cytosol(cell, rng):
     "Smoothly through the cytoplasm, thinner toward the edge; little in the nucleus"
     smooth = cell.in_cytoplasm * (1 - 0.45 * cell.t.clip(0, 1)) + 0.12 * cell.in_nucleus
     return smooth * (1 + 0.5 * cell.line.grain * texture(rng, 26, cell.g)).clip(0.2)
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #1833bdf5
+@organelle('Cytoplasmic bodies')
 def cytoplasmic_bodies(cell, rng):
     "A few round spots in the cytoplasm"
     n = rng.integers(3, 10)
@@ -248,6 +295,7 @@ def cytoplasmic_bodies(cell, rng):
     return spots(yx, radius, cell.g) + 0.05 * cell.in_cytoplasm
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #f276cfb5
+@organelle('Rods & rings')
 def rods_and_rings(cell, rng):
     "A few straight rods and open circles"
     n_rods, n_circles = rng.integers(2, 5, 2)
@@ -262,33 +310,4 @@ def rods_and_rings(cell, rng):
     return lines(rods, 0.0075, cell.g) + lines(circles, 0.0065, cell.g) + 0.04 * cell.in_cell
 
 # %% ../../../nbs/04_data/03_simulate/02_organelles.ipynb #37d205d9
-ORGANELLES = [
-    nucleoplasm,
-    nuclear_membrane,
-    nucleoli,
-    fibrillar_center,
-    nuclear_speckles,
-    nuclear_bodies,
-    endoplasmic_reticulum,
-    golgi,
-    peroxisomes,
-    endosomes,
-    lysosomes,
-    intermediate_filaments,
-    actin_filaments,
-    focal_adhesions,
-    microtubules,
-    microtubule_ends,
-    cytokinetic_bridge,
-    mitotic_spindle,
-    organizing_center,
-    centrosome,
-    lipid_droplets,
-    plasma_membrane,
-    cell_junctions,
-    mitochondria,
-    aggresome,
-    cytosol,
-    cytoplasmic_bodies,
-    rods_and_rings,
-]
+SIMULATED = Vocabulary((*HPA, *(name for name in ORGANELLES if name not in HPA.numbers)))

@@ -27,9 +27,8 @@ from protloc.data.simulate.cells import (
     paste,
     press,
 )
-from .organelles import ORGANELLES, endoplasmic_reticulum, microtubules
+from .organelles import ORGANELLES, SIMULATED, endoplasmic_reticulum, microtubules
 from .textures import blur, texture
-from ...labels import HPA
 
 # %% ../../../nbs/04_data/03_simulate/03_photographs.ipynb #4bcd279e
 def chromatin(cell, rng):
@@ -57,14 +56,14 @@ def protein(
     seeds,  # (seed, index) of the image
 ) -> np.ndarray:  # (g, g)
     "The green stain: all labelled organelles, and a haze of loose antibody"
-    shares = antibody.uniform(MINIMUM_SHARE, 1, len(HPA))
+    shares = antibody.uniform(MINIMUM_SHARE, 1, len(SIMULATED))
     haze = antibody.uniform(0, 0.05)
     brightness = antibody.uniform(0.45, 1)
     labels = sorted(cell.labels)
     brightest = max((shares[k] for k in labels), default=1)
     light = 0 * cell.in_cell
     for k in labels:
-        light = light + shares[k] / brightest * exposed(ORGANELLES[k](cell, rng_for(*seeds, k)))
+        light = light + shares[k] / brightest * exposed(ORGANELLES[SIMULATED.names[k]](cell, rng_for(*seeds, k)))
     return (np.minimum(exposed(light), 1.6) + haze * cell.in_cell) * brightness
 
 # %% ../../../nbs/04_data/03_simulate/03_photographs.ipynb #f071700a
@@ -248,7 +247,7 @@ def check_picture(
 
 # %% ../../../nbs/04_data/03_simulate/03_photographs.ipynb #cd7fe57a
 def simulate_cell(
-    labels,  # HPA class numbers or names, at least one; `InputError` for an unknown one
+    labels,  # class numbers or names, at least one; `InputError` for an unknown one
     cell_line=0,  # number of a cell line, or a `CellLine`
     antibody: int = 0,  # fixes how bright the protein is, and the shares of its organelles
     seed: int = 0,  # the user's seed
@@ -257,7 +256,7 @@ def simulate_cell(
     cells: int = 1,  # above 1 a field of so many cells, each at least 24 pixels wide
 ) -> np.ndarray:  # (4, size, size) uint8: red, green, blue, yellow
     "One image, a pure function of its arguments; small ones are drawn on a finer canvas"
-    labels = {HPA.number_of(k) for k in labels}
+    labels = {SIMULATED.number_of(k) for k in labels}
     if not labels:
         raise InputError('a cell needs at least one label: give class numbers from 0 to 27')
     check_picture(size, cells)
