@@ -96,6 +96,7 @@ def test_cost_is_what_torchvision_says(name):
     assert flops.get_total_flops() / 2e9 + width / 1e6 == pytest.approx(meta['_ops'], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', BACKBONES)
 @pytest.mark.parametrize('pooling', POOLINGS)
 @pytest.mark.parametrize('channels', [1, 5])
@@ -112,6 +113,7 @@ def test_every_network_pools_for_any_channels_and_its_least_size(name, pooling, 
         build_backbone(name, channels, size - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name,entry',
     [
@@ -135,6 +137,7 @@ def test_one_entry_adds_a_network(monkeypatch, tmp_path, name, entry):
             load_pretrained(built(name), 'imagenet')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'swin_t', 'convnext_tiny', 'densenet121'])
 def test_pooling_is_over_the_last_maps(name):
     nets = {pooling: built(name, pooling=pooling).eval() for pooling in POOLINGS}
@@ -207,6 +210,7 @@ def test_patches_keep_the_spread_of_the_response(name):
 # Pretrained weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'swin_t', 'convnext_tiny', 'densenet121', 'vit_b_16'])
 def test_pretrained_network_sees_grey_stains_as_a_grey_photograph(name, monkeypatch, tmp_path):
     options = {'image_size': 32} if name == 'vit_b_16' else {}

@@ -67,6 +67,7 @@ def options_of(name, teacher):
     return {**options, 'teacher': teacher} if STRATEGIES[name].needs_teacher else options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('aux_bn', [False, True])
 @pytest.mark.parametrize('name', STRATEGIES)
 def test_every_strategy_trains_and_opens(stores, teacher, tmp_path, name, aux_bn):
@@ -92,6 +93,7 @@ def test_every_strategy_trains_and_opens(stores, teacher, tmp_path, name, aux_bn
     assert not any('.aux.' in k for k in again.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['pretrain_finetune', 'soft_labels'])
 def test_killed_and_continued_bit_for_bit(stores, teacher, tmp_path, monkeypatch, name):
     "With averaged weights, a rate that follows the score, and images drawn by weights"

@@ -73,6 +73,7 @@ def test_mistakes(protloc, cells, tmp_path, words, message):
     assert not (tmp_path / 'model').exists()
 
 
+@pytest.mark.slow
 def test_from_training_to_one_file(protloc, cells, tmp_path):
     "Two seeds, averaged; thresholds; scores with them; one of the two exported with its thresholds inside"
     one, other = tmp_path / '0', tmp_path / '1'
@@ -170,6 +171,7 @@ def test_presets_are_a_table(protloc):
     assert len(lines) > 12
 
 
+@pytest.mark.slow
 def test_a_study_with_a_teacher_and_the_new_arms(tmp_path):
     "The taught arm comes last, even where it is named first"
     own_statistics = '{name: own_statistics, strategy: mix_loss, options: {aux_bn: true}}'

@@ -191,6 +191,7 @@ def test_cell_options_and_outputs(symbols):
         adapted(symbols, new_code_cell('x', outputs=[error]))
 
 
+@pytest.mark.slow
 def test_a_link_to_nothing_fails_the_build(tmp_path):
     (tmp_path / 'pages').mkdir()
     (tmp_path / 'static').mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow  # the whole file
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -24,6 +24,7 @@ def cells(tmp_path_factory):
     return [simulate_store(folder / str(seed), counts, size=32, classes=classes, seed=seed) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name, preset in presets().items() if 'generator' in preset])
 def test_generators(name, cells, tmp_path):
     pipe = train_generator(cells[0], tmp_path / 'generator', section_config('generator', name, FEW))
@@ -42,6 +43,7 @@ def classifier_presets():
             yield pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', classifier_presets())
 def test_classifiers(name, cells, tmp_path):
     config = section_config('classifier', name, [*FEW, 'weights=none', 'loop.evaluate_every=2'])

@@ -293,6 +293,7 @@ def damage(challenge):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_all_bad_files_are_listed_at_once(protloc, challenge, tmp_path, workers):
     expected = damage(challenge)
@@ -405,6 +406,7 @@ def test_killed_twice_and_continued_to_the_same_store(many, uninterrupted, tmp_p
     assert made['fields'] == 299 and made['bad_left_out'] == 1 and not partial.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tear', ['half a log line', 'images ahead of the log', 'log ahead of the images', 'no images'])
 def test_what_the_log_does_not_vouch_for_is_cut_off(many, uninterrupted, tmp_path, tear):
     path = tmp_path / 'store'
@@ -436,6 +438,7 @@ def test_no_process_outlives_a_killed_one(many, tmp_path):
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_joblib_works_after_reading():
     "A study prepares images and then trains with joblib in one process"
     import joblib
@@ -468,6 +471,7 @@ def test_no_process_outlives_the_reading():
     assert not psutil.wait_procs([p for p in pool() if p not in others], timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_the_reading_waits_for_a_slow_writer():
     from protloc.data.hpa import ordered_map
 
@@ -500,6 +504,7 @@ def test_other_settings_are_refused(many, uninterrupted, tmp_path):
     assert same(path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', ['classes', 'fields', 'protloc'])
 def test_long_settings_are_told_in_short(many, tmp_path, change):
     "Of a class list and of a label table the sentence says what they are, and no more"
@@ -516,6 +521,7 @@ def test_long_settings_are_told_in_short(many, tmp_path, change):
     assert len(said.replace(str(tmp_path), '')) < 400
 
 
+@pytest.mark.slow
 def test_two_at_once(many, tmp_path):
     path = tmp_path / 'store'
     first = subprocess.Popen(command(many, path, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -528,6 +534,7 @@ def test_two_at_once(many, tmp_path):
     assert first.wait() == 0 and len(ImageStore(path)) == 299 * 4
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing(protloc, many, tmp_path):
     disk = tmp_path / 'disk'
     disk.mkdir()

@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup
 from api import read_package
 from build import page_of
 
+pytestmark = pytest.mark.slow  # the whole file
 SITE = Path(__file__).resolve().parent.parent / '_docs'
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 

@@ -183,6 +183,7 @@ def test_a_torn_group_is_a_leak(protloc, store):
     assert code == 2 and 'groups in two splits: 1' in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['before', 'after', 'between'])
 def test_a_killed_split_leaves_a_whole_store(protloc, store, moment):
     script = Path(__file__).parent / 'scripts' / 'killed_split.py'
