@@ -184,7 +184,7 @@ def claim_settings(
     path: str | Path,  # where they are noted, beside what they decide: a .json or .yaml file
     settings: dict,  # all that decides the result; what JSON can hold
     mend: str = 'choose another folder, or remove this one',  # what the user can do, for the message
-    anew: bool = False,  # replace what is noted: nothing has been made by it yet
+    anew: bool = False,  # replace the noted settings: nothing has been made with them yet
 ):
     "Note the settings of a folder; raises `InputError` where it was begun with others"
     path = Path(path)

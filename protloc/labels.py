@@ -29,7 +29,7 @@ class Vocabulary:
         if not self.names:
             raise InputError('a vocabulary needs at least one class')
         if len(set(self.names)) != len(self.names):
-            raise InputError(f'a class name stands twice among {self.names}')
+            raise InputError(f'a class name occurs twice among {self.names}')
 
     def __len__(self):
         return len(self.names)

@@ -85,7 +85,7 @@ def per_class(
     labels: np.ndarray,  # (N, K) multi-hot
     vocab: Vocabulary,  # K classes
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
-) -> pd.DataFrame:  # a row a class: precision, recall, f1, images
+) -> pd.DataFrame:  # one row per class: precision, recall, f1, images
     "Precision, recall and F1 of each class; empty where the class does not occur"
     truth, predicted, _ = decide(probabilities, labels, threshold)
     columns = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0)

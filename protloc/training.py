@@ -44,27 +44,29 @@ class LoopConfig(Config):
     "How long, how fast, and what to keep"
 
     steps: int = pydantic.Field(1000, ge=1)  # optimizer steps
-    batch_size: int = pydantic.Field(64, ge=1)  # images a step, over all processes
-    accumulate: int = pydantic.Field(1, ge=1)  # micro-batches a step and process, to save memory
+    batch_size: int = pydantic.Field(64, ge=1)  # images per step, over all processes
+    accumulate: int = pydantic.Field(1, ge=1)  # micro-batches per step and process, to save memory
     lr: float = pydantic.Field(1e-3, gt=0)  # peak learning rate
     weight_decay: float = pydantic.Field(0.01, ge=0)  # of AdamW
     warmup: int = pydantic.Field(0, ge=0)  # steps of linear warm-up
-    schedule: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine'  # of the rate; cosine ends at 0
+    schedule: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine'  # of the learning rate; cosine ends at 0
     lr_factor: float = pydantic.Field(0.1, gt=0, lt=1)  # by which 'step' and 'plateau' lower the rate
     lr_every: int = pydantic.Field(1000, ge=1)  # steps between two drops of 'step'
     # validations without a better score before 'plateau' lowers the rate
     plateau_patience: int = pydantic.Field(5, ge=1)
-    # which scores 'plateau' takes for better; 'min' repeats a slip of published code
+    # which scores 'plateau' counts as better; 'min' repeats a mistake in published code
     plateau_mode: Literal['max', 'min'] = 'max'
-    # validations without a better score before training stops; None to go on
+    # validations without a better score before training stops; None to take every step
     patience: int | None = pydantic.Field(None, ge=1)
     max_grad_norm: float = pydantic.Field(1.0, gt=0)  # gradients are clipped to this norm
-    ema_decay: float | None = pydantic.Field(None, gt=0, lt=1)  # moving average of the weights; None for none
+    ema_decay: float | None = pydantic.Field(
+        None, gt=0, lt=1
+    )  # decay of the weights' moving average; None for no average
     # instead of ema_decay: width of a power-law average, as a share of the training
     ema_length: float | None = pydantic.Field(None, gt=0, lt=0.28)
     # instead of both: share of the training after which all steps weigh the same
     swa_start: float | None = pydantic.Field(None, ge=0, lt=1)
-    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # bf16 on GPUs; slower on CPUs
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # bf16 saves time and memory on GPUs; it is slower on CPUs
     compile: bool = False  # torch.compile: minutes before the first step, shorter steps on GPUs
     workers: int = pydantic.Field(0, ge=0)  # loader processes
     evaluate_every: int = pydantic.Field(100, ge=1)  # steps between validations
@@ -441,7 +443,10 @@ def averaged(
     if run.ema:
         run.ema.store(run.model.parameters())
         buffers = [b.clone() for b in run.model.buffers()]
-        use() if use else run.ema.copy_to(run.model.parameters())
+        if use:
+            use()
+        else:
+            run.ema.copy_to(run.model.parameters())
     run.model.eval()
     try:
         yield run.model
@@ -471,10 +476,10 @@ def _line(run, numbers, started, config, accelerator):
     "A line of the log; stops at the first loss that is not a number"
     steps = [torch.stack([*step.values()]) for step in numbers]  # each (numbers, accumulate)
     values = accelerator.gather(torch.stack(steps).float())  # (processes * steps, numbers, accumulate)
-    losses = values[:, 0]
-    good = losses.isfinite().all(1).view(-1, len(steps)).all(0)
-    if not good.all():
-        bad = run.step - len(steps) + int((~good).nonzero()[0])
+    losses = values[:, 0]  # (processes * steps, accumulate): the loss comes first
+    finite = losses.isfinite().all(1).view(-1, len(steps)).all(0)  # (steps,): in every process and micro-batch
+    if not finite.all():
+        bad = run.step - len(steps) + int((~finite).nonzero()[0])
         raise InputError(
             f'the loss is not finite at step {bad} of {run.folder}:'
             f' lower the learning rate ({config.lr}) or use mixed_precision: no'
@@ -518,7 +523,7 @@ def _check_score(config, score):
     needing = ['schedule: plateau'] if config.schedule == 'plateau' else []
     needing += ['patience'] if config.patience else []
     if needing and not score:
-        raise InputError(f'{needing[0]} needs a validation score, which this training has not: leave it out')
+        raise InputError(f'{needing[0]} needs a validation score, which this training does not have: leave it out')
 
 # %% ../nbs/05_training.ipynb #e711c9e1
 @contextlib.contextmanager
@@ -585,7 +590,7 @@ def fit(
     return run
 
 # %% ../nbs/05_training.ipynb #5cc3013b
-LOG_STEPS = 20  # at most so many steps share a line of the log
+LOG_STEPS = 20  # at most this many steps share a line of the log
 
 
 def _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator):

@@ -36,7 +36,7 @@ TABLES = {
     'header alone': ('Id,Target\n', 'no row'),
     'no Id column': ('Name,Target\nf0,1\n', 'has no column Id'),
     'Id missing': ('Id,Target\n,1\n', 'line 2: the Id is missing'),
-    'Id twice': ('Id,Target\nf0,1\nf1,2\nf0,1\n', "line 4: Id 'f0' stands twice"),
+    'Id twice': ('Id,Target\nf0,1\nf1,2\nf0,1\n', "line 4: Id 'f0' occurs twice"),
     'class 28': ('Id,Target\nf0,1\nf1,28\n', "line 3 (Id 'f1'): there is no class number 28"),
     'not a number': ('Id,Target\nf0,abc\n', "'abc' is not a class number"),
     'no target': ('Id,Target\nf0,\n', 'the Target is empty'),

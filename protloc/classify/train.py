@@ -50,13 +50,13 @@ class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
 
     backbone: str = 'resnet18'  # see `lookup_backbone`
-    weights: str = 'none'  # to begin with: none, imagenet, a file, or the folder of a trained classifier
+    weights: str = 'none'  # to start from: none, imagenet, a file, or the folder of a trained classifier
     pooling: str = 'avg'  # a name in `POOLINGS`
     head: str = 'linear'  # a name in `HEADS`
     criterion: str = 'bce'  # a name in `CRITERIA`
     criterion_options: dict = {}  # of that criterion
     augment: AugmentConfig = AugmentConfig()  # of training images, real and synthetic
-    # exponent, how often images with rare classes are shown, real and synthetic, see `balance_weights`; 0 = all alike
+    # how much more often images with rare classes are shown, real and synthetic, see `balance_weights`; 0 = no more
     balance: float = pydantic.Field(0.0, ge=0)
     keep: Literal['best', 'last'] = 'best'  # the weights with the best validation macro-F1, or the last ones
     loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50)  # length and rate
@@ -142,7 +142,7 @@ def strategy_batches(
     synthetic: ImageStore | None,  # needed where a strategy takes its second batch from it
     config: ClassifierConfig,
     seed: int,  # of order and augmentation
-    partners: str = 'any',  # which synthetic image stands beside a real one, one of `PARTNER_KINDS`
+    partners: str = 'any',  # which synthetic image is paired with a real one, one of `PARTNER_KINDS`
     ratio: float = 1.0,  # synthetic images for each real one; 1 where they are mixed one to one
 ) -> SourceBatches:
     "The batches of a training; raises `InputError` where synthetic images are missing or of another kind"

@@ -106,7 +106,7 @@ def _check_rows(path, table, vocab):
             raise InputError(f"{path}, line {line} (Id '{id}'): the Target is empty")
     repeated = table.Id[table.Id.duplicated()]
     if len(repeated):
-        raise InputError(f"{path}, line {repeated.index[0] + 2}: Id '{repeated.iloc[0]}' stands twice")
+        raise InputError(f"{path}, line {repeated.index[0] + 2}: Id '{repeated.iloc[0]}' occurs twice")
 
 # %% ../../nbs/04_data/07_hpa.ipynb #5aa6f3b7
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Fields:
 
     layout: str  # a name in `LAYOUTS`
     folder: Path  # where the images are
-    table: pd.DataFrame  # columns Id, Target and Ending, a row a field
+    table: pd.DataFrame  # columns Id, Target and Ending, one row per field
     channels: tuple[str, ...]  # in the order of the array
     vocab: Vocabulary  # the classes
     stacked: bool = False  # all channels of a field are in one file

@@ -241,7 +241,7 @@ class Batches(torch.utils.data.Dataset):
         self,
         store: ImageStore,  # whose images and labels are read
         rows: np.ndarray,  # positions in the store, e.g. `store.rows('train')`
-        batch_size: int,  # images a step, over all processes
+        batch_size: int,  # images per step, over all processes
         seed: int = 0,  # of order and augmentation
         augment: AugmentConfig | None = None,  # turned, neither cropped nor scaled, unless given
         weights: np.ndarray | None = None,  # (len(rows),) how often each is drawn; all once an epoch unless given

@@ -59,12 +59,14 @@ def spread_classes(
         if number not in split:
             largest = np.bincount(split).argmax()
             split[np.flatnonzero(split == largest)[0]] = number
+    # (splits, K): how many groups of each split show each class
     count = np.stack([labels_of_groups[split == number].sum(0) for number in range(splits)])
+    plentiful = total >= splits  # (K,): classes with a group for every split
     for k in np.argsort(total, kind='stable'):
-        if total[k] < splits:
+        if not plentiful[k]:
             continue
         for number in np.flatnonzero(count[:, k] == 0):
-            group = _movable_group(labels_of_groups, split, count, total >= splits, k)
+            group = _movable_group(labels_of_groups, split, count, plentiful, k)
             if group is None:
                 continue
             count[split[group]] -= labels_of_groups[group]
@@ -76,6 +78,7 @@ def spread_classes(
 def _movable_group(labels_of_groups, split, count, plentiful, k):
     "A group with class `k` that takes no plentiful class's last group from its split; None where there is none"
     groups = np.flatnonzero(labels_of_groups[:, k])
+    # (groups, K): whether the group's split keeps another group of the class, or need not
     not_last = (labels_of_groups[groups] == 0) | (count[split[groups]] > 1) | ~plentiful
     groups = groups[not_last.all(1)]
     return groups[count[split[groups], k].argmax()] if len(groups) else None

@@ -110,7 +110,7 @@ def _finish(self: StoreWriter):
     table = pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS)
     repeated = table.id[table.id.duplicated()]
     if len(repeated):
-        raise InputError(f"id '{repeated.iloc[0]}' stands twice in the table of {self.path}")
+        raise InputError(f"id '{repeated.iloc[0]}' occurs twice in the table of {self.path}")
     table.to_csv(self.folder / 'table.csv', index=False, lineterminator='\n')
     manifest = dict(
         schema_version=SCHEMA_VERSION,
@@ -366,7 +366,7 @@ def rows(
 # %% ../../nbs/04_data/02_store.ipynb #265ced5f
 def class_counts(
     store: ImageStore,
-) -> pd.DataFrame:  # a row a class, a column a split
+) -> pd.DataFrame:  # one row per class, one column per split
     "Images of each class in each split, and of all classes together"
     rows = {split: store.rows(split) for split in dict.fromkeys(store.table.split)}
     counts = pd.DataFrame(
@@ -388,7 +388,7 @@ def label_set_counts(
 def label_pairs(
     store: ImageStore,
 ) -> pd.Series:  # two names joined by ' + ' -> number of images, the most frequent first
-    "How often two classes stand on one image"
+    "How often two classes occur in one image"
     together = np.triu(store.labels.T @ store.labels, 1).astype(int)
     names = store.vocab.names
     pairs = {f'{names[a]} + {names[b]}': together[a, b] for a, b in np.argwhere(together)}
@@ -398,7 +398,7 @@ def label_pairs(
 def channel_statistics(
     store: ImageStore,
     rows: np.ndarray | None = None,  # (n,) positions; `sample_rows` unless given
-) -> pd.DataFrame:  # a row a channel; intensities in [0, 255], saturated in [0, 1]
+) -> pd.DataFrame:  # one row per channel; intensities in [0, 255], saturated in [0, 1]
     "Mean, percentiles and the share of pixels at 255"
     counts = np.zeros((len(store.channels), 256), int)
     for i in sample_rows(store) if rows is None else rows:
@@ -413,7 +413,7 @@ def channel_statistics(
 # %% ../../nbs/04_data/02_store.ipynb #5a2a776f
 def sample_rows(
     store: ImageStore,
-    most: int = 1000,  # read at most so many images
+    most: int = 1000,  # read at most this many images
 ) -> np.ndarray:  # (<=most,) positions
     "All images, or evenly spaced ones of a large store"
     return np.unique(np.linspace(0, len(store) - 1, min(most, len(store))).round().astype(int))
@@ -444,13 +444,13 @@ def describe_store(
 # %% ../../nbs/04_data/02_store.ipynb #6706d2db
 def _describe_pairs(pairs, most):
     if not len(pairs):
-        return 'No two classes stand on one image.'
+        return 'No two classes occur in one image.'
     return f'Pairs of classes: {len(pairs)}, the most frequent\n{pairs.head(most).to_string(header=False)}'
 
 # %% ../../nbs/04_data/02_store.ipynb #781d1917
 def contact_sheet(
     store: ImageStore,
-    each: int = 8,  # images a class
+    each: int = 8,  # images per class
 ):  # a figure
     "Some images of every class; a class without images has an empty row"
     from protloc.plots import show_cells

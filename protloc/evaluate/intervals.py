@@ -54,7 +54,7 @@ def difference_intervals(
     test_variance: np.ndarray,  # (arms,) variance of each arm's mean difference over bootstrapped test sets
     num_groups: int,  # independent groups in the test set
     confidence: float = 0.95,  # share of such intervals that contain the true difference
-) -> pd.DataFrame:  # a row an arm: difference, low, high, se (standard error), df (degrees of freedom)
+) -> pd.DataFrame:  # one row per arm: difference, low, high, se (standard error), df (degrees of freedom)
     "Intervals of mean differences from seed spread (pooled over arms) and test-set variance"
     arms, seeds = differences.shape
     mean = differences.mean(1)

@@ -63,7 +63,7 @@ class ArmConfig(Config):
     options: dict[str, bool | float | str] = {}  # of the strategy, e.g. alpha
     # of its synthetic images; the oracle simulates them, perfectly
     source: Literal['generator', 'oracle'] = 'generator'
-    partners: str = 'any'  # which synthetic image stands beside a real one, see `Partners`
+    partners: str = 'any'  # which synthetic image is paired with a real one, see `Partners`
     ratio: float = 1.0  # synthetic images for each real one in a step; 1 where they are mixed one to one
 
     @pydantic.model_validator(mode='before')

@@ -322,11 +322,11 @@ def leak_check(
 def _no_leak(results, searched):
     "What was looked at and found in order"
     if searched:
-        images = 'No image, no group (antibody, field) and no near-duplicate stands in two splits.'
+        images = 'No image, no group (antibody, field) and no near-duplicate is in two splits.'
     else:
         images = (
-            'No image and no group (antibody, field) stands in two splits;'
-            ' for near-duplicates among so many images, see <code>protloc split --report</code>.'
+            'No image and no group (antibody, field) is in two splits;'
+            ' for near-duplicates among this many images, see <code>protloc split --report</code>.'
         )
     if not results.study.synthetic:
         return images

@@ -155,7 +155,7 @@ def read_training(
     self: RunFolder,
     arm: str,  # its name
     seed: int,  # 0 to seeds - 1
-) -> pd.DataFrame:  # columns step, loss, lr, val_macro_f1 ..., a row a line of the log
+) -> pd.DataFrame:  # columns step, loss, lr, val_macro_f1 ..., one row per line of the log
     "How the training of one classifier went"
     return pd.read_json(self.classifier(arm, seed) / 'log.jsonl', lines=True)
 

@@ -33,7 +33,7 @@ def class_numbers(
     if classes is None:
         return list(range(len(SIMULATED)))
     numbers = [SIMULATED.number_of(k) for k in classes]
-    Vocabulary([SIMULATED.names[k] for k in numbers])  # raises where a class stands twice
+    Vocabulary([SIMULATED.names[k] for k in numbers])  # raises where a class occurs twice
     return numbers
 
 # %% ../../../nbs/04_data/03_simulate/04_datasets.ipynb #5dcf37b0
@@ -62,7 +62,7 @@ def draw_label_sets(
     classes=None,  # class names or numbers; None for all
     temper: float = 0.5,  # exponent of HPA's counts
     seed: int = 0,  # the user's seed
-    least: int | None = None,  # sets that every class occurs in; four, or fewer where n is small, unless given
+    least: int | None = None,  # sets that each class must occur in; four, or fewer where n is small, unless given
 ) -> list[tuple]:  # n tuples of class numbers
     "Label sets in which every class occurs; raises `InputError` where n is too small for `least`"
     sets, p = label_set_probabilities(classes, temper)
