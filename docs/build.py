@@ -24,12 +24,14 @@ NAVIGATION = {
     'Guide': ['tutorials/*', 'how_it_works', 'glossary'],
     'Analyses': ['analyses/*'],
     'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots'],
-    'Data': ['04_data/**/*'],
+    'Data': ['04_data/*'],
+    'Simulator': ['04_data/03_simulate/*'],
     'Training': ['05_training'],
     'Diffusion': ['06_diffusion/*'],
     'Classify': ['07_classify/*'],
     'Evaluate': ['08_evaluate/*'],
-    'Study': ['09_study/*', '10_cli'],
+    'Study': ['09_study/*'],
+    'Command line': ['10_cli'],
 }
 
 

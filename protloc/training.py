@@ -72,7 +72,7 @@ class LoopConfig(Config):
     evaluate_every: int = pydantic.Field(100, ge=1)  # steps between validations
     checkpoint_seconds: float = pydantic.Field(30, ge=0)  # least time between checkpoints
     checkpoint_steps: int | None = pydantic.Field(None, ge=1)  # steps between further checkpoints; None for none
-    keep: int = pydantic.Field(1, ge=1)  # checkpoints on disk, the newest ones
+    keep_checkpoints: int = pydantic.Field(1, ge=1)  # on disk, the newest ones
     trackers: tuple[Literal['tensorboard', 'wandb'], ...] = ()  # log.jsonl is written in any case
 
     @pydantic.field_validator('mixed_precision', mode='before')
@@ -99,7 +99,7 @@ class LoopConfig(Config):
 
 # %% ../nbs/05_training.ipynb #0070e472
 # settings that may change when a run is continued
-RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep', 'trackers'}
+RUNTIME = {'accumulate', 'compile', 'workers', 'checkpoint_seconds', 'checkpoint_steps', 'keep_checkpoints', 'trackers'}
 
 # %% ../nbs/05_training.ipynb #bb9889d2
 def plateaus(
@@ -618,7 +618,7 @@ def _steps(run, objective, batches, config, seed, evaluate, use, name, accelerat
         if last or (evaluates and config.patience and plateaus(run.scores, config.patience)):
             break
         if main and (checkpoint_due or time.time() - saved > config.checkpoint_seconds):
-            save_checkpoint(run, config.keep)
+            save_checkpoint(run, config.keep_checkpoints)
             saved = time.time()
         numbers = []
         started = time.time()

@@ -49,7 +49,7 @@ def test_classifiers(name, cells, tmp_path):
     config = section_config('classifier', name, [*FEW, 'weights=none', 'loop.evaluate_every=2'])
     arm = study_config(name).arms[-1] if 'run' in commands_of(read_preset(name)) else arm_of(name)
     real, synthetic = cells
-    wanted = synthetic if 'synthetic' in arm.uses else None
+    wanted = synthetic if 'synthetic' in arm.sources else None
     train_classifier(real, tmp_path, config, arm.kind, wanted, 0, arm.partners, arm.ratio, **arm.options)
     model, card = load_classifier(tmp_path)
     predicted = probabilities(model, real, real.rows('test'))

@@ -63,7 +63,7 @@ def cut_at(step, function=None):
 
 def test_damaged_checkpoints(tmp_path):
     "An older whole checkpoint is gone back to, aloud; where there is none, one sentence names the file and the mend"
-    config = LoopConfig(steps=12, batch_size=16, lr=0.01, ema_decay=0.9, checkpoint_steps=3, keep=2)
+    config = LoopConfig(steps=12, batch_size=16, lr=0.01, ema_decay=0.9, checkpoint_steps=3, keep_checkpoints=2)
     fit(build(), loss, Noise(), config, tmp_path / 'whole')
     with pytest.raises(PowerCut):
         fit(build(), cut_at(10), Noise(), config, tmp_path / 'cut')
@@ -266,7 +266,7 @@ def test_settings_of_the_runtime_change_nothing(tmp_path):
     with pytest.raises(PowerCut):
         fit(build(), cut_at(6), Noise(), config, tmp_path / 'cut')
     other = LoopConfig(
-        **config.model_dump(exclude=RUNTIME), accumulate=2, checkpoint_steps=3, keep=4, checkpoint_seconds=0
+        **config.model_dump(exclude=RUNTIME), accumulate=2, checkpoint_steps=3, keep_checkpoints=4, checkpoint_seconds=0
     )
     fit(build(), loss, Noise(), other, tmp_path / 'cut')
     one, two = (weights(tmp_path / n / 'last.safetensors') for n in ('whole', 'cut'))

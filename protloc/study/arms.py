@@ -82,13 +82,13 @@ class ArmConfig(Config):
         return self.strategy or self.name
 
     @property
-    def uses(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[str, ...]:
         "Which images it wants: 'real', 'synthetic'"
         strategy_class = STRATEGIES[self.kind]
         return strategy_class.sources if strategy_class.second_store == 'synthetic' else ('real',)
 
     @property
-    def taught(self) -> bool:
+    def needs_teacher(self) -> bool:
         "Whether it needs a teacher, the arm 'real' of the same seed"
         return STRATEGIES[self.kind].needs_teacher
 

@@ -117,7 +117,7 @@ def synthetic_images(
     run: RunFolder,
 ) -> dict[str, ImageStore]:  # by source: 'generator' and 'oracle', those that arms use
     "Train the generator and draw the synthetic store; simulate the oracle's"
-    wanted = sorted({arm.source for arm in config.arms if 'synthetic' in arm.uses})
+    wanted = sorted({arm.source for arm in config.arms if 'synthetic' in arm.sources})
     labels = real.labels[real.rows('train')]
     plan = plan_labels(config.generate.plan, labels, real.vocab, config.generate.images, config.seed)
     make = dict(generator=_from_generator, oracle=_from_oracle)
@@ -157,11 +157,11 @@ def train_arm(
         run.classifier(arm.name, seed),
         config.classifier,
         arm.kind,
-        synthetic[arm.source] if 'synthetic' in arm.uses else None,
+        synthetic[arm.source] if 'synthetic' in arm.sources else None,
         derive_seed(config.seed, 'arm', seed),
         arm.partners,
         arm.ratio,
-        run.classifier('real', seed) if arm.taught else None,
+        run.classifier('real', seed) if arm.needs_teacher else None,
         **arm.options,
     )
     for split in ('val', 'test'):
@@ -199,11 +199,11 @@ def train_arms(
 
     def work():
         bar = tqdm(total=len(todo), desc='all classifiers', unit='classifier')
-        for taught in (False, True):
+        for needs_teacher in (False, True):
             calls = [
                 train(threads, jobs > 1, config, arm, seed, real, synthetic, run)
                 for arm, seed in todo
-                if arm.taught == taught
+                if arm.needs_teacher == needs_teacher
             ]
             for _ in joblib.Parallel(jobs, return_as='generator_unordered')(calls):
                 bar.update()

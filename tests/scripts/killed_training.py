@@ -56,7 +56,7 @@ def main():
     common = dict(steps=60, batch_size=16, lr=0.01, evaluate_every=15, checkpoint_steps=1)
     configs = dict(
         decay=LoopConfig(ema_decay=0.9, **common),
-        length=LoopConfig(ema_length=0.1, accumulate=2, keep=3, **common),
+        length=LoopConfig(ema_length=0.1, accumulate=2, keep_checkpoints=3, **common),
     )
     for name, config in configs.items():
         whole = Path(sys.argv[1]) / name / 'whole'

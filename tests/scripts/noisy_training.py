@@ -9,20 +9,21 @@ from protloc.training import seeded
 class Noise:
     "Images and their means; each process has its slice"
 
-    rank, world, size = 0, 1, 16
+    rank, world_size, batch_size = 0, 1, 16
 
-    def shard(self, rank, world):
+    def shard(self, rank, world_size):
         new = Noise()
-        new.rank, new.world = rank, world
+        new.rank = rank
+        new.world_size = world_size
         return new
 
     def augmented(self, batch, step):
         return batch
 
     def __getitem__(self, step):
-        images = torch.randn(self.size, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-        mine = slice(self.rank * self.size // self.world, (self.rank + 1) * self.size // self.world)
-        return images[mine], images.mean((1, 2, 3))[mine]
+        images = torch.randn(self.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        first, last = (rank * self.batch_size // self.world_size for rank in (self.rank, self.rank + 1))
+        return images[first:last], images.mean((1, 2, 3))[first:last]
 
 
 def build(*between, last=nn.Linear):
