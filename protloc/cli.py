@@ -40,7 +40,16 @@ app = typer.Typer(
 )
 
 # %% ../nbs/10_cli.ipynb #156b8b67
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.EACCES, errno.EROFS, errno.EPERM)
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+)
 
 # %% ../nbs/10_cli.ipynb #fb5ad981
 def main():

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+import typing
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 
@@ -77,16 +78,24 @@ def read_config(
     field = '.'.join(map(str, error['loc'])) or 'the whole'
     if error['type'] != 'extra_forbidden':
         raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {error['input']!r}")
-    near = nearest(error['loc'][-1], _fields_beside(kind, error['loc']))
-    hint = f": did you mean '{near}'?" if near else ''
+    known = _fields_beside(kind, error['loc'])
+    near = nearest(error['loc'][-1], known)
+    hint = f": did you mean '{near}'?" if near else f': there are {", ".join(known)}' if known else ''
     raise InputError(f"{where}: there is no setting '{field}'{hint}")
 
 # %% ../nbs/00_core.ipynb #c63296c0
 def _fields_beside(kind, loc):
     "Names of the settings next to `loc`"
     for name in loc[:-1]:
-        kind = getattr(kind.model_fields.get(name), 'annotation', Config)
-    return list(getattr(kind, 'model_fields', {}))
+        if isinstance(name, str):  # a number is a place in a tuple
+            kind = _settings_in(getattr(kind.model_fields.get(name), 'annotation', Config))
+    return list(kind.model_fields)
+
+
+def _settings_in(annotation):
+    "X of X, X | None or tuple[X, ...]"
+    inside = (annotation, *typing.get_args(annotation))
+    return next((kind for kind in inside if hasattr(kind, 'model_fields')), Config)
 
 # %% ../nbs/00_core.ipynb #1e7bff33
 def read_yaml(
@@ -192,8 +201,14 @@ def claim_settings(
     here = json.loads(json.dumps(settings, default=str))
     if anew or not path.exists():
         return write_text(path, yaml.safe_dump(here, sort_keys=False)) if as_yaml else write_json(path, here)
-    noted = path.read_text(encoding='utf-8')
-    difference = first_difference(yaml.safe_load(noted) if as_yaml else json.loads(noted), here)
+    try:
+        noted = path.read_text(encoding='utf-8')
+        there = yaml.safe_load(noted) if as_yaml else json.loads(noted)
+    except (ValueError, yaml.YAMLError):
+        there = None
+    if not isinstance(there, dict):
+        raise InputError(f'{path} is damaged, so nobody knows which settings {path.parent} was begun with: {mend}')
+    difference = first_difference(there, here)
     if difference:
         raise InputError(f'{path.parent} was begun with other settings ({difference}): {mend}')
 

@@ -57,7 +57,11 @@ def must_match(
     for name, own, others in compared:
         if own != others:
             ending = f': {mend}' if mend else ''
-            raise InputError(f'{self.owner} has {name} {brief(own)}, {other.owner} has {brief(others)}{ending}')
+            shown, beside = brief(own), brief(others)
+            if shown == beside:  # long lists that begin alike
+                i = next(i for i, pair in enumerate(zip(own, others, strict=True)) if pair[0] != pair[1])
+                shown, beside = f'{shown} with {own[i]} in place {i}', f'{beside} with {others[i]}'
+            raise InputError(f'{self.owner} has {name} {shown}, {other.owner} has {beside}{ending}')
 
 # %% ../../nbs/04_data/01_kind.ipynb #3ed1f34b
 def brief(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import pydantic
@@ -70,6 +70,13 @@ class ArmConfig(Config):
     @classmethod
     def _from_name(cls, value):
         return {'name': value} if isinstance(value, str) else value
+
+    @pydantic.field_validator('name')
+    def _is_folder(cls, name):
+        path = PurePath(name)
+        if path.is_absolute() or '..' in path.parts or not path.parts:
+            raise InputError(f"an arm named '{name}' has no folder of its own: choose another name")
+        return name
 
     @pydantic.model_validator(mode='after')
     def _known(self):

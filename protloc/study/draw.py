@@ -13,7 +13,7 @@ import torch
 from ..classify.backbone import Classifier
 from ..classify.predict import load_classifier
 from ..core import InputError, read_config, sha256
-from ..data.kind import ImageKind
+from ..data.kind import ImageKind, brief
 from ..data.store import ImageStore
 from ..diffusion.edit import edit
 from ..diffusion.filter import Judge, KnownImages
@@ -76,7 +76,10 @@ def draw_images(
     real = ImageStore(like)
     pipe = open_pipeline(generator)
     if list(real.vocab) != pipe.config.classes:
-        raise InputError(f'{like} and {generator} have different classes')
+        real_has, drawn = brief(real.kind.classes), brief(tuple(pipe.config.classes))
+        raise InputError(
+            f'{like} and {generator} have different classes, {real_has} and {drawn}: draw like another store'
+        )
     if half:
         pipe.to(torch.bfloat16)
     judge = judge_for(pipe, real, **judged)

@@ -189,6 +189,8 @@ def open_real(self: RunFolder) -> ImageStore:
             raise self.unfinished('the store of real images')
         return ImageStore(self.real)
     noted = json.loads(self.store_note.read_text())
+    if not Path(noted['path']).exists():
+        raise InputError(f"{noted['path']}, the store of {self.path}, is gone: put it back, a link is enough")
     store = ImageStore(noted['path'])
     if store.manifest['sha256'] != noted['sha256']:
         raise InputError(

@@ -28,8 +28,21 @@ from .arms import ArmConfig, StudyConfig
 from .folder import RunFolder
 
 # %% auto #0
-__all__ = ['claim_folder', 'stage', 'check_images', 'is_store', 'real_images', 'synthetic_images', 'train_arm', 'cores',
-           'train_arms', 'judge_synthetic', 'run_study']
+__all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'real_images', 'synthetic_images', 'train_arm',
+           'cores', 'train_arms', 'judge_synthetic', 'run_study']
+
+# %% ../../nbs/09_study/03_runner.ipynb #5cd01e7a
+def check_folder(run: RunFolder):
+    "Raise `InputError` where a folder holds files and no study; what a killed beginning leaves is none"
+    leftovers = {'.lock', f'.{run.config.name}.partial', f'.{run.versions.name}.partial', run.versions.name}
+    if run.config.exists() and not run.config.stat().st_size:
+        leftovers.add(run.config.name)
+    if not run.path.exists() or leftovers.issuperset(path.name for path in run.path.iterdir()):
+        return
+    try:
+        run.read_settings()
+    except InputError:
+        raise InputError(f'{run.path} is not empty and holds no study: choose another folder with --out') from None
 
 # %% ../../nbs/09_study/03_runner.ipynb #822c7a07
 def claim_folder(
@@ -38,8 +51,7 @@ def claim_folder(
 ) -> RunFolder:
     "Write the settings, or check that they are the same; raises `InputError` where a study of other settings has begun"
     run = RunFolder(folder)
-    if not run.config.exists() and run.path.exists() and any(run.path.iterdir()):
-        raise InputError(f'{folder} is not empty and holds no study: choose another folder with --out')
+    check_folder(run)
     mend = 'choose another folder with --out, or remove this one'
     claim_settings(run.config, config.model_dump(mode='json'), mend, anew=not run.begun)
     if not run.begun:
@@ -231,11 +243,15 @@ def run_study(
     jobs: int = 1,  # classifiers trained at a time
 ):
     "Do all stages of a study, or what is left of them; raises `InputError` for images or a folder that do not fit"
-    if not RunFolder(folder).config.exists():
+    run = RunFolder(folder)
+    check_folder(run)
+    if not run.config.exists():
         check_images(config)
-    run = claim_folder(folder, config)
+    run.path.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(cores())
+    # claimed while it is held: another process must not replace the settings of a study that has just begun
     with exclusive(run.path):
+        claim_folder(run.path, config)
         real = real_images(config, run)
         synthetic = synthetic_images(config, real, run)
         train_arms(config, real, synthetic, run, jobs)
