@@ -184,7 +184,8 @@ def first_difference(
 ) -> str:  # e.g. 'loop.steps is 500 there and 600 now'; '' where they are equal
     "Name the first setting in which two trees of settings differ"
     if not (isinstance(there, dict) and isinstance(here, dict)):
-        return '' if there == here else f'{name} is {there} there and {here} now'
+        then, now = ('not set' if value is None else value for value in (there, here))
+        return '' if there == here else f'{name} is {then} there and {now} now'
     named = (first_difference(there.get(k), here.get(k), f'{name}.{k}'.strip('.')) for k in {**there, **here})
     return next(filter(None, named), '')
 
