@@ -325,6 +325,15 @@ Similarity = Annotated[float, typer.Option(help='Minimum correlation of near-dup
 Symmetries = Annotated[bool, typer.Option('--symmetries', help='Look for turned and mirrored copies too.')]
 Channel = Annotated[str, typer.Option(help='The channel that is hashed; by default green, or the first one.')]
 
+# %% ../nbs/10_cli.ipynb #dfef25be
+def _note_newly_shared(columns):
+    "Say which columns no longer keep the test images apart"
+    for column in columns:
+        print(
+            f"\nNote: the test images had values of '{column}' that no other image had, and no longer do;"
+            f' --group {column} keeps equal values together.'
+        )
+
 # %% ../nbs/10_cli.ipynb #8f4f88b1
 @app.command()
 def split(
@@ -366,11 +375,7 @@ def split(
     if not report:
         images = resplit.split_store(images, config, pairs)
     print(resplit.split_report(images, pairs))
-    for column in resplit.newly_shared_columns(table_before, images.table):
-        print(
-            f"\nNote: the test images had values of '{column}' that no other image had, and no longer do;"
-            f' --group {column} keeps equal values together.'
-        )
+    _note_newly_shared(resplit.newly_shared_columns(table_before, images.table))
     resplit.check_leaks(images, pairs)
 
 # %% ../nbs/10_cli.ipynb #b3aae5d2

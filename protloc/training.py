@@ -541,6 +541,17 @@ def enough_memory(
             ' raise accumulate, or lower batch_size; checkpoints are kept'
         ) from None
 
+# %% ../nbs/05_training.ipynb #377ef52c
+def _accelerator_of(config, folder, unused):
+    "The Accelerator that the settings of a training ask for"
+    return accelerator_for(
+        config.mixed_precision,
+        log_with=[*config.trackers] or None,
+        project_dir=folder / 'tensorboard',
+        dynamo_backend='inductor' if config.compile else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
 # %% ../nbs/05_training.ipynb #e482351b
 def fit(
     model: nn.Module,  # trained in place
@@ -559,20 +570,12 @@ def fit(
     _check_score(config, evaluate and score)
     folder = Path(folder)
     plain = _Objective(model, loss)
-    accelerator = accelerator_for(
-        config.mixed_precision,
-        log_with=[*config.trackers] or None,
-        project_dir=folder / 'tensorboard',
-        dynamo_backend='inductor' if config.compile else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
+    accelerator = _accelerator_of(config, folder, unused)
     model.to(accelerator.device).to(memory_format=torch.channels_last).train()
-    objective, optimizer = accelerator.prepare(
-        plain, torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    )
-    run = Run(
-        model, optimizer, moving_average(model.parameters(), config), folder, scaler=accelerator.scaler, score=score
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    objective, optimizer = accelerator.prepare(plain, optimizer)
+    average = moving_average(model.parameters(), config)
+    run = Run(model, optimizer, average, folder, scaler=accelerator.scaler, score=score)
     if _is_done(run):
         return run
     batches = batches.shard(accelerator.process_index, accelerator.num_processes)

@@ -386,6 +386,19 @@ def _store_settings(made, fields, splits, size) -> dict:
         fields=f'{len(fields.table)}, hash {sha256(fields.table.to_csv() + ",".join(splits))[:12]}',
     )
 
+# %% ../../nbs/04_data/07_hpa.ipynb #a6f0c8bd
+def _provenance(folder, fields, fractions, seed, config):
+    "How the images came to be, for the manifest"
+    return dict(
+        kind='prepared',
+        layout=fields.layout,
+        folder=str(Path(folder).resolve()),
+        resize='area',
+        seed=seed,
+        fractions=fractions.model_dump(),
+        **config.model_dump(exclude={'size'}),
+    )
+
 # %% ../../nbs/04_data/07_hpa.ipynb #0b5cb3ca
 def prepare(
     folder: str | Path,  # in one of the layouts; without labels also a folder of images
@@ -414,15 +427,7 @@ def prepare(
         lookup('channel of the nuclei (--nucleus)', config.nucleus, dict.fromkeys(fields.channels))
     print(fields, file=sys.stderr)
     splits = _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
-    made = dict(
-        kind='prepared',
-        layout=fields.layout,
-        folder=str(Path(folder).resolve()),
-        resize='area',
-        seed=seed,
-        fractions=fractions.model_dump(),
-        **config.model_dump(exclude={'size'}),
-    )
+    made = _provenance(folder, fields, fractions, seed, config)
     settings = _store_settings(made, fields, splits, size)
     with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as writer:
         notes = _read_all(writer, fields, splits, config, workers)

@@ -17,6 +17,7 @@ import pandas as pd
 import pydantic
 import torch
 from accelerate.utils import broadcast_object_list
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
@@ -372,14 +373,16 @@ class _Assembly:
             self.writer.add(images[i], **columns)
         return dict(drawn=len(images), dropped=dict(Counter(r for r in reason.tolist() if r)))
 
-    def finish(self, judged):
-        "Append the last blocks, note how many images were dropped and why, and clean up"
-        self.append_ready()
-        self.bar.close()
-        remove(_block_file(self.path, 0).parent)
-        if judged:
-            dropped = sum((Counter(note['dropped']) for note in self.notes), Counter())
-            self.writer.made['dropped'] = dict(dropped)
+# %% ../../nbs/06_diffusion/04_generate.ipynb #3997afa6
+@patch
+def finish(self: _Assembly, judged):
+    "Append the last blocks, note how many images were dropped and why, and clean up"
+    self.append_ready()
+    self.bar.close()
+    remove(_block_file(self.path, 0).parent)
+    if judged:
+        dropped = sum((Counter(note['dropped']) for note in self.notes), Counter())
+        self.writer.made['dropped'] = dict(dropped)
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #6ba3daf7
 def _describe(pipe, labels, config, base, i):

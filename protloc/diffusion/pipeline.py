@@ -156,20 +156,23 @@ class LabelConditionedPipeline(DiffusionPipeline):
             conditions=list(conditions),
         )
 
-    @property
-    def vocab(self) -> Vocabulary:
-        "The classes it can draw"
-        return Vocabulary(self.config.classes)
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #1bac81db
+@patch(as_prop=True)
+def vocab(self: LabelConditionedPipeline) -> Vocabulary:
+    "The classes it can draw"
+    return Vocabulary(self.config.classes)
 
-    @property
-    def size(self) -> int:
-        "Height and width of its images in pixels"
-        return self.unet.config.sample_size * self.config.patch_size
 
-    @property
-    def kind(self) -> ImageKind:
-        "What its images are"
-        return ImageKind(tuple(self.config.channels), self.size, tuple(self.config.classes), owner='the generator')
+@patch(as_prop=True)
+def size(self: LabelConditionedPipeline) -> int:
+    "Height and width of its images in pixels"
+    return self.unet.config.sample_size * self.config.patch_size
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e1797301
+@patch(as_prop=True)
+def kind(self: LabelConditionedPipeline) -> ImageKind:
+    "What its images are"
+    return ImageKind(tuple(self.config.channels), self.size, tuple(self.config.classes), owner='the generator')
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #a313eee7
 def _check_settings(guidance_scale, num_inference_steps, output_type, guidance_rescale, interval, strength):
