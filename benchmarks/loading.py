@@ -88,7 +88,7 @@ def main():
             Decoded(fields * 1000, args.size), args.batch, shuffle=True, num_workers=2
         )
         result = {'pillow, 2 workers': rate(decoded, args.batch, 2 * args.seconds)}
-        small = [resize_area(read_field('', path), args.size) for path in fields]
+        small = [resize_area(read_field([f'{path}_{stain}.png' for stain in STAINS]), args.size) for path in fields]
         with StoreWriter(f'{folder}/store', STAINS, HPA, args.size) as writer:
             for i in range(args.images):
                 writer.add(small[i % len(small)], id=f'i{i}', target='0', split='train')

@@ -38,7 +38,7 @@ def measure(folder, label_sets, size, cells):
         simulate_cell(label_sets[i], cell_line=i % 18, antibody=i, index=i, size=size, cells=cells)
 
     def decode(i):
-        resize_area(read_field(folder, 'a'), size)
+        resize_area(read_field([folder / f'a_{stain}.png' for stain in STAINS]), size)
 
     n = len(label_sets) if size < 512 else len(label_sets) // 10
     return per_call(simulate, n), per_call(decode, 20)

@@ -24,8 +24,9 @@ NAVIGATION = {
     'Guide': ['tutorials/*', 'how_it_works', 'glossary'],
     'Analyses': ['analyses/*'],
     'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots'],
+    'Readers': ['04_data/00_readers/*'],
     'Data': ['04_data/*'],
-    'Simulator': ['04_data/03_simulate/*'],
+    'Simulator': ['04_data/04_simulate/*'],
     'Training': ['05_training'],
     'Diffusion': ['06_diffusion/*'],
     'Classify': ['07_classify/*'],
@@ -36,7 +37,7 @@ NAVIGATION = {
 
 
 def page_of(notebook: Path) -> Path:
-    "04_data/02_store.ipynb -> data/store: numbers order the files, addresses do without them"
+    "04_data/03_store.ipynb -> data/store: numbers order the files, addresses do without them"
     return Path(*(re.sub(r'^\d+_', '', part) for part in notebook.with_suffix('').parts))
 
 

@@ -250,7 +250,7 @@ def prepare(
     seed: Seed = 0,
 ):
     "Read fields into a store: checked, split, tiled, shrunk by area average. Run it again to continue."
-    from protloc.data.hpa import prepare
+    from protloc.data.prepare import prepare
 
     store = prepare(
         folder,
@@ -258,7 +258,7 @@ def prepare(
         size,
         tile,
         seed=seed,
-        channels=channels.split(',') if channels else None,
+        channels=channels.split(',') if channels else (),
         workers=workers,
         layout=layout,
         skip_bad=skip_bad,

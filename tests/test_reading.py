@@ -15,7 +15,7 @@ import tifffile
 from PIL import Image
 
 from protloc.core import sha256
-from protloc.data.hpa import HPA_2021
+from protloc.data.layouts import HPA_2021
 from protloc.data.store import ImageStore, write_store
 from protloc.labels import STAINS, Vocabulary
 
@@ -215,7 +215,7 @@ def test_tiles_without_nuclei_are_dropped(protloc, challenge, tmp_path):
 @pytest.mark.parametrize('stacked', [True, False])
 def test_images_without_labels(tmp_path, stacked):
     "What a classifier trained on a folder per class is asked to predict"
-    from protloc.data.hpa import prepare
+    from protloc.data.prepare import prepare
 
     folder = tmp_path / 'new'
     folder.mkdir()
@@ -443,7 +443,7 @@ def test_joblib_works_after_reading():
     "A study prepares images and then trains with joblib in one process"
     import joblib
 
-    from protloc.data.hpa import ordered_map
+    from protloc.data.prepare import ordered_map
 
     assert list(ordered_map(abs, range(-5, 0), 2)) == [5, 4, 3, 2, 1]
     assert joblib.Parallel(2)(joblib.delayed(abs)(i) for i in range(-5, 0)) == [5, 4, 3, 2, 1]
@@ -454,7 +454,7 @@ def test_no_process_outlives_the_reading():
     "Whether it is read to the end, given up or ended by an error"
     import psutil
 
-    from protloc.data.hpa import ordered_map
+    from protloc.data.prepare import ordered_map
 
     def pool():
         mine = psutil.Process().children(recursive=True)
@@ -473,7 +473,7 @@ def test_no_process_outlives_the_reading():
 
 @pytest.mark.slow
 def test_the_reading_waits_for_a_slow_writer():
-    from protloc.data.hpa import ordered_map
+    from protloc.data.prepare import ordered_map
 
     begun = []
 

@@ -12,7 +12,7 @@ import pytest
 from protloc.core import InputError
 from protloc.data import resplit
 from protloc.data.duplicates import Likeness, fingerprints, near_duplicates
-from protloc.data.hpa import prepare
+from protloc.data.prepare import prepare
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.split import Fractions, assign_folds, assign_splits, share_table
 from protloc.data.store import ImageStore, write_store

@@ -16,7 +16,7 @@ import pandas as pd
 from .backbone import Classifier
 from .predict import probabilities
 from ..core import InputError, atomic_path
-from ..data.hpa import prepare
+from ..data.prepare import prepare
 from ..labels import Vocabulary
 
 # %% auto #0

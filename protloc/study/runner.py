@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
 from ..core import InputError, claim_settings, derive_seed, exclusive, versions, write_json
-from ..data.hpa import labelled_fields, prepare
+from ..data.layouts import labelled_fields
+from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
