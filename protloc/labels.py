@@ -32,7 +32,7 @@ class Vocabulary:
         if not self.names:
             raise InputError('a vocabulary needs at least one class')
         for name in self.names:
-            if not isinstance(name, str) or not name.strip():
+            if not isinstance(name, str) or not name:
                 raise InputError(f'a class name is a text that is not empty, not {name!r}')
         if len(set(self.names)) != len(self.names):
             raise InputError(f'a class name occurs twice among {self.names}')

@@ -216,7 +216,9 @@ def write_table(
         data = text.encode()
     except UnicodeEncodeError as e:
         shown = ascii(text[max(e.start - 20, 0) : e.end])
-        raise InputError(f'{path} cannot be written, {shown} is not UTF-8: rename the file that it comes from') from None
+        raise InputError(
+            f'{path} cannot be written, {shown} is not UTF-8: rename the file that it comes from'
+        ) from None
     if b'\0' in data:
         raise InputError(f'{path} cannot be written: a cell holds a zero byte')
     with atomic_path(path) as partial:
