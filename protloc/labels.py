@@ -169,7 +169,10 @@ def multi_hot(
     self._check_one_reading(labels)
     rows = np.zeros((len(labels), len(self)), np.float32)
     for row, of_one in zip(rows, labels, strict=True):
-        row[:] = self._row_of(of_one if isinstance(of_one, list | set | frozenset) else [of_one])
+        if isinstance(of_one, list | set | frozenset):
+            row[:] = self._row_of(of_one)
+        else:
+            row[self.number_of(of_one)] = 1
     return rows
 
 # %% ../nbs/01_labels.ipynb #cdf5a22c

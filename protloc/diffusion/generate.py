@@ -295,11 +295,12 @@ def generate(
     judge: Callable | None = None,  # see `draw_block`; its `settings` go into the manifest
     base: tuple[ImageStore, np.ndarray] | None = None,  # real images to edit: a store, and n row numbers
 ) -> ImageStore:
-    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
+    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels that do not fit"
     config = config or GenerateConfig()
     if config.best_of > 1 and not judge:
         raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
     labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
+    pipe.vocab.multi_hot([config.negative_labels])  # raises here, before a folder is made
     made = _provenance(pipe, config, seed, judge, base)
     _make_fast(pipe, config, process.device)
     with _claimed(path, pipe, labels, config, made, base) as assembly:
