@@ -687,14 +687,14 @@ def predict(
     from protloc.classify.predict import load_classifiers
     from protloc.classify.submission import check_table, predict_folder, submission, write_probabilities
     from protloc.classify.thresholds import read_thresholds
-    from protloc.core import write_text
+    from protloc.data.readers.tables import write_table
 
     if probabilities:
         check_table(probabilities)
     models, card = load_classifiers([classifier, *(also or [])])
     limits = read_thresholds(threshold, card['classes'])
     predicted = predict_folder(models, card, folder, bad_list=f'{out}.bad.csv', skip_bad=skip_bad, tta=tta)
-    write_text(out, submission(predicted, limits).to_csv(index=False))
+    write_table(submission(predicted, limits), out)
     if probabilities:
         write_probabilities(predicted, probabilities)
     print(f'Predictions: {out.resolve()}')
