@@ -323,10 +323,10 @@ def _check_axes(path, axes, shape):
             f'{path} has the axes {axes} ({" x ".join(map(str, shape))}): save one plane a channel, as (C, H, W)'
         )
     height, width = shape[axes.index('Y')], shape[axes.index('X')]
-    if several and axes[several[0]] in 'IQ' and shape[several[0]] > min(height, width):
+    if several and shape[several[0]] > min(height, width):
         raise InputError(
-            f'{path} holds {shape[several[0]]} pages of {width} x {height} pixels, and does not say what its axes are:'
-            " save it as (C, H, W), e.g. tifffile.imwrite(path, planes, metadata={'axes': 'CYX'})"
+            f'{path} holds {shape[several[0]]} planes of {width} x {height} pixels, so its axes are named wrongly or'
+            " not at all: save it as (C, H, W), e.g. tifffile.imwrite(path, planes, metadata={'axes': 'CYX'})"
         )
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #f7bd090a
@@ -528,11 +528,10 @@ def _ome_pages(path, tiff, part):
     here = {plane: page for plane, page in image.own.items() if page < len(tiff.pages)}
     if len(here) < image.planes:
         names = ', '.join(sorted({*missing.values()})[:3])
-        where = f'the others should be in {names}' if names else 'the others were never written'
-        raise InputError(
-            f'{path} holds {len(here)} of the {image.planes} planes that its OME metadata name, {where}:'
-            ' save all channels of a field in one file, or each as <Id>_<channel>'
-        )
+        where = 'the others were never written: leave it out, or acquire it again'
+        if names:
+            where = f'the others should be in {names}: save a field as one file, or each channel as <Id>_<channel>'
+        raise InputError(f'{path} holds {len(here)} of the {image.planes} planes that its OME metadata name, {where}')
     if n > len(here):
         raise InputError(f'{path} holds {n} pages, its OME metadata name {len(here)}: save one image a file')
     return [here[i] for i in range(image.planes)]
