@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import typing
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -26,8 +27,8 @@ import yaml
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'lookup', 'Config', 'read_config', 'read_yaml', 'remove', 'atomic_path', 'write_text',
-           'write_json', 'exclusive', 'first_difference', 'claim_settings', 'derive_seed', 'rng_for', 'versions',
-           'command_line', 'command_again', 'sha256']
+           'write_json', 'exclusive', 'interrupts_kept', 'first_difference', 'claim_settings', 'derive_seed', 'rng_for',
+           'versions', 'command_line', 'command_again', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
@@ -176,6 +177,19 @@ def exclusive(
         yield
     finally:
         lock.release()
+
+# %% ../nbs/00_core.ipynb #7c3bdf90
+@contextlib.contextmanager
+def interrupts_kept():
+    "Processes that are started inside the block never see Ctrl-C: it is for the one that starts them"
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../nbs/00_core.ipynb #898ebb8f
 def first_difference(

@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
-from ..core import InputError, claim_settings, derive_seed, exclusive, remove, versions, write_json
+from protloc.core import (
+    InputError,
+    claim_settings,
+    derive_seed,
+    exclusive,
+    interrupts_kept,
+    remove,
+    versions,
+    write_json,
+)
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
@@ -230,7 +239,9 @@ def train_arms(
                 for arm, seed in todo
                 if arm.needs_teacher == needs_teacher
             ]
-            for _ in joblib.Parallel(jobs, return_as='generator_unordered')(calls):
+            with interrupts_kept():
+                finished = joblib.Parallel(jobs, return_as='generator_unordered')(calls)
+            for _ in finished:
                 bar.update()
         bar.close()
 
