@@ -12,10 +12,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
+import signal
 import sys
 import typing
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 
 import filelock
@@ -25,8 +27,8 @@ import yaml
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'lookup', 'Config', 'read_config', 'read_yaml', 'remove', 'atomic_path', 'write_text',
-           'write_json', 'exclusive', 'first_difference', 'claim_settings', 'derive_seed', 'rng_for', 'versions',
-           'command_line', 'sha256']
+           'write_json', 'exclusive', 'interrupts_kept', 'first_difference', 'claim_settings', 'derive_seed', 'rng_for',
+           'versions', 'command_line', 'command_again', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
@@ -176,6 +178,19 @@ def exclusive(
     finally:
         lock.release()
 
+# %% ../nbs/00_core.ipynb #7c3bdf90
+@contextlib.contextmanager
+def interrupts_kept():
+    "Processes that are started inside the block never see Ctrl-C: it is for the one that starts them"
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 # %% ../nbs/00_core.ipynb #898ebb8f
 def first_difference(
     there,  # settings, perhaps nested dicts of them
@@ -195,6 +210,7 @@ def claim_settings(
     settings: dict,  # all that decides the result; what JSON can hold
     mend: str = 'choose another folder, or remove this one',  # what the user can do, for the message
     anew: bool = False,  # replace the noted settings: nothing has been made with them yet
+    meant: Callable | None = None,  # meant(noted) -> what settings of an older version mean today
 ):
     "Note the settings of a folder; raises `InputError` where it was begun with others"
     path = Path(path)
@@ -209,7 +225,7 @@ def claim_settings(
         there = None
     if not isinstance(there, dict):
         raise InputError(f'{path} is damaged, so nobody knows which settings {path.parent} was begun with: {mend}')
-    difference = first_difference(there, here)
+    difference = first_difference(meant(there) if meant else there, here)
     if difference:
         raise InputError(f'{path.parent} was begun with other settings ({difference}): {mend}')
 
@@ -248,11 +264,33 @@ def versions() -> dict[str, str]:  # package or system -> version
     }
 
 # %% ../nbs/00_core.ipynb #edbf9d80
-def command_line() -> str:  # e.g. 'protloc run demo'
-    "The command that started this process"
+def command_line() -> str:  # e.g. "protloc run demo --set 'seeds = 2'", quoted as a shell wants it
+    "The command that started this process, its program by name alone"
     if 'ipykernel' in sys.argv[0]:
         return 'a notebook'
-    return ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+# %% ../nbs/00_core.ipynb #f4ad43ea
+def _started_by_torchrun():
+    "The words of the launcher's command; none where there is no launcher, or the system does not tell"
+    launcher = Path(f'/proc/{os.getppid()}/cmdline')
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or not launcher.exists():
+        return []
+    return launcher.read_bytes().decode().rstrip('\0').split('\0')
+
+# %% ../nbs/00_core.ipynb #168a89aa
+def command_again() -> str:  # quoted as a shell wants it
+    "The command that starts this process again, to be pasted in the same working directory"
+    program, *words = sys.argv
+    found = shutil.which(Path(program).name)
+    if not Path(program).is_file():
+        is_command = not program.startswith('-')
+    elif found and os.path.samefile(found, program):
+        program = Path(program).name
+        is_command = True
+    else:
+        is_command = '/' in program and os.access(program, os.X_OK)
+    return shlex.join(_started_by_torchrun() or ([program, *words] if is_command else sys.orig_argv))
 
 # %% ../nbs/00_core.ipynb #747ce6c8
 def sha256(

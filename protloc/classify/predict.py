@@ -24,7 +24,8 @@ from ..data.store import ImageStore
 from ..training import load_weights, save_weights, this_process
 
 # %% auto #0
-__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'load_classifiers']
+__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'reading_of', 'contrast_note',
+           'load_classifiers']
 
 # %% ../../nbs/07_classify/03_predict.ipynb #7b573045
 def _read_ahead(batches, device):
@@ -113,8 +114,9 @@ def save_classifier(
     folder, manifest = Path(folder), store.manifest
     images = {k: manifest[k] for k in ('channels', 'classes', 'size')}
     fields = {k: manifest['made'][k] for k in FieldConfig.model_fields if k in manifest['made']}
+    depths = sorted(manifest['made'].get('depths', ['uint8']))
     save_weights(classifier, folder / 'classifier.safetensors', without='.aux.')
-    write_json(folder / 'classifier.json', {**classifier.card, **images, 'fields': fields})
+    write_json(folder / 'classifier.json', {**classifier.card, **images, 'fields': fields, 'depths': depths})
 
 # %% ../../nbs/07_classify/03_predict.ipynb #8734254e
 def load_classifier(
@@ -130,6 +132,44 @@ def load_classifier(
     load_weights(classifier, folder / 'classifier.safetensors')
     return classifier.to(this_process().device, memory_format=torch.channels_last).eval(), card
 
+# %% ../../nbs/07_classify/03_predict.ipynb #be671f63
+def reading_of(
+    card: dict,  # of a classifier
+) -> dict:  # settings of `FieldConfig`, and the `depths` that may be read where not all may, see `prepare`
+    "How new fields are read for a classifier"
+    settings = {**FieldConfig().model_dump(mode='json'), **card.get('fields', {})}
+    fields = {name: settings[name] for name in FieldConfig.model_fields if name not in ('size', 'keep_one')}
+    depths = card.get('depths', [])
+    if depths == ['uint8'] and not fields['normalise']:
+        return dict(fields, depths=('uint8',))
+    if depths and 'uint8' not in depths:
+        return dict(fields, normalise=True)
+    return fields
+
+# %% ../../nbs/07_classify/03_predict.ipynb #427e9123
+def _contrasts(depths, normalise):
+    "How images of these depths were brought to 8 bits"
+    return {
+        'stretched by their percentiles' if normalise or depth != 'uint8' else 'used as they are' for depth in depths
+    }
+
+
+def contrast_note(
+    card: dict,  # of a classifier
+    store: ImageStore,  # images that it is to be scored on
+) -> str:  # one sentence; '' where they are alike, or nobody noted what they are
+    "Say where images were brought to 8 bits otherwise than the training images of a classifier"
+    made = store.manifest['made']
+    known = _contrasts(card.get('depths', ()), card.get('fields', {}).get('normalise', False))
+    here = _contrasts(made.get('depths', ()), made.get('normalise', False))
+    if not known or here <= known:
+        return ''
+    one, other = (' and '.join(sorted(contrasts)) for contrasts in (here - known, known))
+    return (
+        f'the images of {store.path} were {one}, those that the classifier was trained on were {other}:'
+        ' their contrast differs, and so may the scores'
+    )
+
 # %% ../../nbs/07_classify/03_predict.ipynb #781281b8
 def load_classifiers(
     folders: Sequence[str | Path],  # each written by `save_classifier`
@@ -141,6 +181,9 @@ def load_classifiers(
     first, mend = cards[0], 'only classifiers that were trained on images of one kind can be averaged'
     for folder, card in zip(folders, cards, strict=True):
         ImageKind.of(card, str(folder)).must_match(ImageKind.of(first, str(folders[0])), mend=mend)
-        if card['fields'] != first['fields']:  # new fields are prepared as the first card says
-            raise InputError(f"{folder} has fields {card['fields']}, {folders[0]} has {first['fields']}: {mend}")
+        own, others = reading_of(card), reading_of(first)  # new fields are read as the first card says
+        different = [name for name in {**own, **others} if own.get(name) != others.get(name)]
+        if different:
+            shown, beside = ({name: one.get(name) for name in different} for one in (own, others))
+            raise InputError(f'{folder} has fields {shown}, {folders[0]} has {beside}: {mend}')
     return list(models), first

@@ -5,7 +5,10 @@
 # %% ../../nbs/07_classify/05_submission.ipynb #2e1b8d43
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .backbone import Classifier
-from .predict import probabilities
+from .predict import probabilities, reading_of
 from ..core import InputError, atomic_path
 from ..data.prepare import prepare
 from ..data.readers.tables import write_table
@@ -23,18 +26,40 @@ from ..labels import Vocabulary
 # %% auto #0
 __all__ = ['predict_folder', 'submission', 'check_table', 'write_probabilities']
 
+# %% ../../nbs/07_classify/05_submission.ipynb #46eb8574
+def _fields_of(store, tile):
+    "The field that each image of a store comes from: its id, without the place of a tile"
+    ids = store.table.id
+    return ids.str.replace(r'_y\d+x\d+$', '', regex=True) if tile else ids
+
+# %% ../../nbs/07_classify/05_submission.ipynb #3b9ee265
+@contextlib.contextmanager
+def _depth_explained(depths):
+    "Where images of another depth are refused, say what to do"
+    try:
+        yield
+    except InputError as error:
+        if not depths or not re.search(r'\buint(16|32|64)\b', str(error)):
+            raise
+        raise InputError(
+            f'{error}; the classifier was trained on 8-bit images as they are: export these with 8 bits too,'
+            ' or train on a store prepared with --normalise'
+        ) from None
+
 # %% ../../nbs/07_classify/05_submission.ipynb #e6c4a69f
 def predict_folder(
     classifiers: Classifier | Sequence[Classifier],  # opened with `load_classifier` or `load_classifiers`
     card: dict,  # what that gave
-    folder: str | Path,  # images named <Id>_<stain>.png
+    folder: str | Path,  # in any layout that `prepare` reads; labels are not read
     workers: int = -1,  # processes
     bad_list: str | Path = 'bad.csv',  # where fields that cannot be used are listed
     skip_bad: bool = False,  # leave them out
     tta: bool = False,  # see `probabilities`
+    **files,  # settings of `FolderConfig`: which files are read, e.g. match, exclude, labels
 ) -> pd.DataFrame:  # index Id, a column for each class: probabilities
-    "Probabilities of each field in a folder; raises `InputError` for bad images"
-    with tempfile.TemporaryDirectory() as scratch:
+    "Probabilities of each field in a folder, in the order of their names; raises `InputError` for bad images"
+    reading = reading_of(card)
+    with tempfile.TemporaryDirectory() as scratch, _depth_explained(reading.get('depths')):
         store = prepare(
             folder,
             Path(scratch) / 'store',
@@ -44,11 +69,18 @@ def predict_folder(
             channels=card['channels'],
             bad_list=bad_list,
             skip_bad=skip_bad,
-            **{**card['fields'], 'keep_one': True},
+            keep_one=True,
+            **reading,
+            **files,
         )
         predicted = probabilities(classifiers, store, store.rows(), progress='predict', tta=tta)
         tiles = pd.DataFrame(predicted, columns=card['classes'])
-        return tiles.groupby(store.table.group.values, sort=False).mean().rename_axis('Id')
+        fields = _fields_of(store, reading['tile']).to_numpy()
+        predicted = tiles.groupby(fields, sort=False).mean().rename_axis('Id')
+    left_out = store.manifest['made']['bad_left_out']
+    if left_out:
+        print(f'{left_out} of {left_out + len(predicted)} fields get no row, see {bad_list}', file=sys.stderr)
+    return predicted
 
 # %% ../../nbs/07_classify/05_submission.ipynb #c77300ca
 def submission(

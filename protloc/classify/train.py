@@ -116,7 +116,9 @@ def choose_second_store(
         raise InputError(f"the strategy '{name}' needs synthetic images: name a store with --synthetic")
     if not len(synthetic):
         raise InputError(f'{synthetic.path} holds no image: make some with `protloc generate`')
-    synthetic.kind.must_match(real.kind)
+    synthetic.kind.must_match(
+        real.kind, mend=f'--synthetic takes images like those of {real.path}, such as `protloc generate` makes'
+    )
     return synthetic
 
 # %% ../../nbs/07_classify/07_train.ipynb #3e695122
@@ -185,7 +187,8 @@ def teacher_labels(
 ) -> Tensor:  # (M, K) probabilities for all images of the store
     "A teacher's probabilities for synthetic images; raises `InputError` where they are of another kind or vocabulary"
     model, card = load_classifier(teacher)
-    synthetic.kind.must_match(ImageKind.of(card, 'the teacher'))
+    mend = 'choose a --teacher that was trained on images like these'
+    synthetic.kind.must_match(ImageKind.of(card, f'the teacher {teacher}'), mend=mend)
     weights = sha256(Path(teacher) / 'classifier.safetensors')[:16]
     images = synthetic.manifest['sha256']['images'][:16]
     path = Path(folder) / f'teacher-{weights}-{images}.npy'
@@ -247,9 +250,10 @@ def check_teacher(
     if strategy.needs_teacher and teacher is None:
         raise InputError(
             f"the strategy '{name}' needs a teacher: name the folder of a classifier trained on real images"
+            ' with --teacher'
         )
     if teacher is not None and not strategy.needs_teacher:
-        raise InputError(f"the strategy '{name}' takes no teacher: leave it out")
+        raise InputError(f"the strategy '{name}' takes no teacher: leave out --teacher, or choose another strategy")
 
 # %% ../../nbs/07_classify/07_train.ipynb #cf6657d9
 def _weights_hash(path):

@@ -17,6 +17,8 @@ from ..classify.backbone import check_size
 from ..classify.mixing import STRATEGIES, build_strategy
 from ..classify.train import ClassifierConfig, check_partners, check_strategy
 from ..core import Config, InputError, lookup, read_config, read_yaml
+from ..data.fields import FieldConfig
+from ..data.layouts import FolderConfig
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
@@ -39,12 +41,18 @@ class SimulateConfig(Config):
     least: int | None = pydantic.Field(None, ge=1)
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
-class PrepareConfig(Config):
-    "A folder of fields, see `prepare`"
+class PrepareConfig(FolderConfig, FieldConfig):
+    "A folder of fields: all settings of `prepare`"
 
     size: int = pydantic.Field(128, ge=8)  # pixels of a stored image
     tile: int | None = pydantic.Field(None, ge=8)  # cut fields into tiles of this many pixels
     fractions: Fractions = Fractions()  # of train, val and test
+    skip_bad: bool = False  # leave out fields that cannot be used
+
+    @property
+    def of_folder(self) -> FolderConfig:
+        "Which files are read, and as what"
+        return FolderConfig(**self.model_dump(include=set(FolderConfig.model_fields)))
 
 # %% ../../nbs/09_study/00_arms.ipynb #ffce59eb
 class DataConfig(Config):

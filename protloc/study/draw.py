@@ -50,12 +50,13 @@ def judge_for(
     "What scores drawn images and drops some; raises `InputError` where images and classifier do not match"
     if not (classifier or drop_copies or min_fidelity):
         return None
-    real.kind.must_match(pipe.kind)
+    real.kind.must_match(pipe.kind, mend='draw --like the store that the generator was trained on')
     known = KnownImages(real, real.rows('train')) if drop_copies else None
     if not classifier:
         return Judge(None, min_fidelity, known)
     model, card = load_classifier(classifier)
-    real.kind.must_match(ImageKind.of(card, str(classifier)))
+    mend = 'choose a --classifier that was trained on images like these'
+    real.kind.must_match(ImageKind.of(card, str(classifier)), mend=mend)
     return Judge(scorer(model), min_fidelity, known, sha256(Path(classifier) / 'classifier.safetensors')[:16])
 
 # %% ../../nbs/09_study/02_draw.ipynb #1e88f017
@@ -78,7 +79,8 @@ def draw_images(
     if list(real.vocab) != pipe.config.classes:
         real_has, drawn = brief(real.kind.classes), brief(tuple(pipe.config.classes))
         raise InputError(
-            f'{like} and {generator} have different classes, {real_has} and {drawn}: draw like another store'
+            f'{like} and {generator} have different classes, {real_has} and {drawn}:'
+            ' draw --like the store that the generator was trained on'
         )
     if half:
         pipe.to(torch.bfloat16)

@@ -18,14 +18,23 @@ from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
-from ..core import InputError, claim_settings, derive_seed, exclusive, versions, write_json
+from protloc.core import (
+    InputError,
+    claim_settings,
+    derive_seed,
+    exclusive,
+    interrupts_kept,
+    remove,
+    versions,
+    write_json,
+)
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
-from .arms import ArmConfig, StudyConfig
+from .arms import ArmConfig, PrepareConfig, StudyConfig
 from .folder import RunFolder
 
 # %% auto #0
@@ -45,6 +54,15 @@ def check_folder(run: RunFolder):
     except InputError:
         raise InputError(f'{run.path} is not empty and holds no study: choose another folder with --out') from None
 
+# %% ../../nbs/09_study/03_runner.ipynb #9650efdd
+def _as_meant(settings):
+    "A run's settings as they are read today: of `data.prepare`, what an older version did not know had its default"
+    data = settings.get('data')
+    if not isinstance(data, dict) or not isinstance(data.get('prepare'), dict):
+        return settings
+    prepare = {**PrepareConfig().model_dump(mode='json'), **data['prepare']}
+    return {**settings, 'data': {**data, 'prepare': prepare}}
+
 # %% ../../nbs/09_study/03_runner.ipynb #822c7a07
 def claim_folder(
     folder: str | Path,  # of the run; created, or begun earlier
@@ -54,7 +72,7 @@ def claim_folder(
     run = RunFolder(folder)
     check_folder(run)
     mend = 'choose another folder with --out, or remove this one'
-    claim_settings(run.config, config.model_dump(mode='json'), mend, anew=not run.begun)
+    claim_settings(run.config, config.model_dump(mode='json'), mend, anew=not run.begun, meant=_as_meant)
     if not run.begun:
         write_json(run.versions, versions())
     return run
@@ -84,7 +102,8 @@ def check_images(config: StudyConfig):
         for split in ('train', 'val', 'test'):
             ImageStore(given).rows(split)
     elif given:
-        labelled_fields(given)
+        how = config.data.prepare
+        labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
 
 # %% ../../nbs/09_study/03_runner.ipynb #f04cf111
 def is_store(
@@ -113,10 +132,12 @@ def real_images(
 
 # %% ../../nbs/09_study/03_runner.ipynb #4d45338b
 def _prepare(config, run):
-    "A folder of fields as the run's store"
+    "A folder of fields as the run's store; what cannot be used is listed beside the run"
     how = config.data.prepare
     seed = derive_seed(config.seed, 'split')
-    return prepare(config.data.folder, run.real, how.size, how.tile, how.fractions, seed)
+    options = how.model_dump(exclude={'fractions'})
+    bad_list = f'{run.path}.bad.csv'
+    return prepare(config.data.folder, run.real, fractions=how.fractions, seed=seed, bad_list=bad_list, **options)
 
 
 def _simulate(config, run):
@@ -218,7 +239,9 @@ def train_arms(
                 for arm, seed in todo
                 if arm.needs_teacher == needs_teacher
             ]
-            for _ in joblib.Parallel(jobs, return_as='generator_unordered')(calls):
+            with interrupts_kept():
+                finished = joblib.Parallel(jobs, return_as='generator_unordered')(calls)
+            for _ in finished:
                 bar.update()
         bar.close()
 
@@ -237,6 +260,21 @@ def judge_synthetic(
     said = stage(run, 'judge synthetic images', lambda: probabilities(judge, synthetic, synthetic.rows()))
     run.write_predictions('real', 0, 'synthetic', said)
 
+# %% ../../nbs/09_study/03_runner.ipynb #3da4f4c4
+@contextlib.contextmanager
+def _left_as_found(run, was_there):
+    "Inside the block a run's folder is held; where images are refused before a stage has left anything, it goes again"
+    try:
+        yield
+    except InputError:
+        notes = {run.config.name, run.versions.name, '.lock'}
+        if notes.issuperset(path.name for path in run.path.iterdir()):
+            for name in notes:
+                remove(run.path / name)
+            if not was_there:
+                run.path.rmdir()
+        raise
+
 # %% ../../nbs/09_study/03_runner.ipynb #34590797
 def run_study(
     config: StudyConfig,
@@ -248,10 +286,11 @@ def run_study(
     check_folder(run)
     if not run.config.exists():
         check_images(config)
+    was_there = run.path.exists()
     run.path.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(cores())
     # claimed while it is held: another process must not replace the settings of a study that has just begun
-    with exclusive(run.path):
+    with exclusive(run.path), _left_as_found(run, was_there):
         claim_folder(run.path, config)
         real = real_images(config, run)
         synthetic = synthetic_images(config, real, run)

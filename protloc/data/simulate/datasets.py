@@ -17,7 +17,7 @@ __all__ = ['TRAIN_LINES', 'TEST_LINES', 'class_numbers', 'hpa_sets', 'label_set_
            'simulate_store', 'oracle_store']
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #f00e7724
-from ...core import InputError, derive_seed, rng_for
+from ...core import InputError, derive_seed, interrupts_kept, rng_for
 from ..readers.tables import read_table
 from .cells import CellLine
 from .organelles import SIMULATED
@@ -147,7 +147,8 @@ def _batches(plan, workers, *settings):
     if workers == 1:
         pictures = (_batch(batch, *settings) for batch in batches)
     else:
-        pictures = Parallel(workers, return_as='generator')(delayed(_batch)(batch, *settings) for batch in batches)
+        with interrupts_kept():
+            pictures = Parallel(workers, return_as='generator')(delayed(_batch)(batch, *settings) for batch in batches)
     return zip(batches, pictures, strict=True)
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #17037930
