@@ -536,8 +536,9 @@ def prepare(
     of_folder |= dict(channels=_names(channels), match=match or (), exclude=exclude or ())
     of_fields = dict(size=size, tile=tile, fit=fit, enlarge=enlarge, mask_ending=mask_ending, nucleus=nucleus)
     of_fields |= dict(percentiles=_pair(percentiles), normalise=normalise, min_foreground=min_foreground)
-    shares = read_config(Fractions, _given(train=train, val=val, test=test), '--train, --val and --test')
-    how = dict(fractions=shares, seed=seed, workers=workers, skip_bad=skip_bad)
+    shares = _given(train=train, val=val, test=test)
+    fractions = read_config(Fractions, shares, '--train, --val and --test') if shares else None
+    how = dict(fractions=fractions, seed=seed, workers=workers, skip_bad=skip_bad)
     print(prepare(folder, out, **of_folder, **of_fields, **how))
 
 # %% ../nbs/10_cli.ipynb #4934aa4d

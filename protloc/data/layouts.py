@@ -355,9 +355,10 @@ def _same_bytes(folder, files, rows):
 
 # %% ../../nbs/04_data/08_layouts.ipynb #5fbd0725
 def _sizes(folder, names):
-    "What is known without opening files; None where one is missing"
+    "What is known without opening files; None where one is missing or empty"
     paths = [folder / name for name in names]
-    return tuple(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else None
+    sizes = tuple(path.stat().st_size if path.is_file() else 0 for path in paths)
+    return sizes if all(sizes) else None
 
 
 def _samples(folder, names):

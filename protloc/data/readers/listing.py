@@ -139,7 +139,8 @@ def _pattern(tail, names):
     return f'{where}*{tail}'.removeprefix('/')
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #be890030
-_WORD = re.compile(r'(.*[^_\-. /])([_\-. ])((?:[a-z]+[_\-])?[a-z]{2,}|(?:w|c|ch|channel)\d{1,2})', re.IGNORECASE)
+_CHANNEL_WORD = re.compile(r'(.*[^_\-. /])([_\-. ])([a-z]{2,}|(?:w|c|ch|channel)\d{1,2})', re.IGNORECASE)
+_MASK_WORDS = re.compile(r'[a-z][a-z_\-. ]+\d?', re.IGNORECASE)
 
 
 def check_pairs(
@@ -148,14 +149,16 @@ def check_pairs(
 ):
     "Raise `InputError` where names form pairs by a common ending"
     there = set(stems)
-    words = defaultdict(dict)  # the name before the word -> word -> separator
+    words = defaultdict(set)  # the name before the last word -> words
     beside = Counter()  # endings of files that stand beside one without
     for stem in stems:
-        if match := _WORD.fullmatch(stem):
-            base, separator, word = match.groups()
-            words[base][word] = separator
-            if base in there:
-                beside[separator + word] += 1
+        if match := _CHANNEL_WORD.fullmatch(stem):
+            words[match[1]].add(match[3])
+        first = stem.rfind('/') + 1
+        for separator in re.finditer(r'[_\-. ]', stem[first:]):
+            start = first + separator.start()
+            if stem[:start] in there and _MASK_WORDS.fullmatch(stem[start + 1 :]):
+                beside[stem[start:]] += 1
     if beside:
         _refuse_masks(folder, beside)
     _refuse_unnamed_channels(folder, words, len(stems))
