@@ -171,7 +171,8 @@ def test_a_tree_of_splits_keeps_them(protloc, tmp_path):
     shares = ['--train', 0.5, '--val', 0.25, '--test', 0.25]
     store, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'with val', *shares)
     assert store.table.split[store.table.id.str.startswith('test')].eq('test').all()
-    assert store.table.split[store.table.id.str.startswith('Train')].value_counts().to_dict() == dict(train=5, val=3)
+    trained = store.table.split[store.table.id.str.startswith('Train')].value_counts()
+    assert trained.sum() == 8 and trained.val in (2, 3) and trained.train == 8 - trained.val
     for name in ('Golgi', 'Cytosol'):
         save(tmp_path / 'in' / 'valid' / name / '0.png')
     assert 'brings its own splits' in refused(protloc, tmp_path / 'in', tmp_path / 'bad', *shares)
@@ -391,7 +392,7 @@ def test_a_large_folder_is_listed_in_seconds(tmp_path):
     start = time.time()
     fields = labelled_fields(tmp_path, FolderConfig(channels=('dapi', 'gfp')))
     assert len(fields.table) == 20_000 and time.time() - start < 20
-    assert fields.table.Files[3] == ('a/cell 1000_dapi.tif', 'a/cell 1000_gfp.tif')
+    assert fields.table.set_index('Id').Files['a/cell 1000'] == ('a/cell 1000_dapi.tif', 'a/cell 1000_gfp.tif')
 
 
 def test_first_reason_is_named(tmp_path):

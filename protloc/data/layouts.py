@@ -428,8 +428,9 @@ def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending
         table['Group'] = groups_from(config.group_from, list(table.Id), path)
     table['Mask'] = [masks.get(place, f'{place}{mask_ending}.png') if mask_ending and place else '' for place in places]
     used = {name for files in table.Files for name in files} | set(table.Mask)
-    known = {str(path.relative_to(listing.folder))} if path and path.is_relative_to(listing.folder) else set()
-    aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used | known]
+    if path and path.is_relative_to(listing.folder):
+        used.add(path.relative_to(listing.folder).as_posix())
+    aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used]
     channels = config.channels
     if not channels:
         channels = own_channels(listing.folder, table.Files) if stacked else STAINS
