@@ -73,10 +73,8 @@ def read_labels(
     columns: tuple[str, str] = ('Id', 'Target'),  # of the ids and of the class numbers, separated by blanks or `|`
 ) -> pd.DataFrame:  # columns Id and Target, all strings, numbers separated by blanks
     "Read and check a label table; raises `InputError` naming file and line"
-    table = read_table(path, columns)
-    if not len(table):
-        raise InputError(f'{path} has a header but no row')
-    table = pd.DataFrame(dict(Id=table[columns[0]], Target=table[columns[1]].str.replace('|', ' ')))
+    table = read_table(path, columns, filled=True)
+    table = pd.DataFrame(dict(Id=table[columns[0]].str.strip(), Target=table[columns[1]].str.replace('|', ' ')))
     _check_rows(path, table, vocab)
     return table
 
@@ -105,9 +103,7 @@ def read_class_columns(
     group_column: str = '',  # a column that is no class whatever it holds
 ) -> tuple[pd.DataFrame, Vocabulary, tuple[str, ...]]:  # columns Id and Target; the classes; the columns left aside
     "Read and check a table with one column a class; raises `InputError` naming file and line"
-    table = read_table(path)
-    if not len(table):
-        raise InputError(f'{path} has a header but no row')
+    table = read_table(path, filled=True)
     first, *columns = [name for name in table.columns if name != group_column]
     values = {name: table[name].str.strip().str.lower().map(_YES_NO) for name in columns}
     classes = [name for name in columns if values[name].notna().any()]
@@ -123,7 +119,7 @@ def read_class_columns(
         )
     vocab = Vocabulary(classes)
     rows = np.stack([values[name] for name in classes], axis=1)
-    labels = pd.DataFrame(dict(Id=table[first], Target=[vocab.decode(row) for row in rows]), index=table.index)
+    labels = pd.DataFrame(dict(Id=table[first].str.strip(), Target=[vocab.decode(row) for row in rows]), index=table.index)
     _check_rows(path, labels, vocab)
     return labels, vocab, tuple(name for name in columns if name not in classes)
 
