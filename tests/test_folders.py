@@ -53,7 +53,9 @@ def images_of(store):
 # --- names of classes are names
 
 
-@pytest.mark.parametrize('names', [[str(i) for i in range(11)], ['1', '2', '3'], ['01', '1', '1.0'], ['NA', 'None', '']])
+@pytest.mark.parametrize(
+    'names', [[str(i) for i in range(11)], ['1', '2', '3'], ['01', '1', '1.0'], ['NA', 'None', '']]
+)
 def test_classes_have_the_names_of_their_folders(protloc, tmp_path, names):
     names = [name or 'nan' for name in names]
     pixels = {f'{name}/cell{i}': save(tmp_path / 'in' / name / f'cell{i}.png') for name in names for i in range(3)}
