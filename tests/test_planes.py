@@ -45,7 +45,8 @@ def refused(path, read=read_image):
 
 def encoded(pixels, kind, **options):
     file = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    # some writers leave their settings in the image
+    image = pixels.copy() if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(file, kind, **options)
     return file.getvalue()
 
@@ -145,7 +146,7 @@ def test_four_planes_that_tifffile_took_for_colours(tmp_path):
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'I;16', 'I', 'F'])
 @pytest.mark.parametrize('ending', ['.png', '.tif', '.bmp', '.jpg', '.jp2'])
 def test_pillow_in_any_mode(tmp_path, mode, ending):
-    rgb = Image.fromarray(smooth(24, 30))
+    rgb = Image.fromarray(smooth(24, 30, 3))
     path = tmp_path / f'a{ending}'
     if mode == 'I;16':
         image = Image.fromarray(noise(24, 30, kind=np.uint16))
@@ -158,9 +159,11 @@ def test_pillow_in_any_mode(tmp_path, mode, ending):
     try:
         image.save(path, **({'quality': 100, 'subsampling': 0} if ending == '.jpg' else {}))
     except (OSError, KeyError, ValueError):
-        pytest.skip(f'Pillow writes no {mode} into {ending}')
-    if mode in ('L', 'RGB', 'I;16') or mode == 'YCbCr' and ending == '.jpg' or mode == 'RGBA' and ending == '.bmp':
-        image = image.convert('RGB') if mode in ('YCbCr', 'RGBA') else image
+        return  # Pillow writes no such file
+    # what Pillow writes as something else: a mask as gray, luma as colours, a fourth byte without a meaning
+    written_as = {('1', '.jpg'): 'L', ('YCbCr', '.jpg'): 'RGB', ('RGBA', '.bmp'): 'RGB'}.get((mode, ending))
+    if mode in ('L', 'RGB', 'I;16') or written_as:
+        image = image.convert(written_as) if written_as else image
         planes = np.asarray(image)
         planes = planes[None] if planes.ndim == 2 else np.moveaxis(planes, -1, 0)
         found = read_image(path)
@@ -364,12 +367,12 @@ def test_transparency_of_png(write, image, options, what):
 def test_several_images_in_a_file(write):
     first, second = Image.fromarray(noise(20, 30)), Image.fromarray(noise(20, 30))
     many = dict(save_all=True, append_images=[second])
+    found = read_image(write('a.tif', encoded(first, 'TIFF', **many)))
+    assert np.array_equal(found, [np.asarray(first), np.asarray(second)])
     assert 'is an animation' in refused(write('a.png', encoded(first, 'PNG', **many)))
     assert 'holds 2 images' in refused(write('a.jpg', encoded(first.convert('RGB'), 'MPO', **many)))
     assert 'is a GIF' in refused(write('gif.png', encoded(first, 'GIF', **many)))
     assert 'WebP' in refused(write('webp.png', encoded(first, 'WEBP')))
-    found = read_image(write('a.tif', encoded(first, 'TIFF', **many)))
-    assert np.array_equal(found, [np.asarray(first), np.asarray(second)])
 
 
 def test_an_orientation_is_not_applied(write):
@@ -501,7 +504,7 @@ def test_a_chain_of_pages_that_breaks_off(write):
         page = tiff.pages[0]
         where = page.offset + 2 + 12 * len(page.tags)
     data[where : where + 4] = struct.pack('<I', 10**6)
-    assert 'is damaged' in refused(write('a.tif', bytes(data)))
+    assert 'it is cut off' in refused(write('a.tif', bytes(data)))
 
 
 def test_strips_that_were_never_written(tmp_path):
@@ -724,8 +727,7 @@ def test_nothing_is_printed(tmp_path):
 
 def test_the_log_stays_open_to_those_who_want_it(write, caplog):
     caplog.set_level(logging.DEBUG, 'tifffile')
-    path = write('a.tif', WHOLE['pillow.tif'][:-40])
-    refused(path)
+    refused(write('a.tif', WHOLE['pillow.tif'][: len(WHOLE['pillow.tif']) // 2]))
     assert any(record.name == 'tifffile' for record in caplog.records)
 
 

@@ -27,8 +27,8 @@ from PIL import BmpImagePlugin, JpegImagePlugin
 from ...core import InputError
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'AXES', 'GRAYS', 'BIOIO', 'read_image', 'read_channel',
-           'ending_of', 'channel_names']
+__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
+           'read_channel', 'ending_of', 'channel_names']
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #60aef6e2
 def read_image(
@@ -139,15 +139,16 @@ def _no_image(path, head):
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #51304fe5
 def _read_picture(path, out, part=False):
     "A PNG, JPEG, BMP, JPEG 2000 or TIFF, whatever its name says"
-    with open(path, 'rb') as file:
+    with open(path, 'rb', buffering=0) as file:
         head = file.read(64)
         read = next((read for magic, read in PICTURES.items() if head.startswith(magic)), None)
         if read is None and head[:4] not in TIFF:
             raise _no_image(path, head)
+        file.seek(0)
         if read is not None:
-            file.seek(0)
             return read(path, file.read(), out)
-    return _read_tiff(path, part)
+        # tifffile reads many small pieces
+        return _read_tiff(path, io.BufferedReader(file), part)
 
 
 def _check_size(path, height, width):
@@ -160,9 +161,6 @@ READERS = dict.fromkeys(  # ending of the file's name -> read(path, out)
     ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.ome.tif', '.ome.tiff', '.bmp', '.jp2', '.j2k'),
     _read_picture,
 )
-
-# tifffile warns of every odd tag: what matters is checked below, and who wants the rest adds a handler
-logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #59decbdb
 def ending_of(
@@ -380,52 +378,58 @@ def _to_grays(path, page, pixels):
         return (palette[:, 0] >> 8).astype(np.uint8)[pixels]
     return pixels
 
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #849f503e
+class _Listener(logging.Handler):
+    "Keeps the errors that a library logs while a thread listens"
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.heard = threading.local()
+
+    @contextlib.contextmanager
+    def listening(self):
+        self.heard.said = said = []
+        try:
+            yield said
+        finally:
+            self.heard.said = None
+
+    def emit(self, record):
+        said = getattr(self.heard, 'said', None)
+        # a single tag that cannot be read is no harm: what is needed of tags is checked
+        if said is not None and 'TiffTag' not in record.getMessage():
+            said.append(record.getMessage())
+
+
+LISTENER = _Listener()
+logging.getLogger('tifffile').addHandler(LISTENER)
+
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #4215e180
 def _check_stored(path, tiff, pages, end=0):
     "Raise `InputError` where pixels are not in this file: never written, cut off, or in another file"
     for page in pages:
         if page is None or page.parent is not tiff:
             raise InputError(f'{path} is one file of a set: save all channels of a field in one file')
-        counts = np.asarray(page.databytecounts)
-        offsets = np.asarray(page.dataoffsets)
-        if not len(counts) or not counts.all() or not offsets.all():
-            raise _cut_off(path, f'{(counts == 0).sum()} of {len(counts)} strips or tiles were never written')
-        end = max(end, int((offsets + counts).max()))
+        counts, offsets = page.databytecounts, page.dataoffsets
+        if not counts or 0 in counts or 0 in offsets:
+            raise _cut_off(path, f'{counts.count(0)} of {len(counts)} strips or tiles were never written')
+        end = max(end, max(map(sum, zip(offsets, counts, strict=True))))
     if end > tiff.filehandle.size:
         raise _cut_off(path, f'{tiff.filehandle.size} bytes of at least {end}')
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #e5c6c433
-def _read_tiff(path, part=False):
+def _read_tiff(path, file, part):
     "(C, H, W) of a TIFF; `part`: it may be one of an OME set, of which it holds one page"
-    with _complaints() as complaints, tifffile.TiffFile(path, is_ome=False) as tiff:
+    with LISTENER.listening() as said, tifffile.TiffFile(file, is_ome=False) as tiff:
         if not len(tiff.pages):
             raise _cut_off(path, f'{tiff.filehandle.size} bytes, no page')
         if tiff.pages.first.is_ome:
             page, axes, pixels = _read_ome(path, tiff, part)
         else:
             page, axes, pixels = _read_series(path, tiff)
-        pixels = _to_grays(path, page, pixels)
-        if complaints:
-            raise _damaged(path, complaints[0])
-    return _to_planes(axes, pixels)
-
-
-@contextlib.contextmanager
-def _complaints():
-    "What tifffile says of a broken chain of pages or of metadata that do not fit, while this thread reads"
-    said = []
-    thread = threading.get_ident()
-    handler = logging.Handler(logging.ERROR)
-    # a single tag that cannot be read is no harm: what is needed of tags is checked
-    handler.emit = lambda record: (
-        said.append(record.getMessage()) if record.thread == thread and 'TiffTag' not in record.getMessage() else None
-    )
-    logger = logging.getLogger('tifffile')
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
+        if said:
+            raise _cut_off(path, said[0]) if 'offset' in said[0] else _damaged(path, said[0])
+    return _to_planes(axes, _to_grays(path, page, pixels))
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #61ebe77c
 def _read_series(path, tiff):
@@ -436,7 +440,7 @@ def _read_series(path, tiff):
     whole = series[0]
     for kind in ('imagej', 'shaped'):
         if getattr(tiff.pages.first, f'is_{kind}') and whole.kind in ('generic', 'uniform'):
-            raise _damaged(path, f'its metadata, of the kind {kind}, do not fit its pages')
+            raise _cut_off(path, f'{tiff.filehandle.size} bytes, its metadata speak of more pages')
     axes, shape = whole.get_axes(squeeze=False), whole.get_shape(squeeze=False)
     _check_page(path, whole.keyframe)
     _check_axes(path, axes, shape)
@@ -515,6 +519,7 @@ def _ome_metadata(path, tiff):
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #2b6175a4
 def _ome_pages(path, tiff, part):
     "Numbers of this file's pages, in the order of the channels"
+    tiff.pages.cache = True
     n = sum(not page.is_reduced for page in tiff.pages)
     image = _ome_metadata(path, tiff)
     missing = {} if image is None else {i: name for i, name in image.others.items() if name}
@@ -547,7 +552,10 @@ def _read_ome(path, tiff, part):
     axes = f'C{pages[0].axes}'
     _check_axes(path, axes, (len(pages), *pages[0].shape))
     _check_stored(path, tiff, pages)
-    return pages[0], axes, np.stack([page.asarray() for page in pages])
+    pixels = np.empty((len(pages), *pages[0].shape), pages[0].dtype)
+    for page, plane in zip(pages, pixels, strict=True):
+        page.asarray(out=plane)
+    return pages[0], axes, pixels
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #9442af8c
 BIOIO = {  # ending -> module of bioio's reader
@@ -652,8 +660,10 @@ def _tiff_names(path):
     with open(path, 'rb') as file:
         if file.read(4) not in TIFF:
             return ()
-    with tifffile.TiffFile(path, is_ome=False) as tiff:
-        if not len(tiff.pages):
+        file.seek(0)
+        tiff = tifffile.TiffFile(file, is_ome=False)
+        # samples of a pixel have no names
+        if not len(tiff.pages) or tiff.pages.first.samplesperpixel > 1:
             return ()
         if tiff.pages.first.is_ome:
             image = _ome_metadata(path, tiff)
