@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -150,14 +151,14 @@ def _read_picture(path, out, part=False):
         # tifffile reads many small pieces
         return _read_tiff(path, io.BufferedReader(file), part)
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #864cb1cd
 def _check_size(path, height, width):
     "Raise `InputError` for more pixels than a field can have"
     if height * width > MAX_PIXELS:
         raise InputError(f'{path} is {width} x {height} pixels, more than {MAX_PIXELS:,}: cut it into smaller fields')
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #17c345b7
-READERS = dict.fromkeys(  # ending of the file's name -> read(path, out)
+READERS: dict[str, Callable] = dict.fromkeys(  # ending of the file's name -> read(path, out)
     ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.ome.tif', '.ome.tiff', '.bmp', '.jp2', '.j2k'),
     _read_picture,
 )
@@ -211,7 +212,7 @@ def _png_chunks(path, data):
         raise _cut_off(path, f'{len(data)} bytes of at least {start}')
     return chunks
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4ac5b530
 def _check_grays(path, palette):
     "Raise `InputError` for a palette (n, 3) of other colours than grays"
     if np.ptp(palette, axis=-1).any():
@@ -344,7 +345,7 @@ def _colours(page):
     # a page that does not say is gray; tifffile would take 0 for white
     return getattr(page.photometric, 'name', str(page.photometric)) if 262 in page.tags else 'MINISBLACK'
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #1441af03
 def _check_page(path, page):
     "Raise `InputError` unless a TIFF page is gray or RGB, of 8 bits or more"
     name = _colours(page)
@@ -646,7 +647,7 @@ def channel_names(
     is_made_up = any(re.fullmatch(r'(Channel|C):\d+(:\d+)*', name) for name in names)
     return () if is_made_up or not all(names) or len({*names}) < len(names) else names
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #be0a5a3d
 def _bioio_names(path):
     "Names that a microscope's file gives, one a plane"
     image = _open_bioio(path)
