@@ -387,6 +387,67 @@ def test_an_orientation_is_not_applied(write):
         assert found.shape == (20, 30) and (pixels is None or np.array_equal(found, pixels))
 
 
+# --- a stain in a false colour
+
+TINTS = {
+    'red': (1, 0, 0),
+    'green': (0, 1, 0),
+    'blue': (0, 0, 1),
+    'yellow': (1, 1, 0),
+    'cyan': (0, 1, 1),
+    'gray': (1, 1, 1),
+}
+
+
+def cells(height, width):
+    "Bright spots on a dark ground, as a stain is"
+    down, right = np.mgrid[:height, :width]
+    plane = np.zeros((height, width))
+    for y, x in rng.uniform(0, 1, (12, 2)) * (height, width):
+        plane += rng.uniform(40, 220) * np.exp(-((down - y) ** 2 + (right - x) ** 2) / 30)
+    return np.minimum(plane + rng.normal(8, 3, plane.shape), 250).clip(0).astype(np.uint8)
+
+
+@pytest.mark.parametrize('tint', TINTS)
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'BMP'])
+def test_a_stain_in_a_false_colour_without_loss(write, tint, kind):
+    plane = noise(45, 50)
+    coloured = plane[..., None] * np.array(TINTS[tint], np.uint8)
+    path = write(f'a_{tint}.{kind.lower()}', encoded(coloured, kind))
+    assert np.array_equal(read_channel(path), plane)
+    assert np.array_equal(read_image(path), np.moveaxis(coloured, -1, 0))
+    coloured[-1, -1, TINTS[tint].index(0) if 0 in TINTS[tint] else 0] ^= 1
+    said = refused(write(f'b_{tint}.{kind.lower()}', encoded(coloured, kind)), read_channel)
+    assert said.startswith('is RGB, not 8-bit gray')
+
+
+@pytest.mark.parametrize('tint', TINTS)
+@pytest.mark.parametrize('quality', [50, 75, 95])
+@pytest.mark.parametrize('subsampling', [0, 2])
+def test_a_stain_in_a_false_colour_as_jpeg(write, tint, quality, subsampling):
+    options = dict(quality=quality, subsampling=subsampling)
+    for plane in (cells(90, 75), noise(48, 64) // 2):
+        coloured = plane[..., None] * np.array(TINTS[tint], np.uint8)
+        path = write('a.jpg', encoded(coloured, 'JPEG', **options))
+        found = read_channel(path)
+        carried = read_image(path)[[i for i in range(3) if TINTS[tint][i]]]
+        assert found.dtype == np.uint8 and np.array_equal(found, np.rint(carried.mean(0)))
+        # of noise a JPEG keeps little
+        assert len(plane) == 48 or np.corrcoef(found.ravel(), plane.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize('quality', [50, 75, 95])
+def test_two_stains_are_not_one(write, quality):
+    "The second is faint, sparse, or a spot in the last corner"
+    first = cells(90, 75)
+    spot = np.zeros_like(first)
+    spot[-8:, -8:] = 120
+    for second in (first[::-1] // 2, cells(90, 75)[:, ::-1] // 3, spot):
+        rgb = np.stack([first, second, np.zeros_like(first)], -1)
+        said = refused(write('a.jpg', encoded(rgb, 'JPEG', quality=quality)), read_channel)
+        assert said.startswith('is RGB, not 8-bit gray or 16-bit gray')
+
+
 # --- TIFF of several pages, pyramids, sets
 
 

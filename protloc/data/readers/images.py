@@ -28,7 +28,7 @@ from PIL import BmpImagePlugin, JpegImagePlugin
 from ...core import InputError
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
+__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'STRAY', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
            'read_channel', 'ending_of', 'channel_names']
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #60aef6e2
@@ -44,8 +44,10 @@ def read_channel(
     path: str | Path,  # an image file; may be one of an OME set, of which it holds one channel
     out: np.ndarray | None = None,  # (H, W), as in `read_image`
 ) -> np.ndarray:  # (H, W) of an unsigned type
-    "One channel of a field; raises `InputError` for a colour image"
+    "One channel of a field; raises `InputError` for an image of several"
     planes = _read(Path(path), out, part=True)
+    if len(planes) == 3 and _is_one_stain(Path(path), planes):
+        return _stain(planes)
     if len(planes) > 1:
         what = 'RGB' if len(planes) == 3 else f'an image of {len(planes)} planes'
         raise InputError(f'{path} is {what}, not 8-bit gray or 16-bit gray: export each channel as a gray image')
@@ -294,6 +296,48 @@ def _read_jp2(path, data, out):
 
 PICTURES[b'\0\0\0\x0cjP  '] = _read_jp2
 PICTURES[b'\xff\x4f\xff\x51'] = _read_jp2
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4947512b
+STRAY = 8  # of 255; the mean that JPEG may give to a colour where there is none, in a block of 16 x 16 pixels
+
+
+def _carriers(planes):
+    "Which of (3, H, W) colours carry the stain: those at least half as bright as the brightest, where it is bright"
+    power = np.square(planes, dtype=np.float32).mean(axis=(1, 2))
+    return power >= power.max() / 4
+
+
+def _stain(planes):
+    "(H, W) of (3, H, W): the mean of the colours that carry the stain"
+    return np.rint(planes[_carriers(planes)].mean(axis=0)).astype(planes.dtype)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #7162dc2a
+def _is_one_stain(path, planes):
+    "Whether (3, H, W) colours are one stain in one colour, or in equal ones"
+    carriers = _carriers(planes)
+    if not planes[~carriers].any() and not np.ptp(planes[carriers], axis=0).any():
+        return True
+    if path.is_dir() or not _begins_as_jpeg(path):
+        return False
+    image = JpegImagePlugin.JpegImageFile(path)
+    image.draft('YCbCr', image.size)
+    if image.mode != 'YCbCr':
+        return False
+    luma, blue, red = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+    blue = blue - 128
+    red = red - 128
+    colours = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue])
+    for axis in (1, 2):
+        edges = np.arange(0, colours.shape[axis], 16)
+        sizes = np.diff(edges, append=colours.shape[axis]).reshape((-1, 1) if axis == 1 else (1, -1))
+        colours = np.add.reduceat(colours, edges, axis=axis) / sizes
+    return bool(np.abs(colours[~carriers]).max(initial=0) <= STRAY and np.ptp(colours[carriers], axis=0).max() <= STRAY)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #0e79e1d1
+def _begins_as_jpeg(path):
+    "Whether a file is a JPEG"
+    with open(path, 'rb') as file:
+        return PICTURES.get(file.read(3)) is _read_jpeg
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #2320c50d
 AXES = {
