@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -27,8 +28,8 @@ from PIL import BmpImagePlugin, JpegImagePlugin
 from ...core import InputError
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'AXES', 'GRAYS', 'BIOIO', 'read_image', 'read_channel',
-           'ending_of', 'channel_names']
+__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'STRAY', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
+           'read_channel', 'ending_of', 'channel_names']
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #60aef6e2
 def read_image(
@@ -43,8 +44,10 @@ def read_channel(
     path: str | Path,  # an image file; may be one of an OME set, of which it holds one channel
     out: np.ndarray | None = None,  # (H, W), as in `read_image`
 ) -> np.ndarray:  # (H, W) of an unsigned type
-    "One channel of a field; raises `InputError` for a colour image"
+    "One channel of a field; raises `InputError` for an image of several"
     planes = _read(Path(path), out, part=True)
+    if len(planes) == 3 and _is_one_stain(Path(path), planes):
+        return _stain(planes)
     if len(planes) > 1:
         what = 'RGB' if len(planes) == 3 else f'an image of {len(planes)} planes'
         raise InputError(f'{path} is {what}, not 8-bit gray or 16-bit gray: export each channel as a gray image')
@@ -139,30 +142,28 @@ def _no_image(path, head):
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #51304fe5
 def _read_picture(path, out, part=False):
     "A PNG, JPEG, BMP, JPEG 2000 or TIFF, whatever its name says"
-    with open(path, 'rb') as file:
+    with open(path, 'rb', buffering=0) as file:
         head = file.read(64)
         read = next((read for magic, read in PICTURES.items() if head.startswith(magic)), None)
         if read is None and head[:4] not in TIFF:
             raise _no_image(path, head)
+        file.seek(0)
         if read is not None:
-            file.seek(0)
             return read(path, file.read(), out)
-    return _read_tiff(path, part)
+        # tifffile reads many small pieces
+        return _read_tiff(path, io.BufferedReader(file), part)
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #864cb1cd
 def _check_size(path, height, width):
     "Raise `InputError` for more pixels than a field can have"
     if height * width > MAX_PIXELS:
         raise InputError(f'{path} is {width} x {height} pixels, more than {MAX_PIXELS:,}: cut it into smaller fields')
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #17c345b7
-READERS = dict.fromkeys(  # ending of the file's name -> read(path, out)
+READERS: dict[str, Callable] = dict.fromkeys(  # ending of the file's name -> read(path, out)
     ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.ome.tif', '.ome.tiff', '.bmp', '.jp2', '.j2k'),
     _read_picture,
 )
-
-# tifffile warns of every odd tag: what matters is checked below, and who wants the rest adds a handler
-logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #59decbdb
 def ending_of(
@@ -213,7 +214,7 @@ def _png_chunks(path, data):
         raise _cut_off(path, f'{len(data)} bytes of at least {start}')
     return chunks
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4ac5b530
 def _check_grays(path, palette):
     "Raise `InputError` for a palette (n, 3) of other colours than grays"
     if np.ptp(palette, axis=-1).any():
@@ -296,6 +297,48 @@ def _read_jp2(path, data, out):
 PICTURES[b'\0\0\0\x0cjP  '] = _read_jp2
 PICTURES[b'\xff\x4f\xff\x51'] = _read_jp2
 
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4947512b
+STRAY = 8  # of 255; the mean that JPEG may give to a colour where there is none, in a block of 16 x 16 pixels
+
+
+def _carriers(planes):
+    "Which of (3, H, W) colours carry the stain: those at least half as bright as the brightest, where it is bright"
+    power = np.square(planes, dtype=np.float32).mean(axis=(1, 2))
+    return power >= power.max() / 4
+
+
+def _stain(planes):
+    "(H, W) of (3, H, W): the mean of the colours that carry the stain"
+    return np.rint(planes[_carriers(planes)].mean(axis=0)).astype(planes.dtype)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #7162dc2a
+def _is_one_stain(path, planes):
+    "Whether (3, H, W) colours are one stain in one colour, or in equal ones"
+    carriers = _carriers(planes)
+    if not planes[~carriers].any() and not np.ptp(planes[carriers], axis=0).any():
+        return True
+    if path.is_dir() or not _begins_as_jpeg(path):
+        return False
+    image = JpegImagePlugin.JpegImageFile(path)
+    image.draft('YCbCr', image.size)
+    if image.mode != 'YCbCr':
+        return False
+    luma, blue, red = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+    blue = blue - 128
+    red = red - 128
+    colours = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue])
+    for axis in (1, 2):
+        edges = np.arange(0, colours.shape[axis], 16)
+        sizes = np.diff(edges, append=colours.shape[axis]).reshape((-1, 1) if axis == 1 else (1, -1))
+        colours = np.add.reduceat(colours, edges, axis=axis) / sizes
+    return bool(np.abs(colours[~carriers]).max(initial=0) <= STRAY and np.ptp(colours[carriers], axis=0).max() <= STRAY)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #0e79e1d1
+def _begins_as_jpeg(path):
+    "Whether a file is a JPEG"
+    with open(path, 'rb') as file:
+        return PICTURES.get(file.read(3)) is _read_jpeg
+
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #2320c50d
 AXES = {
     'Z': 'slices',
@@ -346,7 +389,7 @@ def _colours(page):
     # a page that does not say is gray; tifffile would take 0 for white
     return getattr(page.photometric, 'name', str(page.photometric)) if 262 in page.tags else 'MINISBLACK'
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #1441af03
 def _check_page(path, page):
     "Raise `InputError` unless a TIFF page is gray or RGB, of 8 bits or more"
     name = _colours(page)
@@ -380,52 +423,58 @@ def _to_grays(path, page, pixels):
         return (palette[:, 0] >> 8).astype(np.uint8)[pixels]
     return pixels
 
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #849f503e
+class _Listener(logging.Handler):
+    "Keeps the errors that a library logs while a thread listens"
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.heard = threading.local()
+
+    @contextlib.contextmanager
+    def listening(self):
+        self.heard.said = said = []
+        try:
+            yield said
+        finally:
+            self.heard.said = None
+
+    def emit(self, record):
+        said = getattr(self.heard, 'said', None)
+        # a single tag that cannot be read is no harm: what is needed of tags is checked
+        if said is not None and 'TiffTag' not in record.getMessage():
+            said.append(record.getMessage())
+
+
+LISTENER = _Listener()
+logging.getLogger('tifffile').addHandler(LISTENER)
+
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #4215e180
 def _check_stored(path, tiff, pages, end=0):
     "Raise `InputError` where pixels are not in this file: never written, cut off, or in another file"
     for page in pages:
         if page is None or page.parent is not tiff:
             raise InputError(f'{path} is one file of a set: save all channels of a field in one file')
-        counts = np.asarray(page.databytecounts)
-        offsets = np.asarray(page.dataoffsets)
-        if not len(counts) or not counts.all() or not offsets.all():
-            raise _cut_off(path, f'{(counts == 0).sum()} of {len(counts)} strips or tiles were never written')
-        end = max(end, int((offsets + counts).max()))
+        counts, offsets = page.databytecounts, page.dataoffsets
+        if not counts or 0 in counts or 0 in offsets:
+            raise _cut_off(path, f'{counts.count(0)} of {len(counts)} strips or tiles were never written')
+        end = max(end, max(map(sum, zip(offsets, counts, strict=True))))
     if end > tiff.filehandle.size:
         raise _cut_off(path, f'{tiff.filehandle.size} bytes of at least {end}')
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #e5c6c433
-def _read_tiff(path, part=False):
+def _read_tiff(path, file, part):
     "(C, H, W) of a TIFF; `part`: it may be one of an OME set, of which it holds one page"
-    with _complaints() as complaints, tifffile.TiffFile(path, is_ome=False) as tiff:
+    with LISTENER.listening() as said, tifffile.TiffFile(file, is_ome=False) as tiff:
         if not len(tiff.pages):
             raise _cut_off(path, f'{tiff.filehandle.size} bytes, no page')
         if tiff.pages.first.is_ome:
             page, axes, pixels = _read_ome(path, tiff, part)
         else:
             page, axes, pixels = _read_series(path, tiff)
-        pixels = _to_grays(path, page, pixels)
-        if complaints:
-            raise _damaged(path, complaints[0])
-    return _to_planes(axes, pixels)
-
-
-@contextlib.contextmanager
-def _complaints():
-    "What tifffile says of a broken chain of pages or of metadata that do not fit, while this thread reads"
-    said = []
-    thread = threading.get_ident()
-    handler = logging.Handler(logging.ERROR)
-    # a single tag that cannot be read is no harm: what is needed of tags is checked
-    handler.emit = lambda record: (
-        said.append(record.getMessage()) if record.thread == thread and 'TiffTag' not in record.getMessage() else None
-    )
-    logger = logging.getLogger('tifffile')
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
+        if said:
+            raise _cut_off(path, said[0]) if 'offset' in said[0] else _damaged(path, said[0])
+    return _to_planes(axes, _to_grays(path, page, pixels))
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #61ebe77c
 def _read_series(path, tiff):
@@ -436,7 +485,7 @@ def _read_series(path, tiff):
     whole = series[0]
     for kind in ('imagej', 'shaped'):
         if getattr(tiff.pages.first, f'is_{kind}') and whole.kind in ('generic', 'uniform'):
-            raise _damaged(path, f'its metadata, of the kind {kind}, do not fit its pages')
+            raise _cut_off(path, f'{tiff.filehandle.size} bytes, its metadata speak of more pages')
     axes, shape = whole.get_axes(squeeze=False), whole.get_shape(squeeze=False)
     _check_page(path, whole.keyframe)
     _check_axes(path, axes, shape)
@@ -515,6 +564,7 @@ def _ome_metadata(path, tiff):
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #2b6175a4
 def _ome_pages(path, tiff, part):
     "Numbers of this file's pages, in the order of the channels"
+    tiff.pages.cache = True
     n = sum(not page.is_reduced for page in tiff.pages)
     image = _ome_metadata(path, tiff)
     missing = {} if image is None else {i: name for i, name in image.others.items() if name}
@@ -547,7 +597,10 @@ def _read_ome(path, tiff, part):
     axes = f'C{pages[0].axes}'
     _check_axes(path, axes, (len(pages), *pages[0].shape))
     _check_stored(path, tiff, pages)
-    return pages[0], axes, np.stack([page.asarray() for page in pages])
+    pixels = np.empty((len(pages), *pages[0].shape), pages[0].dtype)
+    for page, plane in zip(pages, pixels, strict=True):
+        page.asarray(out=plane)
+    return pages[0], axes, pixels
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #9442af8c
 BIOIO = {  # ending -> module of bioio's reader
@@ -638,7 +691,7 @@ def channel_names(
     is_made_up = any(re.fullmatch(r'(Channel|C):\d+(:\d+)*', name) for name in names)
     return () if is_made_up or not all(names) or len({*names}) < len(names) else names
 
-
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #be0a5a3d
 def _bioio_names(path):
     "Names that a microscope's file gives, one a plane"
     image = _open_bioio(path)
@@ -652,8 +705,10 @@ def _tiff_names(path):
     with open(path, 'rb') as file:
         if file.read(4) not in TIFF:
             return ()
-    with tifffile.TiffFile(path, is_ome=False) as tiff:
-        if not len(tiff.pages):
+        file.seek(0)
+        tiff = tifffile.TiffFile(file, is_ome=False)
+        # samples of a pixel have no names
+        if not len(tiff.pages) or tiff.pages.first.samplesperpixel > 1:
             return ()
         if tiff.pages.first.is_ome:
             image = _ome_metadata(path, tiff)
