@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
+import math
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler
 from diffusers.guiders.guider_utils import rescale_noise_cfg
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from torch import Tensor
@@ -27,7 +31,7 @@ from ..labels import Vocabulary
 from ..plots import details
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'known_schedulers', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
+__all__ = ['SCHEDULERS', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
            'LabelConditionedPipeline']
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #5bf4b609
@@ -40,41 +44,106 @@ SCHEDULERS = {
     'heun': 'HeunDiscreteScheduler',
 }
 
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #7409e8eb
+_ALSO_KNOWN = """
+    DDIMParallelScheduler DDPMParallelScheduler DEISMultistepScheduler DPMSolverSinglestepScheduler
+    EulerAncestralDiscreteScheduler KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler
+    PNDMScheduler SASolverScheduler TCDScheduler
+"""
+
 
 def known_schedulers() -> dict[str, str]:  # name -> diffusers class
     "The short names, and diffusers' own"
-    classes = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-    return {**SCHEDULERS, **{name: name for name in classes if name != 'EDMEulerScheduler'}}
+    return {**SCHEDULERS, **{name: name for name in (*SCHEDULERS.values(), *_ALSO_KNOWN.split())}}
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #843a2b81
+_REASONS = {  # why a diffusers class is not among the known ones; of all others the reason is their own noise
+    'CogVideoXDDIMScheduler': 'shifts the noise schedule',
+    'CogVideoXDPMScheduler': 'shifts the noise schedule',
+    'DDIMInverseScheduler': 'walks from images to noise',
+    'DPMSolverMultistepInverseScheduler': 'walks from images to noise',
+    'DPMSolverSDEScheduler': "draws noise that does not follow the images' seeds",
+    'LCMScheduler': 'is made for distilled models and takes the variety from others',
+    'RePaintScheduler': 'needs a mask at each step',
+    'UnCLIPScheduler': 'needs the next timestep at each step',
+}
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #4d293ce1
+def scheduler_class(
+    name: str,  # a short name, or the name of a diffusers class
+) -> type:
+    "A diffusers class; raises `InputError` for an unknown name, or a class that draws from other models only"
+    known = known_schedulers()
+    if name not in known and name.endswith('Scheduler') and hasattr(diffusers, name):
+        reason = _REASONS.get(name, 'is made for another noise schedule or another target')
+        raise InputError(
+            f"there is no scheduler '{name}' for these generators, it {reason}: choose another one, such as dpm++"
+        )
+    return getattr(diffusers, lookup('scheduler', name, known))
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #c48cd9a4
+def _exact_answer(scheduler, noisy, timestep, clean):
+    "What a model without error predicts where the clean image is known"
+    shares = scheduler.alphas_cumprod.double().sqrt()  # of the image that are left
+    share = float(np.interp(float(timestep), np.arange(len(shares)), shares.numpy()))
+    spread = (1 - share**2) ** 0.5
+    noise = (noisy - share * clean) / spread
+    answers = dict(sample=clean + 0 * noisy, epsilon=noise, v_prediction=share * noise - spread * clean)
+    return answers[scheduler.config.prediction_type]
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #fd30e1fb
+def _arrival_error(
+    solver,  # to try; its timesteps are set
+    scheduler,  # that a model was trained with
+    clean: float = 0.5,  # the only value of the data
+    num_inference_steps: int = 20,
+) -> float:
+    "How far from the only possible image a solver ends; infinite where its noise schedule is another"
+    if not torch.allclose(solver.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6):
+        return math.inf
+    solver.set_timesteps(min(num_inference_steps, max(scheduler.config.num_train_timesteps // 2, 1)))
+    options = _own_noise(solver, torch.Generator().manual_seed(0))
+    x = torch.ones(1, 1, 1, 1) * solver.init_noise_sigma
+    for timestep in solver.timesteps:
+        noisy = solver.scale_model_input(x, timestep)
+        x = solver.step(_exact_answer(scheduler, noisy, timestep, clean), timestep, x, **options).prev_sample
+    return (x - clean).abs().item()
+
+
+def _own_noise(solver, generator):
+    "The generator for the noise that a solver adds, as an option of its steps"
+    return dict(generator=generator) if 'generator' in inspect.signature(solver.step).parameters else {}
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #1ff96f01
+_NOISE = 'num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas'
+
+
 def with_scheduler(
     scheduler,  # the scheduler that the model was trained with
     name: str,  # a short name, or the name of a diffusers class
 ):  # a scheduler of that kind with the same noise schedule and target
     "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
-    solver = getattr(diffusers, lookup('scheduler', name, known_schedulers()))
+    solver, config = scheduler_class(name), scheduler.config
     knows_zero_snr = 'rescale_betas_zero_snr' in inspect.signature(solver.__init__).parameters
-    if scheduler.config.get('rescale_betas_zero_snr') and not knows_zero_snr:
+    if config.get('rescale_betas_zero_snr') and not knows_zero_snr:
         raise InputError(
             f"the scheduler '{name}' does not know the zero-terminal noise schedule of this model:"
             " choose another one, such as dpm++"
         )
+    options = {key: config[key] for key in _NOISE if key in config}
+    if solver is PNDMScheduler and config.timestep_spacing != 'leading':
+        options['timestep_spacing'] = 'leading'  # the only one of which its steps have the length
     try:
-        _trial_step(solver.from_config(scheduler.config))
-    except (ImportError, NotImplementedError, ValueError) as error:
-        reason = ' '.join(str(error).split())[:80]
+        error = _arrival_error(solver.from_config(config, **options), scheduler)
+        reason = f'with exact answers it ends {error:.2g} away from the image'
+    except (AssertionError, ImportError, LookupError, NotImplementedError, ValueError) as failure:
+        error, reason = math.inf, ' '.join(str(failure).split())[:80]
+    if not error < 0.1:
         raise InputError(
-            f"the scheduler '{name}' cannot draw from a model that predicts '{scheduler.config.prediction_type}'"
+            f"the scheduler '{name}' cannot draw from a model that predicts '{config.prediction_type}'"
             f" ({reason}): choose another one, such as dpm++"
-        ) from None
-    return solver.from_config(scheduler.config)
-
-# %% ../../nbs/06_diffusion/02_pipeline.ipynb #f0176b39
-def _trial_step(scheduler):
-    "Take one step on a single zero"
-    zero = torch.zeros(1, 1, 1, 1)
-    scheduler.set_timesteps(2)
-    scheduler.step(zero, scheduler.timesteps[0], zero)
+        )
+    return solver.from_config(config, **options)
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #73e1a736
 def generators_for(
@@ -240,21 +309,56 @@ def _checked_images(pipe, images, n):
 def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     "Where to start, and the timesteps to visit"
     scheduler, unet = pipe.scheduler, pipe.unet.config
-    scheduler.set_timesteps(num_inference_steps, device=pipe.device)
+    _set_timesteps(scheduler, num_inference_steps, pipe.device)
     timesteps = scheduler.timesteps
     shape = (n, unet.in_channels, unet.sample_size, unet.sample_size)
     noise = randn_tensor(shape, generator, pipe.device, torch.float32)
     if images is None:
         x = noise * scheduler.init_noise_sigma
     else:
-        taken = max(round(num_inference_steps * strength), 1)
-        skipped = (num_inference_steps - taken) * scheduler.order
-        timesteps = timesteps[skipped:]
-        if hasattr(scheduler, 'set_begin_index'):
-            scheduler.set_begin_index(skipped)
+        timesteps = _skip(scheduler, num_inference_steps, max(round(num_inference_steps * strength), 1))
         clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
         x = scheduler.add_noise(clean, noise, timesteps[:1].expand(n))
     return x.contiguous(memory_format=torch.channels_last), timesteps
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #45966372
+def _set_timesteps(scheduler, num_inference_steps, device):
+    "Choose the timesteps; raises `InputError` for a number of steps that the scheduler cannot take"
+    name = type(scheduler).__name__
+    if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
+        raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
+    trained = scheduler.config.num_train_timesteps
+    if num_inference_steps > trained:
+        raise InputError(f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training')
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except ValueError as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise InputError(
+            f'{name} cannot take {num_inference_steps} solver steps ({reason}): take another number,'
+            ' or another scheduler'
+        ) from None
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #59c65691
+def _skip(
+    scheduler,  # its timesteps are set
+    num_inference_steps: int,  # solver steps from noise to image
+    taken: int,  # the last ones, which are to be taken
+) -> Tensor:  # their timesteps
+    "Let a scheduler begin in the middle; raises `InputError` where too few steps are left"
+    skipped = (num_inference_steps - taken) * scheduler.order
+    if isinstance(scheduler, PNDMScheduler):
+        length = scheduler.config.num_train_timesteps // num_inference_steps
+        shorter = PNDMScheduler.from_config(scheduler.config, num_train_timesteps=taken * length)
+        _set_timesteps(shorter, taken, scheduler.timesteps.device)
+        scheduler.prk_timesteps = shorter.prk_timesteps
+        return shorter.timesteps
+    timesteps = scheduler.timesteps[skipped:]
+    if isinstance(scheduler, LMSDiscreteScheduler):
+        scheduler.timesteps, scheduler.sigmas, skipped = timesteps, scheduler.sigmas[skipped:], 0
+    if hasattr(scheduler, 'set_begin_index'):
+        scheduler.set_begin_index(skipped)
+    return timesteps
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #c37643e1
 @patch
@@ -280,8 +384,7 @@ def __call__(
     denoiser = Denoiser(self.unet, self.label_encoder).eval()
     x, timesteps = _start(self, len(rows), num_inference_steps, generator, images, strength)
     scales = guidance_scales(timesteps, self.scheduler, guidance_scale, guidance_interval)
-    own_noise = 'generator' in inspect.signature(self.scheduler.step).parameters
-    options = dict(generator=generator) if own_noise else {}
+    options = _own_noise(self.scheduler, generator)
     for timestep, scale in self.progress_bar(list(zip(timesteps, scales, strict=True))):
         noisy = self.scheduler.scale_model_input(x, timestep).to(self.unet.dtype)
         prediction = guided(denoiser, noisy, timestep, rows, scale, guidance_rescale, negative)
@@ -289,7 +392,7 @@ def __call__(
     if not x.isfinite().all():
         raise InputError(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
-            ' take more steps, another scheduler or full precision'
+            ' take another number of steps, another scheduler or full precision'
         )
     return _output(unfold(x, self.config.patch_size), self.config.signal, output_type)
 
