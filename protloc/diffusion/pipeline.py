@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import diffusers
@@ -19,20 +19,23 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler
 from diffusers.guiders.guider_utils import rescale_noise_cfg
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
+from huggingface_hub import create_repo
 from torch import Tensor
 
 from ..core import InputError, derive_seed, lookup
 from ..data.kind import ImageKind
-from .denoiser import Denoiser, fold, unfold
+from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
 from .objective import to_images, to_signal
 from ..labels import Vocabulary
 from ..plots import details
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
-           'LabelConditionedPipeline']
+__all__ = ['SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided',
+           'guidance_scales', 'LabelConditionedPipeline']
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -429,3 +432,173 @@ def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #0c0b9d02
 def _parameters(module):
     return f'{sum(p.numel() for p in module.parameters()):,}'
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #c6eb547d
+_CLASS_NAMES = ('LabelConditionedPipeline', 'protloc.diffusion.pipeline.LabelConditionedPipeline')
+for _name in _CLASS_NAMES:
+    setattr(diffusers, _name, LabelConditionedPipeline)
+LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
+
+
+@patch
+def to_json_string(self: LabelConditionedPipeline) -> str:
+    "The settings, as they are in a folder's model_index.json"
+    settings = json.loads(DiffusionPipeline.to_json_string(self))
+    return json.dumps({**settings, '_class_name': _CLASS_NAMES[1]}, indent=2, sort_keys=True) + '\n'
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #6f26ce03
+def _read_settings(
+    path: Path,  # a JSON file of a pipeline's folder
+) -> dict:
+    "The settings in a file; raises `InputError` where there are none"
+    if not path.is_file():
+        raise InputError(f'{path} is missing: copy the whole folder of the pipeline again')
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f'{path} is damaged, it is not JSON with settings: copy the folder of the pipeline again')
+    return settings
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #ba020215
+_COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='scheduler_config.json')
+
+
+def _check_components(
+    folder: Path,  # of a pipeline
+    given: Collection[str],  # components that come from elsewhere
+):
+    "Raise `InputError` for another pipeline's folder, and for missing or damaged settings of components"
+    index = _read_settings(folder / 'model_index.json')
+    if not set(_COMPONENTS) <= set(index):
+        raise InputError(
+            f'{folder} holds a pipeline of the class {index.get("_class_name")}, not a generator of protloc:'
+            ' give the folder of one that `protloc train-generator` made'
+        )
+    for name, file in _COMPONENTS.items():
+        if name not in given:
+            _read_settings(folder / name / file)
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #2185d163
+def _choose_variant(
+    folder: Path,  # of a pipeline
+    components: Collection[str],  # that have weights in it
+    variant: str | None,  # that is asked for
+) -> str | None:  # that is opened
+    "The variant of a folder's weights; raises `InputError` where it is missing or must be chosen"
+    weights = {name: weight_files(folder / name) for name in components}
+    known = sorted({kind for files in weights.values() for kind in files if kind})
+    there = f'variants {", ".join(known)}' if known else 'plain weights only'
+    if variant and variant not in known:
+        raise InputError(f"{folder} has no weights of the variant '{variant}', it has {there}")
+    lacking = [name for name, files in weights.items() if not {variant or '', ''} & set(files)]
+    if not lacking:
+        return variant
+    if variant or len(known) != 1:
+        raise InputError(f'{folder / lacking[0]} has no plain weights: choose one of the {there} with variant=')
+    return _choose_variant(folder, components, known[0])
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e17f239c
+@patch(cls_method=True)
+def extract_init_dict(
+    cls: LabelConditionedPipeline,
+    config_dict: dict,  # of model_index.json
+    **options,
+) -> tuple:  # as `ConfigMixin.extract_init_dict`
+    "Sort a folder's components, so that the label encoder, which says what is missing, is opened before the U-Net"
+    init, *others = super(LabelConditionedPipeline, cls).extract_init_dict(config_dict, **options)
+    return dict(sorted(init.items())), *others
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #87e21eab
+@patch(cls_method=True)
+def from_pretrained(
+    cls: LabelConditionedPipeline,
+    pretrained_model_name_or_path: str | Path,  # a folder, or a name on the Hub
+    **options,  # of `DiffusionPipeline.from_pretrained`: torch_dtype, variant, device_map, scheduler, unet ...
+) -> LabelConditionedPipeline:
+    "Open a pipeline; raises `InputError` for a folder that is incomplete, damaged or of another kind"
+    folder, opened = Path(pretrained_model_name_or_path), super(LabelConditionedPipeline, cls).from_pretrained
+    if not folder.is_dir():
+        if folder is pretrained_model_name_or_path or folder.is_absolute() or len(folder.parts) > 2:
+            raise InputError(f'there is no folder {folder}')
+        return opened(str(pretrained_model_name_or_path), **options)
+    _check_components(folder, options)
+    own = [name for name in ('unet', 'label_encoder') if name not in options]
+    variant = _choose_variant(folder, own, options.pop('variant', None))
+    stored = {name: stored_weights(folder / name, variant) for name in own}
+    try:
+        pipe = opened(folder, variant=variant, **options)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split()).split('. ')[0][:200]
+        raise InputError(f'{folder} cannot be opened: {reason}') from error
+    for name, names in stored.items():
+        lacking = sorted(set(getattr(pipe, name).state_dict()) - names)
+        if lacking:
+            raise InputError(f'{folder / name} lacks the weights {lacking[0]}: copy the folder again')
+    return pipe
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e62eca5d
+CARD_FILES = ('README.md', 'samples.png', 'training.json')
+
+
+def _bring_card(pipe, folder):
+    "Copy the card of the folder that a pipeline was opened from, unless there is one"
+    source = Path(pipe.config.get('_name_or_path') or folder)
+    for name in CARD_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #b5ddd0a9
+def _push(pipe, folder, repo_id, private=None, token=None, commit_message=None, create_pr=False):
+    "Upload a folder as it is; raises `InputError` where the Hub cannot be reached or does not accept it"
+    try:
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if not (folder / 'README.md').exists():
+            card = load_or_create_model_card(repo_id, token=token, is_pipeline=True)
+            populate_model_card(card).save(folder / 'README.md')
+        return pipe._upload_folder(folder, repo_id, token, commit_message, create_pr)
+    except Exception as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+        raise InputError(
+            f"nothing was pushed to '{repo_id}' on the Hub ({reason}): check the network and `hf auth login`;"
+            f' a saved folder can be pushed later with `hf upload {repo_id} FOLDER`'
+        ) from error
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #d0a59b6e
+_UPLOAD = 'repo_id', 'private', 'token', 'commit_message', 'create_pr'
+
+
+@patch
+def save_pretrained(
+    self: LabelConditionedPipeline,
+    save_directory: str | Path,  # new or existing folder
+    safe_serialization: bool = True,  # safetensors
+    variant: str | None = None,  # part of the names of the files with weights
+    max_shard_size: int | str | None = None,  # larger weights are split into files of this size
+    push_to_hub: bool = False,  # upload the folder when it is saved
+    **options,  # of the upload: repo_id (the folder's name unless given), private, token, commit_message, create_pr
+):
+    "Save to a folder, with the card that it was opened with"
+    folder = Path(save_directory)
+    upload = {name: options.pop(name) for name in _UPLOAD if name in options}
+    DiffusionPipeline.save_pretrained(self, folder, safe_serialization, variant, max_shard_size, **options)
+    _bring_card(self, folder)
+    if push_to_hub:
+        _push(self, folder, **{'repo_id': folder.resolve().name, **upload})
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #504c5b8d
+@patch
+def push_to_hub(
+    self: LabelConditionedPipeline,
+    repo_id: str,  # on the Hub
+    safe_serialization: bool = True,  # safetensors
+    variant: str | None = None,  # part of the names of the files with weights
+    **options,  # private, token, commit_message, create_pr
+) -> str:  # of the commit
+    "Upload the pipeline, with the card that it was opened with"
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, safe_serialization, variant)
+        return _push(self, Path(folder), repo_id, **options)
