@@ -35,7 +35,7 @@ from ..plots import details
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided',
-           'guidance_scales', 'LabelConditionedPipeline']
+           'guidance_scales', 'LabelConditionedPipeline', 'read_settings']
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -435,6 +435,7 @@ def _parameters(module):
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #c6eb547d
 _CLASS_NAMES = ('LabelConditionedPipeline', 'protloc.diffusion.pipeline.LabelConditionedPipeline')
+_LISTS = ('classes', 'channels', 'conditions')
 for _name in _CLASS_NAMES:
     setattr(diffusers, _name, LabelConditionedPipeline)
 LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
@@ -443,11 +444,27 @@ LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
 @patch
 def to_json_string(self: LabelConditionedPipeline) -> str:
     "The settings, as they are in a folder's model_index.json"
-    settings = json.loads(DiffusionPipeline.to_json_string(self))
-    return json.dumps({**settings, '_class_name': _CLASS_NAMES[1]}, indent=2, sort_keys=True) + '\n'
+    settings = {**json.loads(DiffusionPipeline.to_json_string(self)), '_class_name': _CLASS_NAMES[1]}
+    for key in _LISTS:
+        settings[key] = {str(i): name for i, name in enumerate(settings[key])}
+    return json.dumps(settings, indent=2, sort_keys=True) + '\n'
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e17f239c
+@patch(cls_method=True)
+def extract_init_dict(
+    cls: LabelConditionedPipeline,
+    config_dict: dict,  # of model_index.json
+    **options,
+) -> tuple:  # as `ConfigMixin.extract_init_dict`
+    "Read names, and sort components: the label encoder, which says what is missing, is opened before the U-Net"
+    init, *others = super(LabelConditionedPipeline, cls).extract_init_dict(config_dict, **options)
+    for key in _LISTS:
+        if isinstance(init.get(key), dict):
+            init[key] = [init[key][str(i)] for i in range(len(init[key]))]
+    return dict(sorted(init.items())), *others
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #6f26ce03
-def _read_settings(
+def read_settings(
     path: Path,  # a JSON file of a pipeline's folder
 ) -> dict:
     "The settings in a file; raises `InputError` where there are none"
@@ -470,7 +487,7 @@ def _check_components(
     given: Collection[str],  # components that come from elsewhere
 ):
     "Raise `InputError` for another pipeline's folder, and for missing or damaged settings of components"
-    index = _read_settings(folder / 'model_index.json')
+    index = read_settings(folder / 'model_index.json')
     if not set(_COMPONENTS) <= set(index):
         raise InputError(
             f'{folder} holds a pipeline of the class {index.get("_class_name")}, not a generator of protloc:'
@@ -478,7 +495,7 @@ def _check_components(
         )
     for name, file in _COMPONENTS.items():
         if name not in given:
-            _read_settings(folder / name / file)
+            read_settings(folder / name / file)
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #2185d163
 def _choose_variant(
@@ -498,17 +515,6 @@ def _choose_variant(
     if variant or len(known) != 1:
         raise InputError(f'{folder / lacking[0]} has no plain weights: choose one of the {there} with variant=')
     return _choose_variant(folder, components, known[0])
-
-# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e17f239c
-@patch(cls_method=True)
-def extract_init_dict(
-    cls: LabelConditionedPipeline,
-    config_dict: dict,  # of model_index.json
-    **options,
-) -> tuple:  # as `ConfigMixin.extract_init_dict`
-    "Sort a folder's components, so that the label encoder, which says what is missing, is opened before the U-Net"
-    init, *others = super(LabelConditionedPipeline, cls).extract_init_dict(config_dict, **options)
-    return dict(sorted(init.items())), *others
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #87e21eab
 @patch(cls_method=True)
@@ -561,7 +567,7 @@ def _push(pipe, folder, repo_id, private=None, token=None, commit_message=None, 
             populate_model_card(card).save(folder / 'README.md')
         return pipe._upload_folder(folder, repo_id, token, commit_message, create_pr)
     except Exception as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:160]
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
         raise InputError(
             f"nothing was pushed to '{repo_id}' on the Hub ({reason}): check the network and `hf auth login`;"
             f' a saved folder can be pushed later with `hf upload {repo_id} FOLDER`'
