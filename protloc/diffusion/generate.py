@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
 from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter
-from .pipeline import LabelConditionedPipeline, generators_for, known_schedulers, with_scheduler
+from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
 from ..labels import Vocabulary
 from ..training import this_process
 
@@ -214,7 +214,7 @@ class GenerateConfig(Config):
 
     @pydantic.field_validator('scheduler')
     def _known_scheduler(cls, name):
-        lookup('scheduler', name, known_schedulers())
+        scheduler_class(name)
         return name
 
     @pydantic.field_validator('plan')
