@@ -119,7 +119,9 @@ def read_class_columns(
         )
     vocab = Vocabulary(classes)
     rows = np.stack([values[name] for name in classes], axis=1)
-    labels = pd.DataFrame(dict(Id=table[first].str.strip(), Target=[vocab.decode(row) for row in rows]), index=table.index)
+    labels = pd.DataFrame(
+        dict(Id=table[first].str.strip(), Target=[vocab.decode(row) for row in rows]), index=table.index
+    )
     _check_rows(path, labels, vocab)
     return labels, vocab, tuple(name for name in columns if name not in classes)
 
