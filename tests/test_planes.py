@@ -436,6 +436,12 @@ def test_a_stain_in_a_false_colour_as_jpeg(write, tint, quality, subsampling):
         assert len(plane) == 48 or np.corrcoef(found.ravel(), plane.ravel())[0, 1] > 0.95
 
 
+def test_black_shows_no_colour(write):
+    for kind in ('PNG', 'JPEG'):
+        path = write('a.png', encoded(np.zeros((20, 30, 3), np.uint8), kind))
+        assert refused(path, read_channel).startswith('is RGB, not 8-bit gray')
+
+
 @pytest.mark.parametrize('quality', [50, 75, 95])
 def test_two_stains_are_not_one(write, quality):
     "The second is faint, sparse, or a spot in the last corner"

@@ -314,6 +314,9 @@ def _stain(planes):
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #7162dc2a
 def _is_one_stain(path, planes):
     "Whether (3, H, W) colours are one stain in one colour, or in equal ones"
+    # black does not show a colour
+    if not planes.any():
+        return False
     carriers = _carriers(planes)
     if not planes[~carriers].any() and not np.ptp(planes[carriers], axis=0).any():
         return True
