@@ -299,7 +299,7 @@ def test_fields_that_the_table_does_not_name_are_counted(protloc, challenge, tmp
     (challenge / 'train.csv').write_text('\n'.join([*lines[:-1], 'f9,3']) + '\n')
     save(challenge / 'test' / 'g_red.png')
     said = refused(protloc, challenge, tmp_path / 'store')
-    assert '1 of 8 fields' in said and 'no image of f9 is in' in said
+    assert '1 of 8 fields' in said and 'train/f9_red.png is missing' in said
     store, err = prepared(protloc, challenge, tmp_path / 'store', '--skip-bad')
     assert list(store.table.id) == [f'f{i}' for i in range(7)]
     assert '5 files not read: 2 *_red.png, 1 train/f7_blue.png' in err

@@ -79,7 +79,7 @@ def read_labels(
     return table
 
 # %% ../../nbs/04_data/08_layouts.ipynb #725186f8
-def _check_rows(path, table, vocab):
+def _check_rows(path, table, vocab, without='the Target is empty'):
     "Every Id present and unique, every Target valid"
     for line, id, target in zip(table.index, table.Id, table.Target, strict=True):
         if not id.strip():
@@ -89,7 +89,7 @@ def _check_rows(path, table, vocab):
         except InputError as e:
             raise InputError(f"{path}, line {line} (Id '{id}'): {e}") from None
         if not labels.any():
-            raise InputError(f"{path}, line {line} (Id '{id}'): the image has no class")
+            raise InputError(f"{path}, line {line} (Id '{id}'): {without}")
     repeated = table.Id[table.Id.duplicated()]
     if len(repeated):
         raise InputError(f"{path}, line {repeated.index[0]}: Id '{repeated.iloc[0]}' occurs twice")
@@ -122,7 +122,7 @@ def read_class_columns(
     labels = pd.DataFrame(
         dict(Id=table[first].str.strip(), Target=[vocab.decode(row) for row in rows]), index=table.index
     )
-    _check_rows(path, labels, vocab)
+    _check_rows(path, labels, vocab, 'the image has no class: mark one, or leave the row out')
     return labels, vocab, tuple(name for name in columns if name not in classes)
 
 # %% ../../nbs/04_data/08_layouts.ipynb #de6ed75b
@@ -393,10 +393,23 @@ def _table_fields(listing, layout, config, vocab, mask_ending):
     files = fields_by_name(listing.folder, images, channels, check=not config.match, strays=True)
     ids = find_ids(labels.Id, files)
     _check_found(path, labels, ids)
-    table = labels.assign(
-        Group=labels.Id, Split='', Files=[files.files.get(id, ()) for id in ids], Place=ids
-    ).reset_index(drop=True)
+    table = labels.assign(Group=labels.Id, Split='', Files=_files_of(labels.Id, ids, files), Place=ids).reset_index(
+        drop=True
+    )
     return _finished(listing, layout, config, vocab, table, files.stacked, masks, mask_ending, notes, path)
+
+# %% ../../nbs/04_data/08_layouts.ipynb #9661c34f
+def _files_of(wanted, ids, fields):
+    "The files of each row; for an image that is not there the names that its channels would have, or none"
+    name = next(id for id in ids if id)
+    first = fields.files[name]
+    inside = name.rpartition('/')[0]
+    endings = [file.removeprefix(name) for file in first]
+
+    def expected(id):
+        return () if fields.stacked else tuple(f'{inside}/{id}{ending}'.lstrip('/') for ending in endings)
+
+    return [fields.files[id] if id else expected(asked) for asked, id in zip(wanted, ids, strict=True)]
 
 # %% ../../nbs/04_data/08_layouts.ipynb #88a6b80b
 def _labels_of(path, layout, config, vocab):
