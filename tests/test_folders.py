@@ -404,3 +404,48 @@ def test_first_reason_is_named(tmp_path):
             (tmp_path / 'in' / name / f'{i}.png').write_bytes(b'')
     with pytest.raises(ValueError, match='none of the first 6 images can be read, the first: .*0.png .*empty'):
         prepare(tmp_path / 'in', tmp_path / 'store', size=32, workers=1)
+
+
+# --- what a file says of its channels
+
+
+def test_channels_are_put_in_order_by_their_names(protloc, tmp_path):
+    import tifffile
+
+    planes = {}
+    for i, names in enumerate((['DAPI', 'GFP'], ['GFP', 'DAPI'], ['DAPI', 'GFP'], ['DAPI', 'GFP'])):
+        id = f'{"ab"[i % 2]}/{i}'
+        (tmp_path / 'in' / id).parent.mkdir(parents=True, exist_ok=True)
+        pixels = noise(2, 32, 32)
+        planes[id] = pixels[[names.index('DAPI'), names.index('GFP')]]
+        metadata = dict(axes='CYX', Channel=dict(Name=names))
+        tifffile.imwrite(tmp_path / 'in' / f'{id}.ome.tif', pixels, photometric='minisblack', metadata=metadata)
+    store, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert store.channels == ('DAPI', 'GFP') and set(store.table.id) == set(planes)
+    assert all(np.array_equal(image, planes[id]) for id, image in images_of(store).items())
+    swapped, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'swapped', '--channels', 'gfp,dapi')
+    assert all(np.array_equal(image, planes[id][::-1]) for id, image in images_of(swapped).items())
+    renamed, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'renamed', '--channels', 'nucleus,protein')
+    assert renamed.channels == ('nucleus', 'protein')
+    assert all(np.array_equal(image, planes[id]) for id, image in images_of(renamed).items())
+    metadata = dict(axes='CYX', Channel=dict(Name=['DAPI', 'RFP']))
+    tifffile.imwrite(tmp_path / 'in' / 'b' / '3.ome.tif', noise(2, 32, 32), photometric='minisblack', metadata=metadata)
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'bad')
+    assert '1 of 4 fields' in said and 'calls its channels DAPI, RFP, other images DAPI, GFP' in said
+
+
+def test_a_folder_of_ome_zarr(protloc, tmp_path):
+    writers = pytest.importorskip('bioio_ome_zarr.writers')
+    planes = {}
+    for id in ('a/1', 'a/2', 'b/1', 'b/2'):
+        planes[id] = noise(2, 32, 32)
+        path = tmp_path / 'in' / f'{id}.ome.zarr'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        channels = [writers.Channel(label=name, color='ffffff') for name in ('DAPI', 'GFP')]
+        types = ['channel', 'space', 'space']
+        options = dict(axes_names=list('cyx'), axes_types=types, channels=channels)
+        writers.OMEZarrWriter(str(path), [(2, 32, 32)], np.uint8, **options).write_full_volume(planes[id])
+    store, err = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert store.channels == ('DAPI', 'GFP') and 'not read' not in err
+    assert list(store.table.id) == list(planes)
+    assert all(np.array_equal(image, planes[id]) for id, image in images_of(store).items())

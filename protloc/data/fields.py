@@ -28,11 +28,12 @@ def read_field(
     paths: Sequence[str | Path],  # one file for each channel, or one file with all of them
     channels=STAINS,  # in the order of the array
     stacked: bool = False,  # all channels are in one file
+    own: Sequence[str] = (),  # what the files themselves call the channels, where they do
 ) -> np.ndarray:  # (C, H, W) of an unsigned type
     "All channels of a field; raises `InputError` where they differ in size or depth"
     paths = [Path(path) for path in paths]
     if stacked:
-        return _read_stack(paths[0], channels)
+        return _read_stack(paths[0], channels, own)
     first = read_channel(paths[0])
     field = np.empty((len(paths), *first.shape), first.dtype)
     field[0] = first
@@ -56,17 +57,23 @@ def _check_alike(path, channel, first_path, first):
         )
 
 # %% ../../nbs/04_data/01_fields.ipynb #3fd3db48
-def _read_stack(path, channels):
+def _read_stack(path, channels, own):
     "All channels from one file, in the order of their names if the file has them"
     planes = read_image(path)
     if len(planes) != len(channels):
         expected = f'{len(channels)} are expected ({", ".join(channels)})'
         raise InputError(f'{path} has {len(planes)} channels, {expected}')
-    own = [name.casefold() for name in channel_names(path)]
-    wanted = [name.casefold() for name in channels]
-    if own == wanted or sorted(own) != sorted(wanted) or len(set(own)) < len(own):
+    stated = channel_names(path)
+    names = [name.casefold() for name in stated]
+    if not names or len(set(names)) < len(names):
         return planes
-    return planes[[own.index(name) for name in wanted]]
+    for wanted in (channels, own):
+        order = [name.casefold() for name in wanted]
+        if sorted(order) == sorted(names):
+            return planes if order == names else planes[[names.index(name) for name in order]]
+    if own:
+        raise InputError(f'{path} calls its channels {", ".join(stated)}, other images {", ".join(own)}')
+    return planes
 
 # %% ../../nbs/04_data/01_fields.ipynb #b80f4868
 def to_bytes(

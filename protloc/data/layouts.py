@@ -164,6 +164,7 @@ class Fields:
     channels: tuple[str, ...]  # in the order of the array
     vocab: Vocabulary  # the classes
     stacked: bool = False  # all channels of a field are in one file
+    own: tuple[str, ...] = ()  # what the first image itself calls its channels, where they are in one file
     not_read: tuple[str, ...] = ()  # paths of files that are left aside
     notes: tuple[str, ...] = ()  # what else the user should know, sentences
 
@@ -442,12 +443,20 @@ def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending
     if path and path.is_relative_to(listing.folder):
         used.add(path.relative_to(listing.folder).as_posix())
     aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used]
-    channels = config.channels
-    if not channels:
-        channels = own_channels(listing.folder, table.Files) if stacked else STAINS
-    return Fields(
-        layout, listing.folder, table, tuple(channels), vocab, stacked, tuple(aside), (*notes, *_empty_note(listing))
-    )
+    channels, own = _channels(listing.folder, config, table.Files) if stacked else (config.channels or STAINS, ())
+    notes = (*notes, *_empty_note(listing))
+    return Fields(layout, listing.folder, table, channels, vocab, stacked, own, tuple(aside), notes)
+
+
+def _channels(folder, config, files):
+    "The channels' names, and what the files themselves call them"
+    try:
+        numbered, own = own_channels(folder, files)
+    except InputError:
+        if not config.channels:
+            raise
+        return config.channels, ()  # each of the bad files is listed later
+    return config.channels or own or numbered, own
 
 
 def _empty_note(listing):
@@ -488,14 +497,14 @@ def own_channels(
     folder: Path,  # what paths are relative to
     files,  # for each field its files, of which the first has all channels
     tries: int = 20,  # files that may be unreadable
-) -> tuple[str, ...]:
-    "The channels of the first image that can be read: its own names, or numbers; raises `InputError` with the reason"
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # numbers as names; the file's own names, () where it has none
+    "The channels of the first image that can be read; raises `InputError` with the reason where none can"
     reasons = []
     for path in [folder / names[0] for names in files if names][:tries]:
         try:
-            planes = len(read_image(path))
+            numbered = tuple(f'channel{i}' for i in range(len(read_image(path))))
             names = channel_names(path)
-            return names if len(set(names)) == planes else tuple(f'channel{i}' for i in range(planes))
+            return numbered, names if len(set(names)) == len(numbered) else ()
         except InputError as error:
             reasons.append(str(error))
     raise InputError(f'none of the first {len(reasons)} images can be read, the first: {reasons[0]}')

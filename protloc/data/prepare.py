@@ -116,7 +116,7 @@ def _read_checked(fields, id, names, depths):
     "A field; raises `InputError` where it has no file, or a depth that is not wanted"
     if not names:
         raise InputError(f'no image of {id} is in {fields.folder}: put it there, or leave out its row')
-    field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked)
+    field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked, fields.own)
     if depths and str(field.dtype) not in depths:
         raise InputError(
             f'{fields.folder / names[0]} is {field.dtype}, wanted is {" or ".join(depths)}: export it as that'
