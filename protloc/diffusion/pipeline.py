@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import inspect
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Collection, Sequence
@@ -84,38 +83,59 @@ def scheduler_class(
         )
     return getattr(diffusers, lookup('scheduler', name, known))
 
-# %% ../../nbs/06_diffusion/02_pipeline.ipynb #c48cd9a4
-def _exact_answer(scheduler, noisy, timestep, clean):
-    "What a model without error predicts where the clean image is known"
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #f3c72e92
+_MEAN, _SPREAD = 0.25, 0.2  # of the values that a solver is tried on
+
+
+def _exact_answer(scheduler, noisy, timestep, spread):
+    "What a denoiser without error predicts for normally distributed values (Karras et al. 2022, appendix B)"
     shares = scheduler.alphas_cumprod.double().sqrt()  # of the image that are left
     share = float(np.interp(float(timestep), np.arange(len(shares)), shares.numpy()))
-    spread = (1 - share**2) ** 0.5
-    noise = (noisy - share * clean) / spread
-    answers = dict(sample=clean + 0 * noisy, epsilon=noise, v_prediction=share * noise - spread * clean)
+    rest = 1 - share**2
+    gain = share * spread**2 / (share**2 * spread**2 + rest)
+    clean = _MEAN + gain * (noisy - share * _MEAN)
+    noise = (noisy - share * clean) / rest**0.5
+    answers = dict(sample=clean, epsilon=noise, v_prediction=share * noise - rest**0.5 * clean)
     return answers[scheduler.config.prediction_type]
 
-# %% ../../nbs/06_diffusion/02_pipeline.ipynb #fd30e1fb
-def _arrival_error(
-    solver,  # to try; its timesteps are set
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #09f71858
+def _draw_values(
+    solver,  # to try
     scheduler,  # that a model was trained with
-    clean: float = 0.5,  # the only value of the data
-    num_inference_steps: int = 20,
-) -> float:
-    "How far from the only possible image a solver ends; infinite where its noise schedule is another"
-    if not torch.allclose(solver.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6):
-        return math.inf
+    spread: float,  # standard deviation of the values; 0 = all are alike
+    num_inference_steps: int,
+) -> Tensor:  # (1, 1, 16, 16), without an error of the solver normally distributed
+    "What a solver draws with exact answers"
     solver.set_timesteps(min(num_inference_steps, max(scheduler.config.num_train_timesteps // 2, 1)))
     options = _own_noise(solver, torch.Generator().manual_seed(0))
-    x = torch.ones(1, 1, 1, 1) * solver.init_noise_sigma
+    x = torch.special.ndtri((torch.arange(256) + 0.5) / 256).view(1, 1, 16, 16) * solver.init_noise_sigma
     for timestep in solver.timesteps:
-        noisy = solver.scale_model_input(x, timestep)
-        x = solver.step(_exact_answer(scheduler, noisy, timestep, clean), timestep, x, **options).prev_sample
-    return (x - clean).abs().item()
+        answer = _exact_answer(scheduler, solver.scale_model_input(x, timestep), timestep, spread)
+        x = solver.step(answer, timestep, x, **options).prev_sample
+    return x
 
 
 def _own_noise(solver, generator):
     "The generator for the noise that a solver adds, as an option of its steps"
     return dict(generator=generator) if 'generator' in inspect.signature(solver.step).parameters else {}
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #440b2b7f
+def _fault(
+    solver,  # to try
+    scheduler,  # that a model was trained with
+) -> str:  # '' if it draws rightly
+    "What is wrong with the images of a solver"
+    if not torch.allclose(solver.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6):
+        return 'it changes the noise schedule'
+    error = (_draw_values(solver, scheduler, 0.0, 20) - _MEAN).abs().max().item()
+    if not error < 0.1:
+        return f'with exact answers it ends {error:.2g} away from the only image'
+    if not 300 <= scheduler.config.num_train_timesteps <= 1000:
+        return ''  # too coarse, or too long for 50 steps, to tell a wrong spread from an inexact one
+    ratio = _draw_values(solver, scheduler, _SPREAD, 50).std().item() / _SPREAD
+    return (
+        '' if 0.7 < ratio < 1.3 else f'with exact answers its images are {ratio:.2g} times as varied as they should be'
+    )
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #1ff96f01
 _NOISE = 'num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas'
@@ -137,11 +157,10 @@ def with_scheduler(
     if solver is PNDMScheduler and config.timestep_spacing != 'leading':
         options['timestep_spacing'] = 'leading'  # the only one of which its steps have the length
     try:
-        error = _arrival_error(solver.from_config(config, **options), scheduler)
-        reason = f'with exact answers it ends {error:.2g} away from the image'
+        reason = _fault(solver.from_config(config, **options), scheduler)
     except (AssertionError, ImportError, LookupError, NotImplementedError, ValueError) as failure:
-        error, reason = math.inf, ' '.join(str(failure).split())[:80]
-    if not error < 0.1:
+        reason = ' '.join(str(failure).split())[:80]
+    if reason:
         raise InputError(
             f"the scheduler '{name}' cannot draw from a model that predicts '{config.prediction_type}'"
             f" ({reason}): choose another one, such as dpm++"
@@ -326,8 +345,10 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #45966372
 def _set_timesteps(scheduler, num_inference_steps, device):
-    "Choose the timesteps; raises `InputError` for a number of steps that the scheduler cannot take"
+    "Choose the timesteps; raises `InputError` for a scheduler or a number of steps that cannot be taken"
     name = type(scheduler).__name__
+    if hasattr(diffusers, name):
+        scheduler_class(name)
     if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
         raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
     trained = scheduler.config.num_train_timesteps
