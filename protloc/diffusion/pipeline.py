@@ -465,7 +465,9 @@ LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
 @patch
 def to_json_string(self: LabelConditionedPipeline) -> str:
     "The settings, as they are in a folder's model_index.json"
-    settings = {**json.loads(DiffusionPipeline.to_json_string(self)), '_class_name': _CLASS_NAMES[1]}
+    settings = json.loads(DiffusionPipeline.to_json_string(self))
+    if type(self) is LabelConditionedPipeline:
+        settings['_class_name'] = _CLASS_NAMES[1]
     for key in _LISTS:
         settings[key] = {str(i): name for i, name in enumerate(settings[key])}
     return json.dumps(settings, indent=2, sort_keys=True) + '\n'
