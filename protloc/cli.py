@@ -547,8 +547,9 @@ def prepare(
     of_folder |= dict(channels=_names(channels), match=match or (), exclude=exclude or ())
     of_fields = dict(size=size, tile=tile, fit=fit, enlarge=enlarge, mask_ending=mask_ending, nucleus=nucleus)
     of_fields |= dict(percentiles=_pair(percentiles), normalise=normalise, min_foreground=min_foreground)
-    shares = read_config(Fractions, _given(train=train, val=val, test=test), '--train, --val and --test')
-    how = dict(fractions=shares, seed=seed, workers=workers, skip_bad=skip_bad)
+    shares = _given(train=train, val=val, test=test)
+    fractions = read_config(Fractions, shares, '--train, --val and --test') if shares else None
+    how = dict(fractions=fractions, seed=seed, workers=workers, skip_bad=skip_bad)
     print(prepare(folder, out, **of_folder, **of_fields, **how))
 
 # %% ../nbs/10_cli.ipynb #4934aa4d
@@ -1011,7 +1012,7 @@ def predict(
     from protloc.classify.predict import load_classifiers
     from protloc.classify.submission import check_table, predict_folder, submission, write_probabilities
     from protloc.classify.thresholds import read_thresholds
-    from protloc.core import write_text
+    from protloc.data.readers.tables import write_table
 
     _ends_in(out, probabilities)
     if probabilities:
@@ -1022,7 +1023,7 @@ def predict(
     predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, **files)
     if probabilities:
         write_probabilities(predicted, probabilities)
-    write_text(out, submission(predicted, limits).to_csv(index=False))
+    write_table(submission(predicted, limits), out)
     print(f'Predictions: {out.resolve()}')
 
 # %% ../nbs/10_cli.ipynb #85c2063d

@@ -5,7 +5,8 @@
 # %% ../nbs/01_labels.ipynb #baf2e123
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,9 +26,14 @@ class Vocabulary:
     names: tuple[str, ...]  # class names; their positions are the class numbers
 
     def __post_init__(self):
+        if isinstance(self.names, str):
+            raise InputError(f"a vocabulary needs a list of class names, not the one text '{self.names}'")
         object.__setattr__(self, 'names', tuple(self.names))
         if not self.names:
             raise InputError('a vocabulary needs at least one class')
+        for name in self.names:
+            if not isinstance(name, str) or not name:
+                raise InputError(f'a class name is a text that is not empty, not {name!r}')
         if len(set(self.names)) != len(self.names):
             raise InputError(f'a class name occurs twice among {self.names}')
 
@@ -41,6 +47,15 @@ class Vocabulary:
     def numbers(self) -> dict[str, int]:
         "Class name -> class number"
         return {name: number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def _named_numbers(self):
+        "The number that a name of digits says -> positions of the classes with such a name"
+        said = {}
+        for position, name in enumerate(self.names):
+            if name.isdecimal():
+                said.setdefault(int(name), []).append(position)
+        return said
 
 # %% ../nbs/01_labels.ipynb #ce07cfa3
 HPA = Vocabulary(
@@ -83,18 +98,56 @@ STAIN_MEANING = dict(red='microtubules', green='protein', blue='nucleus', yellow
 @patch
 def number_of(
     self: Vocabulary,
-    label: str | int,  # a class name or a class number
+    label: str | int,  # a class name, or a class number
 ) -> int:  # in [0, len(vocabulary))
-    "The number of a class; raises `InputError` for an unknown one"
-    if isinstance(label, int | np.integer) or str(label).lstrip('-').isdecimal():
-        if 0 <= int(label) < len(self):
-            return int(label)
-        raise InputError(f'there is no class number {label}: this vocabulary has 0 to {len(self) - 1}')
-    if label in self.numbers:
-        return self.numbers[label]
-    near = nearest(label, self.names)
+    "The number of a class; raises `InputError` for an unknown one, and for a number that is another class's name"
+    if isinstance(label, str):
+        return self._number_of_name(label)
+    try:
+        number = -1 if isinstance(label, bool) else operator.index(label)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InputError(f'a class is a name or a number from 0 to {len(self) - 1}, not {label!r}')
+    self._check_not_a_name(number)
+    return self._checked_number(number)
+
+# %% ../nbs/01_labels.ipynb #bcb1e369
+@patch
+def _number_of_name(self: Vocabulary, name):
+    "A text is a name, also where it is made of digits"
+    if name in self.numbers:
+        return self.numbers[name]
+    if name.isdecimal() and not self._named_numbers:
+        mend = f'as a position it must be a number from 0 to {len(self) - 1}'
+        if int(name) < len(self):
+            mend = f"write '{self.names[int(name)]}', or the number {int(name)}, not a text"
+        raise InputError(f"there is no class named '{name}': {mend}")
+    near = nearest(name, self.names)
     hint = f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}'
-    raise InputError(f"there is no class '{label}'{hint}")
+    raise InputError(f"there is no class '{name}'{hint}")
+
+
+@patch
+def _checked_number(self: Vocabulary, number):
+    if number < len(self):
+        return number
+    raise InputError(f'there is no class number {number}: this vocabulary has 0 to {len(self) - 1}')
+
+# %% ../nbs/01_labels.ipynb #2110fd8c
+@patch
+def _check_not_a_name(self: Vocabulary, number):
+    "Refuse a number that is the name of a class at another position"
+    positions = self._named_numbers.get(number, [number])
+    if number in positions:
+        return
+    name = self.names[positions[0]]
+    if number < len(self):
+        raise InputError(
+            f"{number} can mean the class named '{name}' or the one at position {number}, '{self.names[number]}':"
+            f" write the name, a text: '{name}' or '{self.names[number]}'"
+        )
+    raise InputError(f"there is no class number {number}; the class named '{name}' is written as a text: '{name}'")
 
 # %% ../nbs/01_labels.ipynb #4419d047
 @patch
@@ -103,16 +156,73 @@ def multi_hot(
     # a label, a sequence with one label or one set of labels an image, or (N, K) rows with values in [0, 1]
     labels,
 ) -> np.ndarray:  # (N, K) float32, K = number of classes
-    "Labels in any form -> multi-hot rows; raises `InputError` for an unknown class or a wrong width"
-    if hasattr(labels, 'shape') and len(labels.shape) == 2:
+    "Labels in any form -> multi-hot rows; raises `InputError` for an unknown class, a wrong width or two readings"
+    if hasattr(labels, 'shape') and len(labels.shape) == 2 and not _holds_names(labels):
         return self._checked_rows(labels)
-    single = str | int | np.integer
-    sets = [labels] if isinstance(labels, single) else labels
-    rows = np.zeros((len(sets), len(self)), np.float32)
-    for row, labels_of_one in zip(rows, sets, strict=True):
-        for label in [labels_of_one] if isinstance(labels_of_one, single) else labels_of_one:
-            row[self.number_of(label)] = 1
+    labels = _as_lists(labels)
+    if isinstance(labels, set | frozenset | dict):
+        raise InputError(f'a set has no order to tell images by: write [{labels}] for one image, or a list')
+    if not isinstance(labels, list):
+        labels = [labels]
+    if _holds_shares(labels):
+        return self._checked_rows([labels])
+    self._check_one_reading(labels)
+    rows = np.zeros((len(labels), len(self)), np.float32)
+    for row, of_one in zip(rows, labels, strict=True):
+        if isinstance(of_one, list | set | frozenset):
+            row[:] = self._row_of(of_one)
+        else:
+            row[self.number_of(of_one)] = 1
     return rows
+
+# %% ../nbs/01_labels.ipynb #cdf5a22c
+def _holds_names(array):
+    "Whether an array is one of texts or other objects"
+    return isinstance(array, np.ndarray) and array.dtype.kind not in 'biuf'
+
+
+def _as_lists(labels):
+    "Arrays, tensors, series and tuples as lists; names, numbers and sets as they are"
+    if hasattr(labels, 'tolist'):
+        labels = labels.tolist()
+    if isinstance(labels, str | int | float | set | frozenset | dict) or not isinstance(labels, Iterable):
+        return labels
+    return [label if type(label) in (str, int, float) else _as_lists(label) for label in labels]
+
+
+def _holds_shares(values):
+    "Whether a list can only be a multi-hot row: numbers, and not all of them whole"
+    kinds = set(map(type, values))
+    return isinstance(values, list) and bool(kinds & {float, bool}) and kinds <= {float, bool, int}
+
+# %% ../nbs/01_labels.ipynb #f4374fab
+@patch
+def _check_one_reading(self: Vocabulary, values):
+    "Refuse whole numbers that may be class numbers or a multi-hot row"
+    if isinstance(values, list) and len(values) == len(self) and all(type(v) is int and v in (0, 1) for v in values):
+        shown = f'{values}' if len(values) <= 8 else f'[{values[0]}, {values[1]}, ... ({len(values)} numbers)]'
+        raise InputError(
+            f'{shown} can be class numbers or a multi-hot row: give class names,'
+            f' or rows as an array, np.array(...) of shape (N, {len(self)})'
+        )
+
+
+@patch
+def _row_of(self: Vocabulary, labels):
+    "One image's multi-hot row from a list of labels or of shares"
+    if _holds_shares(labels):
+        return self._checked_rows([labels])[0]
+    self._check_one_reading(labels)
+    row = np.zeros(len(self), np.float32)
+    for label in labels:
+        number = self.number_of(label)
+        if row[number] and not isinstance(label, str):
+            raise InputError(
+                f'class number {label} stands twice in {labels}: name each class once,'
+                f' or give multi-hot rows of {len(self)} values as an array'
+            )
+        row[number] = 1
+    return row
 
 # %% ../nbs/01_labels.ipynb #3862bcab
 @patch
@@ -120,7 +230,10 @@ def _checked_rows(self: Vocabulary, rows) -> np.ndarray:
     "Rows that are multi-hot already: right width, values in [0, 1]"
     rows = np.asarray(rows, np.float32)
     if rows.shape[1] != len(self):
-        raise InputError(f'labels have {rows.shape[1]} columns, the vocabulary has {len(self)} classes')
+        raise InputError(
+            f'labels have {rows.shape[1]} columns, the vocabulary has {len(self)} classes:'
+            ' a multi-hot row has a value for each class, and class numbers are whole numbers'
+        )
     if not ((rows >= 0) & (rows <= 1)).all():
         raise InputError('multi-hot labels must lie between 0 and 1')
     return rows
@@ -136,7 +249,7 @@ def encode(
     for word in str(target).split():
         if not word.isdecimal():
             raise InputError(f"'{word}' is not a class number")
-        row[self.number_of(word)] = 1
+        row[self._checked_number(int(word))] = 1
     return row
 
 # %% ../nbs/01_labels.ipynb #cdff1485

@@ -294,8 +294,8 @@ def test_plan_from_a_file(tmp_path):
     assert plan_labels(file, None, vocab, 0).tolist() == [[1, 0, 1], [1, 0, 1], [0, 0, 0]]
     for text, message in (
         ('Id\n1\n', 'needs a column Target'),
-        ('Target\n7\n', 'row 2: there is no class number 7'),
-        ('classes\nCytosol; Golgi\n', "row 2: there is no class 'Golgi'"),
+        ('Target\n7\n', 'line 2: there is no class number 7'),
+        ('classes\nCytosol; Golgi\n', "line 2: there is no class 'Golgi'"),
         ('Target,n\n0,two\n', "n is 'two', not a whole number"),
         ('Target,n\n0,0\n', 'plans no image'),
     ):

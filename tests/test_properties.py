@@ -16,8 +16,7 @@ from protloc.labels import Vocabulary
 settings.register_profile('protloc', max_examples=60, deadline=None, derandomize=True)
 settings.load_profile('protloc')
 
-letters = st.characters(exclude_categories=['Nd', 'No', 'Cs'])
-# a name of digits would be a number
+letters = st.characters(exclude_categories=['Cs'])
 names = st.lists(st.text(letters, min_size=1, max_size=8), min_size=1, max_size=30, unique=True)
 words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs']), min_size=1, max_size=6)
 

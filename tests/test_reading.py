@@ -160,7 +160,7 @@ def test_layout_is_said_and_can_be_named(protloc, challenge, tmp_path):
     assert 'no sub-folders with images' in refused(protloc, challenge, tmp_path / 'b', '--layout', 'classes')
     assert "there is no layout 'hpa2019'" in refused(protloc, challenge, tmp_path / 'b', '--layout', 'hpa2019')
     (challenge / 'train.csv').unlink()
-    assert 'has no train.csv and no folder per class' in refused(protloc, challenge, tmp_path / 'b')
+    assert 'has no train.csv, no labels.csv and no folder per class' in refused(protloc, challenge, tmp_path / 'b')
 
 
 def test_names_with_spaces(protloc, challenge, tmp_path):

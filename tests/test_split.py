@@ -99,7 +99,7 @@ def test_report_says_a_leak_and_split_mends_it(protloc, store):
 
 def test_split_touches_no_image_and_says_how(protloc, store):
     inode = (store.path / 'images.npy').stat().st_ino
-    table = resplit.read_table(store)
+    table = resplit.table_as_written(store)
     assert protloc('split', store.path, '--seed', 3, '--train', 0.5, '--val', 0.25, '--test', 0.25)[0] == 0
     again = ImageStore(store.path)
     made = again.manifest['made']['split']
@@ -107,7 +107,7 @@ def test_split_touches_no_image_and_says_how(protloc, store):
     assert made['fractions'] == dict(train=0.5, val=0.25, test=0.25)
     assert made['seed'] == 3 and made['likeness']['distance'] == 8
     assert made['near_duplicate_pairs'] == 10 and made['groups_before'] - made['groups_after'] == 10
-    kept = resplit.read_table(again)
+    kept = resplit.table_as_written(again)
     assert kept.own_group.tolist() == table.group.tolist() and kept.plate.tolist() == table.plate.tolist()
     assert [p.name for p in store.path.parent.iterdir()] == ['store']
 
@@ -126,7 +126,7 @@ def test_split_twice_is_split_once(protloc, store):
     assert protloc('split', store.path)[0] == 0
     assert first == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in store.path.iterdir()}
     protloc('split', store.path, '--no-duplicates')
-    assert ImageStore(store.path).table.group.tolist() == resplit.read_table(store).own_group.tolist()
+    assert ImageStore(store.path).table.group.tolist() == resplit.table_as_written(store).own_group.tolist()
     protloc('split', store.path)
     assert first['table.csv'][0] == (store.path / 'table.csv').read_bytes()
 
@@ -175,7 +175,7 @@ def test_without_labels_there_is_nothing_to_split(protloc, tmp_path):
 
 def test_a_torn_group_is_a_leak(protloc, store):
     protloc('split', store.path)
-    table = resplit.read_table(ImageStore(store.path))
+    table = resplit.table_as_written(ImageStore(store.path))
     rows = table.index[table.group == table.group.value_counts().index[0]]
     table.loc[rows, 'split'] = ['train'] + ['test'] * (len(rows) - 1)
     resplit.replace_table(ImageStore(store.path), table)

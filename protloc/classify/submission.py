@@ -20,6 +20,7 @@ from .backbone import Classifier
 from .predict import probabilities, reading_of
 from ..core import InputError, atomic_path
 from ..data.prepare import prepare
+from ..data.readers.tables import write_table
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -109,8 +110,7 @@ def write_probabilities(
     "Write a table of probabilities; raises `InputError` where pyarrow is missing"
     path = Path(path)
     check_table(path)
+    if path.suffix != '.parquet':
+        return write_table(predicted.reset_index(allow_duplicates=True), path, '%.6f')
     with atomic_path(path) as partial:
-        if path.suffix == '.parquet':
-            predicted.astype(np.float32).to_parquet(partial, engine='pyarrow')
-        else:
-            predicted.to_csv(partial, float_format='%.6f')
+        predicted.astype(np.float32).to_parquet(partial, engine='pyarrow')

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve
 
-from ..core import InputError, atomic_path, lookup, write_json
+from ..core import InputError, lookup, write_json
 from ..data.kind import brief
+from ..data.readers.tables import read_table, write_table
 
 # %% auto #0
 __all__ = ['RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds']
@@ -71,41 +72,64 @@ def choose_thresholds(
         raise InputError(f'thresholds are written as .json or .csv, not as {path}')
     chosen = lookup('rule for thresholds', rule, RULES)(predicted, labels)
     table = pd.Series(chosen, pd.Index(classes, name='class'), name='threshold')
-    with atomic_path(path) as partial:
-        if path.suffix == '.csv':
-            table.to_csv(partial)
-        else:
-            write_json(partial, table.to_dict())
+    if path.suffix == '.csv':
+        write_table(table.reset_index(), path)
+    else:
+        write_json(path, table.to_dict())
     return table
 
-# %% ../../nbs/07_classify/04_thresholds.ipynb #40ea86b3
-def _read_table(path):
-    "Class -> threshold from a file; raises `InputError` where it holds something else"
+# %% ../../nbs/07_classify/04_thresholds.ipynb #adca8abb
+def _in_json(path):
+    "Place, class and threshold of each entry of a JSON file"
     try:
-        if path.suffix == '.json':
-            table = json.loads(path.read_text())
-        else:
-            table = pd.read_csv(path).set_index('class').threshold
-        return {str(name): float(threshold) for name, threshold in table.items()}
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(
-            f'there is no file {path}: give a number from 0 to 1, or a file of `choose_thresholds`'
-        ) from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(
-            f'{path} is not a table of thresholds:'
-            ' it must be JSON {"class": number} or CSV with the columns class,threshold'
-        ) from None
+        entries = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=list)
+    except ValueError as e:
+        raise InputError(f'{path} is not a table of thresholds, nor JSON: {e}') from None
+    if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
+        raise InputError(f'{path} is not a table of thresholds: it must be JSON {{"class": number}}')
+    return [('', *entry) for entry in entries]
+
+
+def _in_csv(path):
+    "Place, class and threshold of each row of a CSV file"
+    table = read_table(path, ['class', 'threshold'])
+    columns = zip(table.index, table['class'], table['threshold'], strict=True)
+    return [(f'line {line}: ', name, threshold) for line, name, threshold in columns]
+
+# %% ../../nbs/07_classify/04_thresholds.ipynb #40ea86b3
+def _checked_threshold(name, threshold):
+    "A threshold as a float; raises `InputError` where it is none"
+    try:
+        limit = float('' if isinstance(threshold, bool) else threshold)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"the threshold of '{name}' is {threshold!r}, not a number") from None
+    if not 0 <= limit <= 1:
+        raise InputError(f"the threshold of '{name}' must lie between 0 and 1, not {threshold}")
+    return limit
+
+
+def _read_file(path):
+    "Class -> threshold from a file; raises `InputError` naming the line or class of a mistake"
+    if not path.is_file():
+        raise InputError(f'there is no file {path}: give a number from 0 to 1, or a file of `choose_thresholds`')
+    table = {}
+    for place, name, threshold in _in_json(path) if path.suffix == '.json' else _in_csv(path):
+        try:
+            if name in table:
+                raise InputError(f"the class '{name}' is there twice")
+            table[name] = _checked_threshold(name, threshold)
+        except InputError as e:
+            raise InputError(f'{path} is not a table of thresholds, {place}{e}') from None
+    return table
 
 # %% ../../nbs/07_classify/04_thresholds.ipynb #584cecbc
 def _read_limits(path, classes):
     "Thresholds from a file in the order of the classes; raises `InputError` for another vocabulary"
-    table = _read_table(path)
+    table = _read_file(path)
     unshared = set(table) ^ set(classes)
     if unshared:
-        raise InputError(
-            f'{path} is of another vocabulary: only it or only the classifier has {brief(sorted(unshared))}'
-        )
+        named = brief([f"'{name}'" if name != name.strip() else name for name in sorted(unshared)])
+        raise InputError(f'{path} is of another vocabulary: only it or only the classifier has {named}')
     return np.array([table[name] for name in classes])
 
 # %% ../../nbs/07_classify/04_thresholds.ipynb #2981e8e8

@@ -12,13 +12,16 @@ from typing import Literal
 import cv2
 import numpy as np
 import pydantic
+import tifffile
+from PIL import Image
 
 from ..core import Config, InputError, lookup
-from .readers.images import read_channel, read_image
+from .readers.images import channel_names, read_channel, read_image
 from ..labels import STAINS
 
 # %% auto #0
-__all__ = ['read_field', 'to_bytes', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig', 'field_images']
+__all__ = ['FITS', 'read_field', 'to_bytes', 'read_mask', 'black_outside', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
+           'field_images']
 
 # %% ../../nbs/04_data/01_fields.ipynb #e27f2738
 def read_field(
@@ -54,12 +57,16 @@ def _check_alike(path, channel, first_path, first):
 
 # %% ../../nbs/04_data/01_fields.ipynb #3fd3db48
 def _read_stack(path, channels):
-    "All channels from one file"
+    "All channels from one file, in the order of their names if the file has them"
     planes = read_image(path)
     if len(planes) != len(channels):
         expected = f'{len(channels)} are expected ({", ".join(channels)})'
         raise InputError(f'{path} has {len(planes)} channels, {expected}')
-    return planes
+    own = [name.casefold() for name in channel_names(path)]
+    wanted = [name.casefold() for name in channels]
+    if own == wanted or sorted(own) != sorted(wanted) or len(set(own)) < len(own):
+        return planes
+    return planes[[own.index(name) for name in wanted]]
 
 # %% ../../nbs/04_data/01_fields.ipynb #b80f4868
 def to_bytes(
@@ -74,18 +81,64 @@ def to_bytes(
     stretched = (field - low) * (255 / np.maximum(high - low, 1e-9)) * (high > low)
     return np.rint(stretched.clip(0, 255)).astype(np.uint8)
 
+# %% ../../nbs/04_data/01_fields.ipynb #1b442360
+def read_mask(
+    path: str | Path,  # an image file
+) -> np.ndarray:  # (H, W) bool, True inside
+    "The mask of a field; raises `InputError` where it is missing, damaged or not one plane"
+    try:
+        if Path(path).suffix.lower() in ('.tif', '.tiff'):
+            mask = tifffile.imread(path)
+        else:
+            with Image.open(path) as image:
+                mask = np.asarray(image)
+    except FileNotFoundError:
+        raise InputError(f'{path} is missing: every field needs its mask') from None
+    except Exception as error:
+        raise InputError(f'{path} cannot be read as a mask: {" ".join(str(error).split())}') from None
+    if mask.ndim != 2:
+        raise InputError(f'{path} is no mask: it has the shape {mask.shape}, a mask is one gray plane')
+    return mask != 0
+
+# %% ../../nbs/04_data/01_fields.ipynb #58313001
+def black_outside(
+    field: np.ndarray,  # (C, H, W)
+    mask: np.ndarray,  # (H, W) bool, True inside
+) -> np.ndarray:  # like field
+    "A field whose pixels outside a mask are 0; raises `InputError` for a mask of another size"
+    if mask.shape != field.shape[1:]:
+        (height, width), (rows, columns) = field.shape[1:], mask.shape
+        raise InputError(f'the mask has {columns} x {rows} pixels, the image {width} x {height}')
+    return field * mask
+
+# %% ../../nbs/04_data/01_fields.ipynb #59e630dd
+def _crop(field):
+    "The largest centred square"
+    height, width = field.shape[1:]
+    edge = min(height, width)
+    y = (height - edge) // 2
+    x = (width - edge) // 2
+    return field[:, y : y + edge, x : x + edge]
+
+
+def _pad(field):
+    "The smallest square around a centred field, black outside it"
+    missing = [max(field.shape[1:]) - edge for edge in field.shape[1:]]
+    return np.pad(field, [(0, 0), *[(n // 2, n - n // 2) for n in missing]])
+
+
+FITS = {'crop': _crop, 'pad': _pad, 'stretch': lambda field: field}
+
 # %% ../../nbs/04_data/01_fields.ipynb #13edbab9
 def tiles_of(
     field: np.ndarray,  # (C, H, W)
-    tile: int | None,  # edge of a tile in pixels; None for the largest centred square
-) -> dict[str, np.ndarray]:  # name suffix -> (C, tile, tile)
+    tile: int | None,  # edge of a tile in pixels; None for the whole field
+    fit: str = 'crop',  # of a whole field that is not square: crop, pad or stretch
+) -> dict[str, np.ndarray]:  # name suffix -> (C, tile, tile); (C, H, W) where it is to be stretched
     "Cut a field into the tiles that fit, from the top left; raises `InputError` for a tile larger than the field"
     height, width = field.shape[1:]
     if tile is None:
-        edge = min(height, width)
-        y = (height - edge) // 2
-        x = (width - edge) // 2
-        return {'': field[:, y : y + edge, x : x + edge]}
+        return {'': FITS[fit](field)}
     if tile > min(height, width):
         raise InputError(f'a tile of {tile} pixels does not fit into a field of {width} x {height}')
     return {
@@ -96,16 +149,22 @@ def tiles_of(
 
 # %% ../../nbs/04_data/01_fields.ipynb #f055b3ca
 def resize_area(
-    image: np.ndarray,  # (C, H, W) uint8, square
-    size: int,  # new height and width in pixels; not larger than before
+    image: np.ndarray,  # (C, H, W) uint8
+    size: int,  # new height and width in pixels
+    enlarge: bool = False,  # interpolate where the image is smaller
 ) -> np.ndarray:  # (C, size, size) uint8
-    "Shrink by area average; raises `InputError` rather than invent pixels"
-    edge = image.shape[-1]
-    if edge < size:
+    "Shrink by area average; raises `InputError` rather than invent pixels unasked"
+    height, width = image.shape[1:]
+    if min(height, width) < size and not enlarge:
         raise InputError(
-            f'images of {edge} pixels would have to be enlarged to {size}: choose a smaller --size or a larger --tile'
+            f'images of {width} x {height} pixels would have to be enlarged to {size}:'
+            ' choose a smaller size, larger tiles, or allow it with --enlarge'
         )
-    return np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in image])
+    shrunk = (min(width, size), min(height, size))
+    planes = [cv2.resize(plane, shrunk, interpolation=cv2.INTER_AREA) for plane in image]
+    if shrunk != (size, size):
+        planes = [cv2.resize(plane, (size, size), interpolation=cv2.INTER_LINEAR) for plane in planes]
+    return np.stack(planes)
 
 # %% ../../nbs/04_data/01_fields.ipynb #31f480e8
 # OpenCV has it too (THRESH_OTSU), but with 0 for a constant plane, which would be all bright
@@ -148,20 +207,29 @@ class FieldConfig(Config):
             raise ValueError('percentiles must ascend from 0 to 100, e.g. 0.1,99.9')
         return percentiles
 
+    @pydantic.model_validator(mode='after')
+    def _one_cut(self):
+        if self.tile and self.fit != 'crop':
+            raise ValueError(f'tiles are square: --fit {self.fit} is for whole fields, leave out one of the two')
+        return self
+
 # %% ../../nbs/04_data/01_fields.ipynb #028f8986
 def field_images(
     field: np.ndarray,  # (C, H, W) of an unsigned type
     channels,  # C channel names
     config: FieldConfig,
+    mask: np.ndarray | None = None,  # (H, W) bool; black where it is False
 ) -> tuple[dict[str, np.ndarray], int]:  # name suffix -> (C, size, size) uint8; how many tiles were dropped
-    "The finished images of one field; raises `InputError` where it is too small"
+    "The finished images of one field; raises `InputError` where it is too small or its mask does not fit"
     field = to_bytes(field, config.percentiles, config.normalise)
-    tiles = tiles_of(field, config.tile)
+    if mask is not None:
+        field = black_outside(field, mask)
+    tiles = tiles_of(field, config.tile, config.fit)
     kept = tiles
     if config.min_foreground:
         nucleus = lookup('channel', config.nucleus, {name: i for i, name in enumerate(channels)})
         kept = _with_nuclei(tiles, nucleus, otsu(field[nucleus]), config)
-    images = {name: resize_area(tile, config.size) for name, tile in kept.items()}
+    images = {name: resize_area(tile, config.size, config.enlarge) for name, tile in kept.items()}
     return images, len(tiles) - len(kept)
 
 # %% ../../nbs/04_data/01_fields.ipynb #4bc7c4df

@@ -16,7 +16,7 @@ from ..core import InputError
 __all__ = ['COMPARED_FIELDS', 'ImageKind', 'brief']
 
 # %% ../../nbs/04_data/02_kind.ipynb #7421afc3
-COMPARED_FIELDS = ('tile', 'percentiles', 'normalise')  # settings that change what an image looks like
+COMPARED_FIELDS = ('tile', 'fit', 'percentiles', 'normalise')  # settings that change what an image looks like
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class ImageKind:
         "The kind that a file notes"
         settings = noted.get('fields', noted.get('made', {}))
         fields = {name: settings[name] for name in COMPARED_FIELDS if name in settings}
+        if 'mask_ending' in settings:
+            fields['masked'] = bool(settings['mask_ending'])  # whatever the masks are called
         return cls(tuple(noted['channels']), noted['size'], tuple(noted['classes']), fields, owner)
 
 # %% ../../nbs/04_data/02_kind.ipynb #e0204b42

@@ -5,21 +5,27 @@
 # %% ../../nbs/04_data/08_layouts.ipynb #5db69dd6
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pydantic
 
-from ..core import Config, InputError, lookup
-from .readers.images import READERS, ending_of, read_image
+from ..core import Config, InputError, lookup, sha256
+from .kind import brief
+from .readers.images import READERS, channel_names, ending_of, read_image
+from .readers.listing import Listing, describe_not_read, fields_by_name, find_ids, list_files, stem_of
 from .readers.tables import read_table
 from ..labels import HPA, STAINS, Vocabulary
 
 # %% auto #0
-__all__ = ['HPA_2021', 'TABLES', 'LAYOUTS', 'read_labels', 'FolderConfig', 'Fields', 'fields_by_name', 'find_layout',
-           'labelled_fields', 'unlabelled_fields']
+__all__ = ['HPA_2021', 'TABLES', 'LAYOUTS', 'SPLIT_FOLDERS', 'MASK_FOLDERS', 'read_labels', 'read_class_columns', 'FolderConfig',
+           'Fields', 'find_layout', 'label_table', 'labelled_fields', 'take_masks', 'join_pictures', 'groups_from',
+           'own_channels', 'unlabelled_fields']
 
 # %% ../../nbs/04_data/08_layouts.ipynb #14a21481
 HPA_2021 = Vocabulary(
@@ -50,9 +56,15 @@ TABLES = {'hpa2018': (('Id', 'Target'), HPA), 'hpa2021': (('ID', 'Label'), HPA_2
 LAYOUTS = {
     'hpa2018': 'the 2018 challenge',
     'hpa2021': 'the 2021 single-cell challenge',
+    'table': 'a table with one column a class',
     'classes': 'a folder per class',
+    'tree': 'a folder per class in train, val and test',
     'unlabelled': 'images without labels',
 }
+# names of folders, in any case -> split
+SPLIT_FOLDERS = dict(
+    train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test'
+)
 
 # %% ../../nbs/04_data/08_layouts.ipynb #c150e9da
 def read_labels(
@@ -61,28 +73,13 @@ def read_labels(
     columns: tuple[str, str] = ('Id', 'Target'),  # of the ids and of the class numbers, separated by blanks or `|`
 ) -> pd.DataFrame:  # columns Id and Target, all strings, numbers separated by blanks
     "Read and check a label table; raises `InputError` naming file and line"
-    table = read_table(path, columns)
-    if not len(table):
-        raise InputError(f'{path} has a header but no row')
-    table = pd.DataFrame(dict(Id=table[columns[0]], Target=table[columns[1]].str.replace('|', ' ')))
+    table = read_table(path, columns, filled=True)
+    table = pd.DataFrame(dict(Id=table[columns[0]].str.strip(), Target=table[columns[1]].str.replace('|', ' ')))
     _check_rows(path, table, vocab)
     return table
 
-# %% ../../nbs/04_data/08_layouts.ipynb #507ac0b6
-class FolderConfig(Config):
-    "Which files of a folder are read, and as what"
-
-    layout: str = ''  # a name in `LAYOUTS`; recognised unless given
-    channels: tuple[str, ...] = ()  # in the order of the array; the layout's, or the files' own, unless given
-    match: tuple[str, ...] = ()  # read only files whose name, or path in the folder, fits one of these patterns
-    exclude: tuple[str, ...] = ()  # leave out files whose name, or path in the folder, fits one of these patterns
-    labels: str = ''  # the label table, a path in the folder; train.csv or labels.csv unless given
-    # what stays together in one split: a column of the label table, or a regular expression with one group, for the
-    # name of the field; a field, or the plate folder that it lies in, unless given
-    group_from: str = ''
-
 # %% ../../nbs/04_data/08_layouts.ipynb #725186f8
-def _check_rows(path, table, vocab):
+def _check_rows(path, table, vocab, without='the Target is empty'):
     "Every Id present and unique, every Target valid"
     for line, id, target in zip(table.index, table.Id, table.Target, strict=True):
         if not id.strip():
@@ -92,156 +89,440 @@ def _check_rows(path, table, vocab):
         except InputError as e:
             raise InputError(f"{path}, line {line} (Id '{id}'): {e}") from None
         if not labels.any():
-            raise InputError(f"{path}, line {line} (Id '{id}'): the Target is empty")
+            raise InputError(f"{path}, line {line} (Id '{id}'): {without}")
     repeated = table.Id[table.Id.duplicated()]
     if len(repeated):
         raise InputError(f"{path}, line {repeated.index[0]}: Id '{repeated.iloc[0]}' occurs twice")
 
-# %% ../../nbs/04_data/08_layouts.ipynb #5aa6f3b7
+# %% ../../nbs/04_data/08_layouts.ipynb #a1700c7a
+_YES_NO = {'0': 0, '0.0': 0, 'false': 0, '1': 1, '1.0': 1, 'true': 1}
+
+
+def read_class_columns(
+    path: str | Path,  # a CSV file, its first column names the images
+    group_column: str = '',  # a column that is no class whatever it holds
+) -> tuple[pd.DataFrame, Vocabulary, tuple[str, ...]]:  # columns Id and Target; the classes; the columns left aside
+    "Read and check a table with one column a class; raises `InputError` naming file and line"
+    table = read_table(path, filled=True)
+    first, *columns = [name for name in table.columns if name != group_column]
+    values = {name: table[name].str.strip().str.lower().map(_YES_NO) for name in columns}
+    classes = [name for name in columns if values[name].notna().any()]
+    for name in classes:
+        wrong = table.index[values[name].isna()]
+        if len(wrong):
+            held = f"column '{name}' holds '{table[name][wrong[0]]}'"
+            raise InputError(f"{path}, line {wrong[0]}: {held}, the column of a class holds 0 or 1")
+    if not classes:
+        raise InputError(
+            f'{path} has neither the columns Id,Target nor a column of 0 and 1 for each class: it has'
+            f' {", ".join(table.columns)}'
+        )
+    vocab = Vocabulary(classes)
+    rows = np.stack([values[name] for name in classes], axis=1)
+    labels = pd.DataFrame(
+        dict(Id=table[first].str.strip(), Target=[vocab.decode(row) for row in rows]), index=table.index
+    )
+    _check_rows(path, labels, vocab, 'the image has no class: mark one, or leave the row out')
+    return labels, vocab, tuple(name for name in columns if name not in classes)
+
+# %% ../../nbs/04_data/08_layouts.ipynb #de6ed75b
+class FolderConfig(Config):
+    "Which files of a folder are read, and as what"
+
+    layout: str = ''  # a name in `LAYOUTS`; recognised unless given
+    channels: tuple[str, ...] = ()  # in the order of the array; the layout's, or the files' own, unless given
+    match: tuple[str, ...] = ()  # read only images whose name, or path in the folder, fits one of these patterns
+    exclude: tuple[str, ...] = ()  # leave out images whose name, or path in the folder, fits one of these patterns
+    labels: str = ''  # the label table, a path in the folder or any other; train.csv or labels.csv unless given
+    # what stays together in one split: a column of the label table, or a regular expression with one group, for the
+    # name of the field; a field, or the plate folder that it lies in, unless given
+    group_from: str = ''
+
+    @pydantic.field_validator('layout')
+    def _known_layout(cls, layout):
+        if layout:
+            lookup('layout', layout, {name: '' for name in LAYOUTS if name != 'unlabelled'})
+        return layout
+
+    @pydantic.field_validator('channels')
+    def _named_once(cls, channels):
+        names = [name.casefold() for name in channels]
+        if '' in names or len(set(names)) < len(names):
+            raise ValueError(f'each channel needs a name of its own, got {",".join(channels)}')
+        return channels
+
+# %% ../../nbs/04_data/08_layouts.ipynb #3cde9413
 @dataclass(frozen=True)
 class Fields:
     "The fields of a folder, not yet read"
 
     layout: str  # a name in `LAYOUTS`
-    folder: Path  # where the images are
-    table: pd.DataFrame  # columns Id, Target, Group, Split and Files, one row per field
+    folder: Path  # what paths are relative to
+    # a row per field: Id, Target, Group, Split ('' where the folder does not say), Files (one, or one a channel; none
+    # where there is no image), Mask ('' where there is none)
+    table: pd.DataFrame
     channels: tuple[str, ...]  # in the order of the array
     vocab: Vocabulary  # the classes
     stacked: bool = False  # all channels of a field are in one file
+    not_read: tuple[str, ...] = ()  # paths of files that are left aside
+    notes: tuple[str, ...] = ()  # what else the user should know, sentences
 
     def __repr__(self):
-        endings = '/'.join(sorted({ending_of(files[0]) for files in self.table.Files}))
+        endings = '/'.join(sorted({ending_of(files[0]) for files in self.table.Files if files}))
         files = 'in one file each' if self.stacked else f'in files <Id>_<channel>{endings}'
         return (
             f'{self.folder}: {LAYOUTS[self.layout]}, {len(self.table)} fields of {len(self.channels)} channels'
             f' ({", ".join(self.channels)}) {files}, {len(self.vocab)} classes'
         )
 
-# %% ../../nbs/04_data/08_layouts.ipynb #020290ce
-def fields_by_name(
-    folder: Path,  # what ids are relative to
-    paths,  # image files in it
-    channels=None,  # names that may end the files' names
-) -> tuple[dict[str, str], bool]:  # id -> ending of the file name; whether all channels are in one file
-    "Side by side where file names end on a channel, else stacked; raises `InputError` for two files of one name"
-    names = [(p.relative_to(folder).with_suffix('').as_posix(), p.suffix) for p in paths]
-    side_by_side = {}
-    for name, ending in names:
-        id, _, channel = name.rpartition('_')
-        if id and channel in (channels or ()):
-            side_by_side.setdefault(id, ending)
-    if side_by_side:
-        return side_by_side, False
-    repeated = [name for name, n in Counter(name for name, _ in names).items() if n > 1]
-    if repeated:
-        raise InputError(
-            f'{folder}/{repeated[0]} stands for several files that differ in their endings only: rename or remove one'
-        )
-    return dict(names), True
-
-# %% ../../nbs/04_data/08_layouts.ipynb #4cb9407b
-def _images_in(folder):
-    "Image files of a folder by name; none where it is no folder"
-    visible = (p for p in folder.glob('*') if not p.name.startswith('.'))
-    return sorted(p for p in visible if p.suffix.lower() in READERS and p.is_file())
-
-# %% ../../nbs/04_data/08_layouts.ipynb #e9b0c9b4
+# %% ../../nbs/04_data/08_layouts.ipynb #da8e7d19
 def find_layout(
-    folder: str | Path,  # of labelled images
+    listing: Listing,  # of a folder of labelled images
+    labels: str = '',  # the label table, see `FolderConfig`
 ) -> str:  # a name in `LAYOUTS`
     "Recognise a layout; raises `InputError` where there is none"
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f'there is no folder {folder}')
-    if (folder / 'train.csv').exists():
-        header = read_table(folder / 'train.csv').columns
-        return 'hpa2021' if {'ID', 'Label'} <= {*header} else 'hpa2018'
-    if _class_folders(folder):
+    path = label_table(listing.folder, labels)
+    if path:
+        header = {*read_table(path).columns}
+        named = [layout for layout, (columns, _) in TABLES.items() if header.issuperset(columns)]
+        half = [layout for layout, (columns, _) in TABLES.items() if header.intersection(columns)]
+        return (named or half or ['table'])[0]
+    if any(_split_of(name) and name.count('/') > 1 for name in listing.images):
+        return 'tree'
+    if any('/' in name and not _split_of(name) for name in listing.images):
         return 'classes'
     raise InputError(
-        f"{folder} has no train.csv and no folder per class: labelled fields need train.csv (Id,Target) and"
-        " train/<Id>_<stain>.png, or <class>/<name>.tif"
+        f'{listing.folder} has no train.csv, no labels.csv and no folder per class: labelled fields need train.csv'
+        ' (Id,Target) and train/<Id>_<stain>.png, a table with one column a class, or <class>/<name>.tif'
+        f'{_but_not_read(listing)}'
     )
 
-# %% ../../nbs/04_data/08_layouts.ipynb #e396b268
-def _class_folders(folder):
-    "Sub-folders with images, by name; those of the challenges are no classes"
-    return sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and p.name not in ('train', 'test', 'val') and _images_in(p)
-    )
+# %% ../../nbs/04_data/08_layouts.ipynb #b84bba2d
+def label_table(
+    folder: Path,  # of labelled images
+    labels: str = '',  # a path in it or any other; train.csv or labels.csv unless given
+) -> Path | None:  # None where there is none
+    "The label table of a folder; raises `InputError` where the one that is named is missing"
+    candidates = [folder / labels, Path(labels)] if labels else [folder / 'train.csv', folder / 'labels.csv']
+    there = [path for path in candidates if path.is_file()]
+    if labels and not there:
+        raise InputError(f'there is no label table {labels}, neither in {folder} nor here')
+    return there[0] if there else None
 
-# %% ../../nbs/04_data/08_layouts.ipynb #9ab6a693
+
+def _split_of(name):
+    "The split that the first folder of a path is, '' for none"
+    return SPLIT_FOLDERS.get(name.split('/')[0].lower(), '') if '/' in name else ''
+
+
+def _but_not_read(listing):
+    "What is there instead of images, for messages"
+    said = describe_not_read([*listing.others, *listing.excluded])
+    return f'; {said}' if said else ''
+
+# %% ../../nbs/04_data/08_layouts.ipynb #150b03ff
 def labelled_fields(
     folder: str | Path,  # in one of the layouts
     config: FolderConfig | None = None,  # the defaults unless given
     vocab: Vocabulary | None = None,  # the classes that the numbers mean; the layout's unless given
     mask_ending: str = '',  # see `FieldConfig`
 ) -> Fields:
-    "The labelled fields of a folder; raises `InputError` where something is missing"
-    folder, config = Path(folder), config or FolderConfig()
-    channels = config.channels
-    layout = config.layout or find_layout(folder)
-    lookup('layout', layout, {k: v for k, v in LAYOUTS.items() if k != 'unlabelled'})
-    if layout == 'classes':
-        return _class_fields(folder, vocab, channels)
-    for name in ('train.csv', 'train'):
-        if not (folder / name).exists():
-            raise InputError(
-                f'{folder} has no {name}: labelled fields need train.csv (Id,Target) and train/<Id>_<stain>.png'
-            )
+    "The labelled fields of a folder; raises `InputError` where something is missing, or would be lost"
+    config = config or FolderConfig()
+    listing = list_files(folder, config.match, config.exclude)
+    layout = config.layout or find_layout(listing, config.labels)
+    if layout in ('classes', 'tree'):
+        fields = _class_fields(listing, layout, config, vocab, mask_ending)
+    else:
+        fields = _table_fields(listing, layout, config, vocab, mask_ending)
+    if not len(fields.table):
+        raise InputError(f'{folder} has no image to read{_but_not_read(listing)}')
+    return fields
+
+# %% ../../nbs/04_data/08_layouts.ipynb #589d0297
+def _class_fields(listing, layout, config, vocab, mask_ending):
+    "A folder per class, perhaps within folders of splits"
+    depth = 1 if layout == 'tree' else 0  # of the class's folder in a path
+    images = [name for name in listing.images if name.count('/') > depth and bool(_split_of(name)) == bool(depth)]
+    if not images:
+        raise InputError(
+            f'{listing.folder} has no sub-folders with images: a folder per class is <class>/<name>.tif, .png or'
+            f' .jpg{_but_not_read(listing)}'
+        )
+    _check_classes(listing, images, depth)
+    images, masks = take_masks(images, mask_ending)
+    files = fields_by_name(listing.folder, images, config.channels or STAINS, check=not config.match)
+    ids = list(files.files)
+    classes = [id.split('/')[depth] for id in ids]
+    vocab = vocab or Vocabulary(sorted(set(classes)))
+    table = pd.DataFrame(
+        dict(
+            Id=ids,
+            Target=[str(vocab.number_of(name)) for name in classes],
+            Group=['/'.join(id.split('/')[depth + 1 : -1]) or id for id in ids],
+            Split=[_split_of(id) if depth else '' for id in ids],
+            Files=list(files.files.values()),
+        )
+    )
+    table, notes = join_pictures(listing.folder, table, vocab)
+    return _finished(listing, layout, config, vocab, table, files.stacked, masks, mask_ending, notes)
+
+# %% ../../nbs/04_data/08_layouts.ipynb #64545f87
+MASK_FOLDERS = {'mask', 'masks', 'seg', 'segmentation', 'segmentations', 'overlay', 'overlays'}
+
+
+def _check_classes(listing, images, depth):
+    "Raise `InputError` for class folders that have files of which none is read, and for folders of masks"
+
+    def classes_of(names):
+        inside = [name.split('/') for name in names if name.count('/') > depth]
+        return {'/'.join(parts[: depth + 1]) for parts in inside if bool(_split_of('/'.join(parts))) == bool(depth)}
+
+    read = classes_of(images)
+    lost = sorted(classes_of(listing.others) - read - classes_of(listing.excluded))
+    if lost:
+        files = [name for name in listing.others if name.startswith(f'{lost[0]}/')]
+        raise InputError(
+            f"no image of the folder '{lost[0]}' is read, its class would vanish ({describe_not_read(files)}): export"
+            f" its images as one of {', '.join(READERS)}, or remove the folder if it is no class"
+        )
+    masks = sorted(name for name in read if name.rpartition('/')[2].lower() in MASK_FOLDERS)
+    if masks:
+        raise InputError(
+            f"the folder '{masks[0]}' in {listing.folder} looks like one of masks, not like a class: leave it out with"
+            f" --exclude '{masks[0]}/*', or rename it"
+        )
+
+# %% ../../nbs/04_data/08_layouts.ipynb #4dc25d79
+def take_masks(
+    names: Sequence[str],  # paths of images
+    mask_ending: str,  # of a mask's name before the file's ending; '' for no masks
+) -> tuple[list[str], dict[str, str]]:  # the images; id -> mask
+    "Take masks and images apart; raises `InputError` where there is no mask"
+    if not mask_ending:
+        return list(names), {}
+    is_mask = {name: stem_of(name).casefold().endswith(mask_ending.casefold()) for name in names}
+    masks = {stem_of(name)[: -len(mask_ending)]: name for name in names if is_mask[name]}
+    if not masks:
+        raise InputError(f"no image's name ends on '{mask_ending}': leave out --mask-ending, or name the masks' ending")
+    return [name for name in names if not is_mask[name]], masks
+
+# %% ../../nbs/04_data/08_layouts.ipynb #d7f17026
+def join_pictures(
+    folder: Path,  # what paths are relative to
+    table: pd.DataFrame,  # columns Id, Target, Split, Files
+    vocab: Vocabulary,  # the classes, for messages
+) -> tuple[pd.DataFrame, list[str]]:  # one row a picture; a sentence where some were joined
+    "Give a picture that lies under several classes all their labels; raises `InputError` where it is in two splits"
+    by_name = table.groupby([id.rpartition('/')[2] for id in table.Id], sort=False).groups
+    joined = table.Target.to_dict()
+    for rows in by_name.values():
+        for same in _same_bytes(folder, table.Files, list(rows)) if len(rows) > 1 else []:
+            if table.Target[same].nunique() > 1 or table.Split[same].nunique() > 1:
+                _check_one_split(folder, table.loc[same])
+                joined[same[0]] = ' '.join(sorted({*table.Target[same]}, key=int))
+                joined.update(dict.fromkeys(same[1:]))
+    rows = [row for row, target in joined.items() if target is not None]
+    table = table.loc[rows].assign(Target=[joined[row] for row in rows]).reset_index(drop=True)
+    gone = len(joined) - len(rows)
+    notes = [f'{gone} pictures lie under a second class too: they are one image with all its labels'] if gone else []
+    return table, notes
+
+# %% ../../nbs/04_data/08_layouts.ipynb #33b3ccd4
+def _check_one_split(folder, copies):
+    "Raise `InputError` where copies of a picture lie in several splits"
+    if copies.Split.nunique() > 1:
+        first, second = copies.drop_duplicates('Split').Id[:2]
+        raise InputError(
+            f'{folder}/{first} and {second} are the same picture in two splits: remove one, or leave it out with'
+            ' --exclude'
+        )
+
+
+def _same_bytes(folder, files, rows):
+    "Lists of rows whose files are equal byte by byte; rows that have no twin are left out"
+    for characteristic in (_sizes, _samples, _hashes):
+        alike = defaultdict(list)
+        for row in rows:
+            alike[characteristic(folder, files[row])].append(row)
+        groups = [group for key, group in alike.items() if key and len(group) > 1]
+        if not groups:
+            return []
+        rows = [row for group in groups for row in group]
+    return groups
+
+# %% ../../nbs/04_data/08_layouts.ipynb #5fbd0725
+def _sizes(folder, names):
+    "What is known without opening files; None where one is missing or empty"
+    paths = [folder / name for name in names]
+    sizes = tuple(path.stat().st_size if path.is_file() else 0 for path in paths)
+    return sizes if all(sizes) else None
+
+
+def _samples(folder, names):
+    "A little from the middle of each file"
+
+    def sample(path):
+        with open(path, 'rb') as file:
+            file.seek(max(path.stat().st_size // 2 - 2048, 0))
+            return file.read(4096)
+
+    return (*_sizes(folder, names), *(sample(folder / name) for name in names))
+
+
+def _hashes(folder, names):
+    "All of each file"
+    return tuple(sha256(folder / name) for name in names)
+
+# %% ../../nbs/04_data/08_layouts.ipynb #69ae8337
+def _table_fields(listing, layout, config, vocab, mask_ending):
+    "Fields that a label table names"
+    path = label_table(listing.folder, config.labels)
+    images = [name for name in listing.images if layout == 'table' or name.startswith('train/')]
+    if not images and layout != 'table':
+        images = [name for name in listing.images if not _split_of(name)]
+    if path is None or not images:
+        missing = 'label table (train.csv)' if path is None else 'image in train/'
+        raise InputError(
+            f'{listing.folder} has no {missing}: labelled fields need train.csv (Id,Target) and'
+            f' train/<Id>_<stain>.png{_but_not_read(listing)}'
+        )
+    labels, vocab, notes = _labels_of(path, layout, config, vocab)
+    images, masks = take_masks(images, mask_ending)
+    channels = config.channels or STAINS
+    files = fields_by_name(listing.folder, images, channels, check=not config.match, strays=True)
+    ids = find_ids(labels.Id, files)
+    _check_found(path, labels, ids)
+    table = labels.assign(Group=labels.Id, Split='', Files=_files_of(labels.Id, ids, files), Place=ids).reset_index(
+        drop=True
+    )
+    return _finished(listing, layout, config, vocab, table, files.stacked, masks, mask_ending, notes, path)
+
+# %% ../../nbs/04_data/08_layouts.ipynb #9661c34f
+def _files_of(wanted, ids, fields):
+    "The files of each row; for an image that is not there the names that its channels would have, or none"
+    name = next(id for id in ids if id)
+    first = fields.files[name]
+    inside = name.rpartition('/')[0]
+    endings = [file.removeprefix(name) for file in first]
+
+    def expected(id):
+        return () if fields.stacked else tuple(f'{inside}/{id}{ending}'.lstrip('/') for ending in endings)
+
+    return [fields.files[id] if id else expected(asked) for asked, id in zip(wanted, ids, strict=True)]
+
+# %% ../../nbs/04_data/08_layouts.ipynb #88a6b80b
+def _labels_of(path, layout, config, vocab):
+    "Labels of a table, its classes, and a sentence where columns are left aside"
+    if layout == 'table':
+        labels, vocab, aside = read_class_columns(path, config.group_from)
+        return labels, vocab, [f'columns of {path.name} not read: {", ".join(aside)}'] if aside else []
     columns, layout_vocab = TABLES[layout]
     vocab = vocab or layout_vocab
-    table = read_labels(folder / 'train.csv', vocab, columns)
-    channels = tuple(channels or STAINS)
-    endings = dict.fromkeys(table.Id, '.png')
-    return Fields(layout, folder / 'train', _rows(endings, list(table.Target), channels, False), channels, vocab)
+    return read_labels(path, vocab, columns), vocab, []
 
-# %% ../../nbs/04_data/08_layouts.ipynb #98d717c2
-def _class_fields(folder, vocab, channels):
-    "A folder per class"
-    if not folder.is_dir():
-        raise InputError(f'there is no folder {folder}')
-    names = _class_folders(folder)
-    if not names:
+
+def _check_found(path, labels, ids):
+    "Raise `InputError` where no image is there, or two rows name the same one"
+    if not any(ids):
+        raise InputError(f"no image of {path} is there: its first Id is '{labels.Id.iloc[0]}'")
+    lines = {}
+    for line, id in zip(labels.index, ids, strict=True):
+        if id and lines.setdefault(id, line) != line:
+            raise InputError(f"{path}, line {line}: Id '{labels.Id[line]}' is the image of line {lines[id]} again")
+
+# %% ../../nbs/04_data/08_layouts.ipynb #e84cd650
+def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending, notes=(), path=None):
+    "Fields with groups, masks and channels"
+    places = list(table.pop('Place') if 'Place' in table else table.Id)
+    if config.group_from:
+        table['Group'] = groups_from(config.group_from, list(table.Id), path)
+    table['Mask'] = [masks.get(place, f'{place}{mask_ending}.png') if mask_ending and place else '' for place in places]
+    used = {name for files in table.Files for name in files} | set(table.Mask)
+    if path and path.is_relative_to(listing.folder):
+        used.add(path.relative_to(listing.folder).as_posix())
+    aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used]
+    channels = config.channels
+    if not channels:
+        channels = own_channels(listing.folder, table.Files) if stacked else STAINS
+    return Fields(
+        layout, listing.folder, table, tuple(channels), vocab, stacked, tuple(aside), (*notes, *_empty_note(listing))
+    )
+
+
+def _empty_note(listing):
+    "A sentence about empty folders"
+    return [f'empty folders: {brief(list(listing.empty))}'] if listing.empty else []
+
+# %% ../../nbs/04_data/08_layouts.ipynb #ea3877d0
+def groups_from(
+    how: str,  # a column of the label table, or a regular expression with one group
+    ids: Sequence[str],  # of the fields; the expression is for what comes after the last /
+    path: Path | None = None,  # the label table, with a row for each id
+) -> list[str]:  # one for each id
+    "What stays together in one split; raises `InputError` where it is neither, or fits not all fields"
+    table = read_table(path) if path else pd.DataFrame()
+    if how in table:
+        empty = table.index[table[how] == '']
+        if len(empty):
+            raise InputError(f"{path}, line {empty[0]}: column '{how}' is empty, so the image has no group")
+        return list(table[how])
+    columns = f'a column of {path} ({", ".join(table.columns)})' if path else 'a column, there is no label table,'
+    try:
+        expression = re.compile(how)
+    except re.error as error:
+        raise InputError(f"--group-from '{how}' is neither {columns} nor a regular expression: {error}") from None
+    if expression.groups != 1:
+        raise InputError(f"--group-from '{how}' is not {columns}; a regular expression needs one (group) in brackets")
+    found = {id: expression.search(id.rpartition('/')[2]) for id in ids}
+    unfit = [id for id, match in found.items() if not match or not match[1]]
+    if unfit:
         raise InputError(
-            f'{folder} has no sub-folders with images: a folder per class is <class>/<name>.tif, .png or .jpg'
+            f"--group-from '{how}' fits {len(ids) - len(unfit)} of {len(ids)} names, not '{unfit[0]}': widen the"
+            ' expression, or leave the others out with --exclude'
         )
-    vocab = vocab or Vocabulary(names)
-    paths = [p for name in names for p in _images_in(folder / name)]
-    endings, stacked = fields_by_name(folder, paths, channels)
-    target = [str(vocab.number_of(id.split('/')[0])) for id in endings]
-    channels = tuple(channels or _numbered_channels(paths))
-    return Fields('classes', folder, _rows(endings, target, channels, stacked), channels, vocab, stacked)
+    return [found[id][1] for id in ids]
 
+# %% ../../nbs/04_data/08_layouts.ipynb #56f76c62
+def own_channels(
+    folder: Path,  # what paths are relative to
+    files,  # for each field its files, of which the first has all channels
+    tries: int = 20,  # files that may be unreadable
+) -> tuple[str, ...]:
+    "The channels of the first image that can be read: its own names, or numbers; raises `InputError` with the reason"
+    reasons = []
+    for path in [folder / names[0] for names in files if names][:tries]:
+        try:
+            planes = len(read_image(path))
+            names = channel_names(path)
+            return names if len(set(names)) == planes else tuple(f'channel{i}' for i in range(planes))
+        except InputError as error:
+            reasons.append(str(error))
+    raise InputError(f'none of the first {len(reasons)} images can be read, the first: {reasons[0]}')
 
-def _rows(endings, target, channels, stacked):
-    files = [
-        (f'{id}{ending}',) if stacked else tuple(f'{id}_{channel}{ending}' for channel in channels)
-        for id, ending in endings.items()
-    ]
-    return pd.DataFrame(dict(Id=list(endings), Target=target, Group=list(endings), Split='', Files=files))
-
-# %% ../../nbs/04_data/08_layouts.ipynb #fc47aa9f
-def _numbered_channels(paths):
-    "Names for as many channels as the first whole file has"
-    for path in paths:
-        with contextlib.suppress(InputError):
-            return [f'channel{i}' for i in range(len(read_image(path)))]
-    raise InputError(f'none of the {len(paths)} images can be read: {path} is one of them')
-
-# %% ../../nbs/04_data/08_layouts.ipynb #fb028b5e
+# %% ../../nbs/04_data/08_layouts.ipynb #2f054927
 def unlabelled_fields(
-    folder: str | Path,  # in any of the layouts, its labels are not read; or a folder of images
+    folder: str | Path,  # of images, in any of the layouts
     config: FolderConfig | None = None,  # the defaults unless given
     mask_ending: str = '',  # see `FieldConfig`
 ) -> Fields:
-    "The fields of a folder by the names of their images; raises `InputError` where there are none"
-    folder, config = Path(folder), config or FolderConfig()
-    channels = tuple(config.channels or STAINS)
-    if not folder.is_dir():
-        raise InputError(f'there is no folder {folder}')
-    for images in (folder, folder / 'test', folder / 'train'):
-        endings, stacked = fields_by_name(images, _images_in(images), channels)
-        if endings:
-            return Fields('unlabelled', images, _rows(endings, '', channels, stacked), channels, HPA, stacked)
-    raise InputError(f'{folder} has no images named <Id>_{channels[0]}.png')
+    "The fields of a folder by the names of their images; raises `InputError` where there are none, or some fit none"
+    config = config or FolderConfig()
+    listing = list_files(folder, config.match, config.exclude)
+    if not listing.images:
+        raise InputError(f'{folder} has no images, a reader is there for {", ".join(READERS)}{_but_not_read(listing)}')
+    inside = _asked_folder(listing.images)
+    images, masks = take_masks([name for name in listing.images if name.startswith(inside)], mask_ending)
+    files = fields_by_name(folder, images, config.channels or STAINS, check=not config.match)
+    ids = [id.removeprefix(inside) for id in files.files]
+    table = pd.DataFrame(dict(Id=ids, Target='', Group=ids, Split='', Files=list(files.files.values())))
+    table['Place'] = list(files.files)
+    return _finished(listing, 'unlabelled', config, HPA, table, files.stacked, masks, mask_ending)
+
+
+def _asked_folder(names):
+    "'test/' or 'train/' where a challenge's images lie there, '' otherwise"
+    flat = {name.split('/')[0] for name in names if name.count('/') == 1}
+    if all('/' in name for name in names) and flat <= {'train', 'test'} and flat:
+        return 'test/' if 'test' in flat else 'train/'
+    return ''

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,11 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core import InputError, lookup, read_config, remove, sha256
-from .fields import FieldConfig, field_images, read_field
+from .fields import FieldConfig, field_images, read_field, read_mask
 from .layouts import FolderConfig, labelled_fields, unlabelled_fields
+from .readers.listing import describe_not_read
 from .readers.tables import write_table
-from .split import Fractions, assign_splits
+from .split import SPLITS, Fractions, assign_splits, group_labels, stratify
 from .store import ImageStore, ResumableWriter
 from ..labels import Vocabulary
 
@@ -95,47 +97,87 @@ def _end_with(parent):
 # %% ../../nbs/04_data/09_prepare.ipynb #6b7daca9
 def _read_block(job):
     "What came of some fields: images and a note, or the reason why not"
-    fields, files, config = job
+    fields, rows, config, depths = job
 
-    def read(names):
+    def read(id, names, mask):
         try:
-            field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked)
-            images, dropped = field_images(field, fields.channels, config)
-            return images, dict(dropped=dropped, depth=str(field.dtype))
+            field = _read_checked(fields, id, names, depths)
+            inside = read_mask(fields.folder / mask) if mask else None
+            images, dropped = field_images(field, fields.channels, config, inside)
+            pixels = sha256(b''.join(image.tobytes() for image in images.values()))[:16]
+            return images, dict(dropped=dropped, depth=str(field.dtype), pixels=pixels)
         except InputError as e:
             return {}, dict(bad=str(e))
 
-    return [read(names) for names in files]
+    return [read(*row) for row in rows]
+
+# %% ../../nbs/04_data/09_prepare.ipynb #6ad7ed4d
+def _read_checked(fields, id, names, depths):
+    "A field; raises `InputError` where it has no file, or a depth that is not wanted"
+    if not names:
+        raise InputError(f'no image of {id} is in {fields.folder}: put it there, or leave out its row')
+    field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked)
+    if depths and str(field.dtype) not in depths:
+        raise InputError(
+            f'{fields.folder / names[0]} is {field.dtype}, wanted is {" or ".join(depths)}: export it as that'
+        )
+    return field
 
 # %% ../../nbs/04_data/09_prepare.ipynb #cd9b67e2
-def _blocks(fields, config, first, each=8):
+def _blocks(fields, config, depths, first, each=8):
     "Jobs for the fields from `first` on; the table is not sent along"
-    files = list(fields.table.Files)
-    fields = replace(fields, table=None)
-    for i in range(first, len(files), each):
-        yield fields, files[i : i + each], config
+    rows = list(zip(fields.table.Id, fields.table.Files, fields.table.Mask, strict=True))
+    fields = replace(fields, table=None, not_read=())
+    for i in range(first, len(rows), each):
+        yield fields, rows[i : i + each], config, depths
 
 # %% ../../nbs/04_data/09_prepare.ipynb #4c36d11e
-def _read_all(writer, fields, splits, config, workers) -> list:
+def _read_all(writer, fields, splits, config, depths, workers) -> list:
     "Read what is left to read into an open store; the notes of all fields"
     notes = writer.done
     first = len(notes)
-    blocks = ordered_map(_read_block, _blocks(fields, config, first), workers)
+    blocks = ordered_map(_read_block, _blocks(fields, config, depths, first), workers)
     results = (result for block in blocks for result in block)
-    rows = zip(fields.table.Id[first:], fields.table.Target[first:], splits[first:], results, strict=True)
+    columns = [fields.table[name][first:] for name in ('Id', 'Target', 'Group')]
+    rows = zip(*columns, splits[first:], results, strict=True)
     bar = tqdm(rows, total=len(fields.table), initial=first, desc='prepare', unit='field')
-    for id, target, split, (images, note) in bar:
+    for id, target, group, split, (images, note) in bar:
         for suffix, image in images.items():
-            writer.add(image, id=id + suffix, target=target, group=id, split=split, source='real')
+            writer.add(image, id=id + suffix, target=target, group=group, split=split, source='real')
         writer.commit(**note)
         notes.append(note)
     return notes
 
 # %% ../../nbs/04_data/09_prepare.ipynb #c95d1454
 def _splits_of(fields, fractions, seed):
-    "The split of each field"
+    "The split of each field: the folder's own, or shares of the groups"
     labels = np.stack([fields.vocab.encode(target) for target in fields.table.Target])
-    return assign_splits(labels, fields.table.Id, fractions, seed)
+    own = fields.table.Split.to_numpy()
+    if not own.any():
+        return assign_splits(labels, fields.table.Group, fractions, seed)
+    missing = [split for split in SPLITS if split not in own]
+    if fractions is None:
+        for split in missing:
+            print(f'note: {fields.folder} has no images for {split}', file=sys.stderr)
+        return own
+    if missing != ['val']:
+        raise InputError(
+            f'{fields.folder} brings its own splits ({", ".join(sorted(set(own)))}): leave out the shares, or give the'
+            ' store other ones afterwards with `protloc split`'
+        )
+    return _with_val(own, labels, fields.table.Group.to_numpy(), fractions, seed)
+
+
+def _with_val(own, labels, groups, fractions, seed):
+    "A share of the training groups becomes the validation split that a folder lacks"
+    train = np.flatnonzero(own == 'train')
+    numbers, labels_of_groups = group_labels(labels[train], groups[train])
+    if len(labels_of_groups) < 2:
+        raise InputError('one training group cannot be shared out between train and val')
+    share = fractions.val / (fractions.train + fractions.val)
+    splits = own.copy()
+    splits[train] = np.array(['train', 'val'])[stratify(labels_of_groups, [1 - share, share], seed)][numbers]
+    return splits
 
 # %% ../../nbs/04_data/09_prepare.ipynb #3ea7fe8c
 def _list_bad(fields, notes, path, skip_bad) -> int:
@@ -152,14 +194,38 @@ def _list_bad(fields, notes, path, skip_bad) -> int:
     return len(bad)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #9d11ee7c
-def _account(notes, bad) -> dict:
+def _account(fields, notes, bad) -> dict:
     "What became of the fields, for the manifest"
     return dict(
         fields=len(notes) - bad,
         bad_left_out=bad,
+        files_not_read=describe_not_read(fields.not_read),
         tiles_dropped=sum(note.get('dropped', 0) for note in notes),
         depths=dict(Counter(note['depth'] for note in notes if 'depth' in note)),
     )
+
+# %% ../../nbs/04_data/09_prepare.ipynb #941d4204
+def _warn(fields, notes, config):
+    "Say on stderr what is suspicious about the fields that were read"
+    depths = Counter(note['depth'] for note in notes if 'depth' in note)
+    if len(depths) > 1 and not config.normalise:
+        counted = ', '.join(f'{n} of {depth}' for depth, n in depths.items())
+        print(
+            f'warning: fields differ in depth ({counted}): 8 bits are kept as they are, the others are stretched;'
+            ' --normalise treats all alike',
+            file=sys.stderr,
+        )
+    table = fields.table.assign(pixels=[note.get('pixels', '') for note in notes])
+    table = table[table.pixels != '']
+    copies = table[table.pixels.duplicated(keep=False)]
+    labels = copies.groupby('pixels').Target.nunique()
+    unlike = copies[copies.pixels.isin(labels.index[labels > 1])].sort_values('pixels', kind='stable')
+    if len(unlike):
+        print(
+            f'warning: {len(unlike)} fields have the pixels of another one and other labels (the first:'
+            f' {unlike.Id.iloc[0]} and {unlike.Id.iloc[1]}); `protloc split` keeps copies in one split',
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/04_data/09_prepare.ipynb #cc5307d1
 def _store_settings(made, fields, splits, size) -> dict:
@@ -174,17 +240,32 @@ def _store_settings(made, fields, splits, size) -> dict:
     )
 
 # %% ../../nbs/04_data/09_prepare.ipynb #a6f0c8bd
-def _provenance(folder, fields, fractions, seed, config):
+def _provenance(folder, fields, folder_config, fractions, seed, config):
     "How the images came to be, for the manifest"
+    given = {name: value for name, value in folder_config.model_dump().items() if value and name != 'channels'}
     return dict(
         kind='prepared',
-        layout=fields.layout,
         folder=str(Path(folder).resolve()),
         resize='area',
         seed=seed,
-        fractions=fractions.model_dump(),
+        fractions=None if fractions is None else fractions.model_dump(),
         **config.model_dump(exclude={'size'}),
+        **{**given, 'layout': fields.layout},
     )
+
+# %% ../../nbs/04_data/09_prepare.ipynb #e483ca26
+def _plan(folder, folder_config, vocab, labelled, config, fractions, seed):
+    "The fields of a folder and their splits; says on stderr what will be read and what will not"
+    if labelled:
+        fields = labelled_fields(folder, folder_config, vocab, config.mask_ending)
+    else:
+        fields = unlabelled_fields(folder, folder_config, config.mask_ending)
+    if config.min_foreground:
+        lookup('channel of the nuclei (--nucleus)', config.nucleus, dict.fromkeys(fields.channels))
+    for line in (str(fields), describe_not_read(fields.not_read), *fields.notes):
+        if line:
+            print(line, file=sys.stderr)
+    return fields, _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #0b5cb3ca
 def prepare(
@@ -192,35 +273,32 @@ def prepare(
     path: str | Path,  # the new store
     size: int = 128,  # height and width of the stored images in pixels
     tile: int | None = None,  # cut fields into tiles of this many pixels first
-    fractions: Fractions | None = None,  # shares of train, val and test; those of `Fractions()` unless given
+    # shares of train, val and test; those of `Fractions()`, or the folder's own splits, unless given
+    fractions: Fractions | None = None,
     seed: int = 0,  # of the split
     vocab: Vocabulary | None = None,  # the classes that the numbers mean; the layout's unless given
     labelled: bool = True,  # read labels and split; without labels the images are in no split
     workers: int = -1,  # processes; -1 for one a core
     skip_bad: bool = False,  # leave out fields that cannot be used
     bad_list: str | Path = '',  # where they are listed; PATH.bad.csv unless given
+    depths: Sequence[str] = (),  # the only depths that may be read, e.g. uint8; any unless given
     **options,  # the other settings of `FieldConfig` and `FolderConfig`, e.g. percentiles, channels, exclude
 ) -> ImageStore:
     "Read a folder into a store, or go on after a kill; raises `InputError` for bad files, and leaves only their list"
     of_folder = {name: options.pop(name) for name in FolderConfig.model_fields if name in options}
     config = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
     folder_config = read_config(FolderConfig, of_folder, 'prepare')
-    fractions = fractions or Fractions()
-    if labelled:
-        fields = labelled_fields(folder, folder_config, vocab, config.mask_ending)
-    else:
-        fields = unlabelled_fields(folder, folder_config, config.mask_ending)
-    if config.min_foreground:
-        lookup('channel of the nuclei (--nucleus)', config.nucleus, dict.fromkeys(fields.channels))
-    print(fields, file=sys.stderr)
-    splits = _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
-    made = _provenance(folder, fields, fractions, seed, config)
+    fields, splits = _plan(folder, folder_config, vocab, labelled, config, fractions, seed)
+    if fields.layout != 'tree':
+        fractions = fractions or Fractions()
+    made = _provenance(folder, fields, folder_config, fractions, seed, config)
     settings = _store_settings(made, fields, splits, size)
     with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as writer:
-        notes = _read_all(writer, fields, splits, config, workers)
+        notes = _read_all(writer, fields, splits, config, depths, workers)
         bad = _list_bad(fields, notes, Path(bad_list or f'{writer.path}.bad.csv'), skip_bad)
         if not writer.rows:
             least = f'{config.min_foreground:.0%}'
             raise InputError(f'no tile of {fields.folder} has {least} nuclear pixels: lower --min-foreground')
-        writer.made |= _account(notes, bad)
+        writer.made |= _account(fields, notes, bad)
+    _warn(fields, notes, config)
     return ImageStore(path)

@@ -19,11 +19,12 @@ import pydantic
 from .. import __version__
 from ..core import Config, InputError, command_line, remove, sha256, write_json
 from .duplicates import Likeness, join_groups, near_duplicates
+from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
 from .store import ImageStore
 
 # %% auto #0
-__all__ = ['SplitConfig', 'reopen', 'read_table', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
+__all__ = ['SplitConfig', 'reopen', 'table_as_written', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
            'check_leaks', 'newly_shared_columns', 'split_report']
 
 # %% ../../nbs/04_data/07_resplit.ipynb #3f278634
@@ -76,11 +77,11 @@ def reopen(
     return ImageStore(path)
 
 # %% ../../nbs/04_data/07_resplit.ipynb #91a49a4a
-def read_table(
+def table_as_written(
     store: ImageStore,
 ) -> pd.DataFrame:  # all columns as text, nothing guessed
     "The table as it is written"
-    return pd.read_csv(store.path / 'table.csv', dtype=str, keep_default_na=False)
+    return read_table(store.path / 'table.csv').reset_index(drop=True)
 
 # %% ../../nbs/04_data/07_resplit.ipynb #db33f670
 def replace_table(
@@ -95,7 +96,7 @@ def replace_table(
     rewritten = shutil.ignore_patterns('table.csv', 'manifest.json', '.lock')
     try:
         shutil.copytree(store.path, new, copy_function=_link, ignore=rewritten)
-        table.to_csv(new / 'table.csv', index=False, lineterminator='\n')
+        write_table(table, new / 'table.csv')
         manifest = dict(store.manifest)
         manifest['made'] = {**manifest['made'], **made}
         manifest['sha256'] = {**manifest['sha256'], 'table': sha256(new / 'table.csv')}
@@ -113,7 +114,7 @@ def tied_groups(
     pairs: pd.DataFrame,  # near-duplicates, columns first and second
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,) groups as the store came with, (N,) joined groups
     "Groups before and after all ties; raises `InputError` for a column that is not there"
-    table = read_table(store)
+    table = table_as_written(store)
     missing = [name for name in columns if name not in table]
     if missing:
         raise InputError(f"{store.path}/table.csv has no column '{missing[0]}': it has {', '.join(table.columns)}")
@@ -147,7 +148,7 @@ def split_store(
     if pairs is None:
         pairs = find_pairs(store, config)
     own, groups = tied_groups(store, config.columns, pairs)
-    table = read_table(store).drop(columns='fold', errors='ignore').assign(own_group=own, group=groups)
+    table = table_as_written(store).drop(columns='fold', errors='ignore').assign(own_group=own, group=groups)
     if config.folds:
         table['fold'] = assign_folds(store.labels, groups, config.folds, config.seed)
         table['split'] = fold_splits(table.fold.to_numpy(), config.test_fold)
@@ -156,7 +157,7 @@ def split_store(
     noted = json.loads(config.model_dump_json(exclude={'fractions'} if config.folds else {'folds', 'test_fold'}))
     noted |= dict(near_duplicate_pairs=len(pairs), groups_before=len(set(own)), groups_after=len(set(groups)))
     before = store.manifest['made'].get('split', {})
-    if {**before, **noted} == before and table.astype(str).equals(read_table(store)):
+    if {**before, **noted} == before and table.astype(str).equals(table_as_written(store)):
         return store
     return replace_table(store, table, split=dict(noted, protloc=__version__, command=command_line()))
 

@@ -33,16 +33,18 @@ from protloc.core import (
     write_json,
 )
 from .kind import ImageKind, brief
+from .readers.tables import read_table, with_numbers, write_table
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'StoreWriter', 'quotable', 'ResumableWriter', 'ImageStore', 'class_counts',
-           'label_set_counts', 'label_pairs', 'channel_statistics', 'sample_rows', 'describe_store', 'contact_sheet',
-           'few_rows', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'MEND', 'StoreWriter', 'quotable', 'ResumableWriter', 'ImageStore',
+           'class_counts', 'label_set_counts', 'label_pairs', 'channel_statistics', 'sample_rows', 'describe_store',
+           'contact_sheet', 'few_rows', 'write_store']
 
 # %% ../../nbs/04_data/03_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
 COLUMNS = ('id', 'target', 'group', 'split', 'source')
+NUMBERS = ('fidelity', 'fold')  # columns of numbers, where they are there
 
 # %% ../../nbs/04_data/03_store.ipynb #139ed027
 class StoreWriter:
@@ -107,11 +109,13 @@ def _finish(self: StoreWriter):
     self.file.seek(0)
     self._write_header(len(self.rows))
     self.file.close()
-    table = pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS)
-    repeated = table.id[table.id.duplicated()]
+    # as objects, so that whole numbers stay whole where some rows lack them
+    table = pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS, dtype=object)
+    ids = table.id.map(str)
+    repeated = ids[ids.duplicated()]
     if len(repeated):
         raise InputError(f"id '{repeated.iloc[0]}' occurs twice in the table of {self.path}")
-    table.to_csv(self.folder / 'table.csv', index=False, lineterminator='\n')
+    write_table(table, self.folder / 'table.csv')
     manifest = dict(
         schema_version=SCHEMA_VERSION,
         channels=self.channels,
@@ -267,7 +271,7 @@ class ImageStore:
         self.vocab = Vocabulary(self.manifest['classes'])
         self.channels = tuple(self.manifest['channels'])
         self.size = self.manifest['size']
-        self.table = pd.read_csv(self.path / 'table.csv', dtype={c: str for c in COLUMNS}, keep_default_na=False)
+        self.table, self._lines = self._read_table()
         self._check()
 
     @cached_property
@@ -297,6 +301,24 @@ def _read_manifest(self: ImageStore) -> dict:
     except json.JSONDecodeError as e:
         raise InputError(f'{self.path}/manifest.json is not JSON: {e}') from None
 
+# %% ../../nbs/04_data/03_store.ipynb #55b93636
+MEND = 'it was changed or cut off after it was written, make the store again'
+
+
+@patch
+def _read_table(self: ImageStore) -> tuple[pd.DataFrame, np.ndarray]:  # the table, the lines of the file
+    "The table; raises `InputError` for one that cannot be read, has changed, or has texts in a column of numbers"
+    path = self.path / 'table.csv'
+    changed = sha256(path) != self.manifest['sha256']['table']
+    try:
+        table = read_table(path, COLUMNS)
+        table = with_numbers(table, path, [name for name in NUMBERS if name in table])
+    except InputError as e:
+        raise InputError(f'{e} ({MEND})' if changed else f'{e}') from None
+    if changed:
+        raise InputError(f'{path} does not match its manifest: {MEND}')
+    return table.reset_index(drop=True), table.index.to_numpy()
+
 # %% ../../nbs/04_data/03_store.ipynb #68628e71
 @patch(as_prop=True)
 def images(self: ImageStore) -> np.ndarray:  # (N, C, H, W) uint8, memory-mapped, read-only
@@ -308,20 +330,19 @@ def images(self: ImageStore) -> np.ndarray:  # (N, C, H, W) uint8, memory-mapped
 def _check(self: ImageStore):
     "What can be checked without reading the images"
     manifest = self.manifest
-    mend = 'it was changed or cut off after it was written, make the store again'
     version = manifest['schema_version']
     if version != SCHEMA_VERSION:
         raise InputError(f'{self.path} has schema version {version}, this protloc reads {SCHEMA_VERSION}')
     try:
         images = self.images
     except (ValueError, OSError) as e:
-        raise InputError(f'{self.path}/images.npy cannot be read ({e}): {mend}') from None
+        raise InputError(f'{self.path}/images.npy cannot be read ({e}): {MEND}') from None
     shape = (manifest['n'], len(manifest['channels']), manifest['size'], manifest['size'])
     if images.shape != shape or images.dtype != np.uint8:
         held = f'{images.dtype} {images.shape}'
-        raise InputError(f'{self.path}/images.npy holds {held}, its manifest says uint8 {shape}: {mend}')
-    if sha256(self.path / 'table.csv') != manifest['sha256']['table']:
-        raise InputError(f'{self.path}/table.csv does not match its manifest: {mend}')
+        raise InputError(f'{self.path}/images.npy holds {held}, its manifest says uint8 {shape}: {MEND}')
+    if len(self.table) != manifest['n']:
+        raise InputError(f"{self.path}/table.csv has {len(self.table)} rows for {manifest['n']} images: {MEND}")
 
 # %% ../../nbs/04_data/03_store.ipynb #41496d87
 @patch
@@ -341,14 +362,16 @@ def verify(self: ImageStore) -> bool:  # True, or `InputError`
 # %% ../../nbs/04_data/03_store.ipynb #8de1e06b
 @patch
 def _decode(self: ImageStore) -> np.ndarray:  # (N, K) float32 multi-hot
-    "The labels of all images; raises `InputError` naming the row of a bad target"
-    labels = np.zeros((len(self), len(self.vocab)), np.float32)
-    for i, target in enumerate(self.table.target):
+    "The labels of all images; raises `InputError` naming the line of a bad target"
+    which, targets = pd.factorize(self.table.target)
+    label_sets = np.zeros((len(targets), len(self.vocab)), np.float32)
+    for row, target in enumerate(targets):
         try:
-            labels[i] = self.vocab.encode(target)
+            label_sets[row] = self.vocab.encode(target)
         except InputError as e:
-            raise InputError(f"{self.path}/table.csv, row {i + 2} (id '{self.table.id[i]}'): {e}") from None
-    return labels
+            i = int((which == row).argmax())
+            raise InputError(f"{self.path}/table.csv, line {self._lines[i]} (id '{self.table.id[i]}'): {e}") from None
+    return label_sets[which]
 
 # %% ../../nbs/04_data/03_store.ipynb #15d42897
 @patch

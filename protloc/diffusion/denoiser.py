@@ -5,13 +5,16 @@
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #f7efa74b
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import pydantic
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,11 +23,73 @@ from ..core import Config, InputError, lookup
 from ..labels import HPA
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig', 'build_unet', 'ClassEncoder', 'PaperSimplified',
-           'MultiHotEncoder', 'PaperOriginal', 'Denoiser', 'build_denoiser', 'denoiser_cost']
+__all__ = ['ARCHITECTURES', 'weight_files', 'stored_weights', 'StoredModel', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig',
+           'build_unet', 'ClassEncoder', 'PaperSimplified', 'MultiHotEncoder', 'PaperOriginal', 'Denoiser',
+           'build_denoiser', 'denoiser_cost']
+
+# %% ../../nbs/06_diffusion/00_denoiser.ipynb #a9a7437b
+def weight_files(
+    folder: Path,  # of a component
+) -> dict[str, list[Path]]:  # variant, '' for the plain weights -> files
+    "The weights that a component has; raises `InputError` where there are none"
+    found = {}
+    for path in sorted(folder.glob('diffusion_pytorch_model*.safetensors')):
+        variant = re.fullmatch(r'diffusion_pytorch_model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors', path.name)
+        if variant:
+            found.setdefault(variant[1] or '', []).append(path)
+    if found:
+        return found
+    pickled = next(folder.glob('*.bin'), None)
+    if pickled:
+        raise InputError(
+            f'{pickled} has pickled weights, which are not opened: save them again as safetensors,'
+            ' with safe_serialization=True'
+        )
+    raise InputError(f'{folder} has no weights, diffusion_pytorch_model.safetensors is missing: copy the folder again')
+
+# %% ../../nbs/06_diffusion/00_denoiser.ipynb #477b3ec5
+def stored_weights(
+    folder: Path,  # of a component
+    variant: str | None,  # that is opened, where the component has it
+) -> set[str]:  # their names
+    "The names of a component's weights; raises `InputError` for damaged or missing files"
+    files = weight_files(folder)
+    chosen, names = files.get(variant or '', files.get('', [])), []
+    for path in chosen:
+        try:
+            with safe_open(path, 'pt') as weights:
+                names.extend(weights.keys())
+        except SafetensorError as error:
+            raise InputError(f'{path} is damaged or cut off ({error}): copy it again') from None
+    shards = re.search(r'-of-(\d+)\.', chosen[0].name)
+    if shards and len(chosen) != int(shards[1]):
+        raise InputError(f'{folder} has {len(chosen)} of {int(shards[1])} files of weights: copy the folder again')
+    return set(names)
+
+# %% ../../nbs/06_diffusion/00_denoiser.ipynb #c0c91aa0
+class StoredModel(ModelMixin, ConfigMixin):
+    "A model that says which weights are missing when it is opened"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,  # a folder, or a name on the Hub
+        **options,  # of `ModelMixin.from_pretrained`
+    ):
+        "Open a model; raises `InputError` for a folder without the weights that are asked for, or with damaged ones"
+        folder, variant = Path(pretrained_model_name_or_path), options.get('variant')
+        if folder.is_dir() and not options.get('subfolder'):
+            found = weight_files(folder)
+            if not {variant or '', ''} & set(found):
+                other = min(found)
+                raise InputError(
+                    f"{folder} has no plain weights, only the variant '{other}': open it with variant='{other}'"
+                )
+            stored_weights(folder, variant)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #4ed10a82
-class LabelEncoder(ModelMixin, ConfigMixin):
+class LabelEncoder(StoredModel):
     "Multi-hot labels -> a vector as wide as the time embedding"
 
     @register_to_config
@@ -141,7 +206,7 @@ def build_unet(
     )
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #17bee713
-class ClassEncoder(ModelMixin, ConfigMixin):
+class ClassEncoder(StoredModel):
     "One label of each image -> the embedding of its class (Lin and Cao 2025, simplified DDPM)"
 
     @register_to_config
@@ -166,7 +231,7 @@ class ClassEncoder(ModelMixin, ConfigMixin):
         return self.embedding(scores.argmax(1)) * known[:, None]
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #68833303
-class PaperSimplified(ModelMixin, ConfigMixin):
+class PaperSimplified(StoredModel):
     "Three convolutions over the image and its class, blind to the timestep (Lin and Cao 2025, simplified DDPM)"
 
     @register_to_config
@@ -196,7 +261,7 @@ class PaperSimplified(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=self.layers(torch.cat([sample, spread], 1)))
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #7ab5c25b
-class MultiHotEncoder(ModelMixin, ConfigMixin):
+class MultiHotEncoder(StoredModel):
     "The multi-hot row itself (Lin and Cao 2025, original DDPM)"
 
     @register_to_config
@@ -233,7 +298,7 @@ def _two_layers(inputs, width):
     return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #37e404d2
-class PaperOriginal(ModelMixin, ConfigMixin):
+class PaperOriginal(StoredModel):
     "A two-level U-Net; labels scale, the timestep shifts by a tenth, on the way up (Lin and Cao 2025, original DDPM)"
 
     @register_to_config

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,6 @@ from math import ceil, comb
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pydantic
 import torch
 from accelerate.utils import broadcast_object_list
@@ -21,14 +21,15 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
+from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter
-from .pipeline import LabelConditionedPipeline, generators_for, known_schedulers, with_scheduler
+from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
 from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan', 'plan_labels',
-           'GenerateConfig', 'generator_hash', 'draw_block', 'generate']
+__all__ = ['PLAN_COLUMNS', 'PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan',
+           'plan_labels', 'GenerateConfig', 'generator_hash', 'draw_block', 'generate']
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -132,23 +133,39 @@ def read_plan(
     path: str | Path,  # a CSV file
     vocab: Vocabulary,  # the classes
 ) -> np.ndarray:  # (n, K) multi-hot
-    "A plan from a file; raises `InputError` naming the row of a mistake"
-    if not Path(path).is_file():
-        raise InputError(f'there is no file {path}')
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not {'Target', 'classes'} & set(table):
+    "A plan from a file; raises `InputError` naming the line of a mistake"
+    table = read_table(path)
+    _check_plan_columns(path, table.columns)
+    rows, times = [], []
+    for line, row in zip(table.index, table.to_dict('records'), strict=True):
+        number = row.get('n', '1').strip()
+        if not re.fullmatch('[0-9]{1,9}', number):
+            raise InputError(f"{path}, line {line}: n is '{number}', not a whole number")
+        rows.append(_planned_row(row, vocab, f'{path}, line {line}'))
+        times.append(int(number))
+    if not sum(times):
+        raise InputError(f'{path} plans no image')
+    return np.repeat(np.stack(rows), times, axis=0)
+
+# %% ../../nbs/06_diffusion/04_generate.ipynb #9863d700
+PLAN_COLUMNS = ('Target', 'classes', 'n')
+
+
+def _check_plan_columns(path, names):
+    "Exactly one of Target and classes, and no column that is nearly one of those read"
+    for name in names:
+        meant = [known for known in PLAN_COLUMNS if known.casefold() == name.strip().casefold()]
+        if meant and name not in meant:
+            raise InputError(f"{path} has a column '{name}': write it as {meant[0]}")
+    given = [name for name in ('Target', 'classes') if name in names]
+    if not given:
+        check_separator(path, names)
         raise InputError(
             f'{path} needs a column Target (class numbers separated by blanks)'
             ' or classes (names separated by semicolons)'
         )
-    times = table.get('n', pd.Series('1', table.index))
-    for line, number in enumerate(times, 2):
-        if not number.isdecimal():
-            raise InputError(f"{path}, row {line}: n is '{number}', not a whole number")
-    if not times.astype(int).sum():
-        raise InputError(f'{path} plans no image')
-    rows = [_planned_row(row, vocab, f'{path}, row {line}') for line, row in enumerate(table.to_dict('records'), 2)]
-    return np.repeat(np.stack(rows), times.astype(int), axis=0)
+    if len(given) == 2:
+        raise InputError(f'{path} has both Target and classes: remove one of the two columns')
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #71798c4c
 def _planned_row(row, vocab, where):
@@ -156,7 +173,8 @@ def _planned_row(row, vocab, where):
     try:
         if 'Target' in row:
             return vocab.encode(row['Target'])
-        names = [name.strip() for name in row['classes'].split(';')]
+        names = [row['classes']] if row['classes'] in vocab.numbers else row['classes'].split(';')
+        names = [name if name in vocab.numbers else name.strip() for name in names]
         return vocab.multi_hot([[name for name in names if name]])[0]
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
@@ -196,7 +214,7 @@ class GenerateConfig(Config):
 
     @pydantic.field_validator('scheduler')
     def _known_scheduler(cls, name):
-        lookup('scheduler', name, known_schedulers())
+        scheduler_class(name)
         return name
 
     @pydantic.field_validator('plan')
@@ -277,11 +295,12 @@ def generate(
     judge: Callable | None = None,  # see `draw_block`; its `settings` go into the manifest
     base: tuple[ImageStore, np.ndarray] | None = None,  # real images to edit: a store, and n row numbers
 ) -> ImageStore:
-    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels of another width"
+    "Draw an image for each row of labels into a store, or go on; raises `InputError` for labels that do not fit"
     config = config or GenerateConfig()
     if config.best_of > 1 and not judge:
         raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
     labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
+    pipe.vocab.multi_hot([config.negative_labels])  # raises here, before a folder is made
     made = _provenance(pipe, config, seed, judge, base)
     _make_fast(pipe, config, process.device)
     with _claimed(path, pipe, labels, config, made, base) as assembly:

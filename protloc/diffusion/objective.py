@@ -84,7 +84,7 @@ def make_scheduler(
     options = dict(beta_schedule=config.beta_schedule, prediction_type=config.prediction_type)
     if config.rescale_betas_zero_snr:
         options.update(rescale_betas_zero_snr=True, timestep_spacing='trailing')
-    return DDPMScheduler(config.num_train_timesteps, **options)
+    return DDPMScheduler(num_train_timesteps=config.num_train_timesteps, **options)
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(

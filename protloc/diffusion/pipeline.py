@@ -7,28 +7,35 @@ from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Sequence
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler
 from diffusers.guiders.guider_utils import rescale_noise_cfg
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
+from huggingface_hub import create_repo
 from torch import Tensor
 
 from ..core import InputError, derive_seed, lookup
 from ..data.kind import ImageKind
-from .denoiser import Denoiser, fold, unfold
+from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
 from .objective import to_images, to_signal
 from ..labels import Vocabulary
 from ..plots import details
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'known_schedulers', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
-           'LabelConditionedPipeline']
+__all__ = ['SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided',
+           'guidance_scales', 'LabelConditionedPipeline', 'read_settings']
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -40,41 +47,106 @@ SCHEDULERS = {
     'heun': 'HeunDiscreteScheduler',
 }
 
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #7409e8eb
+_ALSO_KNOWN = """
+    DDIMParallelScheduler DDPMParallelScheduler DEISMultistepScheduler DPMSolverSinglestepScheduler
+    EulerAncestralDiscreteScheduler KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler
+    PNDMScheduler SASolverScheduler TCDScheduler
+"""
+
 
 def known_schedulers() -> dict[str, str]:  # name -> diffusers class
     "The short names, and diffusers' own"
-    classes = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-    return {**SCHEDULERS, **{name: name for name in classes if name != 'EDMEulerScheduler'}}
+    return {**SCHEDULERS, **{name: name for name in (*SCHEDULERS.values(), *_ALSO_KNOWN.split())}}
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #843a2b81
+_REASONS = {  # why a diffusers class is not among the known ones; of all others the reason is their own noise
+    'CogVideoXDDIMScheduler': 'shifts the noise schedule',
+    'CogVideoXDPMScheduler': 'shifts the noise schedule',
+    'DDIMInverseScheduler': 'walks from images to noise',
+    'DPMSolverMultistepInverseScheduler': 'walks from images to noise',
+    'DPMSolverSDEScheduler': "draws noise that does not follow the images' seeds",
+    'LCMScheduler': 'is made for distilled models and takes the variety from others',
+    'RePaintScheduler': 'needs a mask at each step',
+    'UnCLIPScheduler': 'needs the next timestep at each step',
+}
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #4d293ce1
+def scheduler_class(
+    name: str,  # a short name, or the name of a diffusers class
+) -> type:
+    "A diffusers class; raises `InputError` for an unknown name, or a class that draws from other models only"
+    known = known_schedulers()
+    if name not in known and name.endswith('Scheduler') and hasattr(diffusers, name):
+        reason = _REASONS.get(name, 'is made for another noise schedule or another target')
+        raise InputError(
+            f"there is no scheduler '{name}' for these generators, it {reason}: choose another one, such as dpm++"
+        )
+    return getattr(diffusers, lookup('scheduler', name, known))
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #c48cd9a4
+def _exact_answer(scheduler, noisy, timestep, clean):
+    "What a model without error predicts where the clean image is known"
+    shares = scheduler.alphas_cumprod.double().sqrt()  # of the image that are left
+    share = float(np.interp(float(timestep), np.arange(len(shares)), shares.numpy()))
+    spread = (1 - share**2) ** 0.5
+    noise = (noisy - share * clean) / spread
+    answers = dict(sample=clean + 0 * noisy, epsilon=noise, v_prediction=share * noise - spread * clean)
+    return answers[scheduler.config.prediction_type]
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #fd30e1fb
+def _arrival_error(
+    solver,  # to try; its timesteps are set
+    scheduler,  # that a model was trained with
+    clean: float = 0.5,  # the only value of the data
+    num_inference_steps: int = 20,
+) -> float:
+    "How far from the only possible image a solver ends; infinite where its noise schedule is another"
+    if not torch.allclose(solver.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6):
+        return math.inf
+    solver.set_timesteps(min(num_inference_steps, max(scheduler.config.num_train_timesteps // 2, 1)))
+    options = _own_noise(solver, torch.Generator().manual_seed(0))
+    x = torch.ones(1, 1, 1, 1) * solver.init_noise_sigma
+    for timestep in solver.timesteps:
+        noisy = solver.scale_model_input(x, timestep)
+        x = solver.step(_exact_answer(scheduler, noisy, timestep, clean), timestep, x, **options).prev_sample
+    return (x - clean).abs().item()
+
+
+def _own_noise(solver, generator):
+    "The generator for the noise that a solver adds, as an option of its steps"
+    return dict(generator=generator) if 'generator' in inspect.signature(solver.step).parameters else {}
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #1ff96f01
+_NOISE = 'num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas'
+
+
 def with_scheduler(
     scheduler,  # the scheduler that the model was trained with
     name: str,  # a short name, or the name of a diffusers class
 ):  # a scheduler of that kind with the same noise schedule and target
     "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
-    solver = getattr(diffusers, lookup('scheduler', name, known_schedulers()))
+    solver, config = scheduler_class(name), scheduler.config
     knows_zero_snr = 'rescale_betas_zero_snr' in inspect.signature(solver.__init__).parameters
-    if scheduler.config.get('rescale_betas_zero_snr') and not knows_zero_snr:
+    if config.get('rescale_betas_zero_snr') and not knows_zero_snr:
         raise InputError(
             f"the scheduler '{name}' does not know the zero-terminal noise schedule of this model:"
             " choose another one, such as dpm++"
         )
+    options = {key: config[key] for key in _NOISE if key in config}
+    if solver is PNDMScheduler and config.timestep_spacing != 'leading':
+        options['timestep_spacing'] = 'leading'  # the only one of which its steps have the length
     try:
-        _trial_step(solver.from_config(scheduler.config))
-    except (ImportError, NotImplementedError, ValueError) as error:
-        reason = ' '.join(str(error).split())[:80]
+        error = _arrival_error(solver.from_config(config, **options), scheduler)
+        reason = f'with exact answers it ends {error:.2g} away from the image'
+    except (AssertionError, ImportError, LookupError, NotImplementedError, ValueError) as failure:
+        error, reason = math.inf, ' '.join(str(failure).split())[:80]
+    if not error < 0.1:
         raise InputError(
-            f"the scheduler '{name}' cannot draw from a model that predicts '{scheduler.config.prediction_type}'"
+            f"the scheduler '{name}' cannot draw from a model that predicts '{config.prediction_type}'"
             f" ({reason}): choose another one, such as dpm++"
-        ) from None
-    return solver.from_config(scheduler.config)
-
-# %% ../../nbs/06_diffusion/02_pipeline.ipynb #f0176b39
-def _trial_step(scheduler):
-    "Take one step on a single zero"
-    zero = torch.zeros(1, 1, 1, 1)
-    scheduler.set_timesteps(2)
-    scheduler.step(zero, scheduler.timesteps[0], zero)
+        )
+    return solver.from_config(config, **options)
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #73e1a736
 def generators_for(
@@ -240,21 +312,56 @@ def _checked_images(pipe, images, n):
 def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     "Where to start, and the timesteps to visit"
     scheduler, unet = pipe.scheduler, pipe.unet.config
-    scheduler.set_timesteps(num_inference_steps, device=pipe.device)
+    _set_timesteps(scheduler, num_inference_steps, pipe.device)
     timesteps = scheduler.timesteps
     shape = (n, unet.in_channels, unet.sample_size, unet.sample_size)
     noise = randn_tensor(shape, generator, pipe.device, torch.float32)
     if images is None:
         x = noise * scheduler.init_noise_sigma
     else:
-        taken = max(round(num_inference_steps * strength), 1)
-        skipped = (num_inference_steps - taken) * scheduler.order
-        timesteps = timesteps[skipped:]
-        if hasattr(scheduler, 'set_begin_index'):
-            scheduler.set_begin_index(skipped)
+        timesteps = _skip(scheduler, num_inference_steps, max(round(num_inference_steps * strength), 1))
         clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
         x = scheduler.add_noise(clean, noise, timesteps[:1].expand(n))
     return x.contiguous(memory_format=torch.channels_last), timesteps
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #45966372
+def _set_timesteps(scheduler, num_inference_steps, device):
+    "Choose the timesteps; raises `InputError` for a number of steps that the scheduler cannot take"
+    name = type(scheduler).__name__
+    if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
+        raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
+    trained = scheduler.config.num_train_timesteps
+    if num_inference_steps > trained:
+        raise InputError(f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training')
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except ValueError as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise InputError(
+            f'{name} cannot take {num_inference_steps} solver steps ({reason}): take another number,'
+            ' or another scheduler'
+        ) from None
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #59c65691
+def _skip(
+    scheduler,  # its timesteps are set
+    num_inference_steps: int,  # solver steps from noise to image
+    taken: int,  # the last ones, which are to be taken
+) -> Tensor:  # their timesteps
+    "Let a scheduler begin in the middle; raises `InputError` where too few steps are left"
+    skipped = (num_inference_steps - taken) * scheduler.order
+    if isinstance(scheduler, PNDMScheduler):
+        length = scheduler.config.num_train_timesteps // num_inference_steps
+        shorter = PNDMScheduler.from_config(scheduler.config, num_train_timesteps=taken * length)
+        _set_timesteps(shorter, taken, scheduler.timesteps.device)
+        scheduler.prk_timesteps = shorter.prk_timesteps
+        return shorter.timesteps
+    timesteps = scheduler.timesteps[skipped:]
+    if isinstance(scheduler, LMSDiscreteScheduler):
+        scheduler.timesteps, scheduler.sigmas, skipped = timesteps, scheduler.sigmas[skipped:], 0
+    if hasattr(scheduler, 'set_begin_index'):
+        scheduler.set_begin_index(skipped)
+    return timesteps
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #c37643e1
 @patch
@@ -280,8 +387,7 @@ def __call__(
     denoiser = Denoiser(self.unet, self.label_encoder).eval()
     x, timesteps = _start(self, len(rows), num_inference_steps, generator, images, strength)
     scales = guidance_scales(timesteps, self.scheduler, guidance_scale, guidance_interval)
-    own_noise = 'generator' in inspect.signature(self.scheduler.step).parameters
-    options = dict(generator=generator) if own_noise else {}
+    options = _own_noise(self.scheduler, generator)
     for timestep, scale in self.progress_bar(list(zip(timesteps, scales, strict=True))):
         noisy = self.scheduler.scale_model_input(x, timestep).to(self.unet.dtype)
         prediction = guided(denoiser, noisy, timestep, rows, scale, guidance_rescale, negative)
@@ -289,7 +395,7 @@ def __call__(
     if not x.isfinite().all():
         raise InputError(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
-            ' take more steps, another scheduler or full precision'
+            ' take another number of steps, another scheduler or full precision'
         )
     return _output(unfold(x, self.config.patch_size), self.config.signal, output_type)
 
@@ -326,3 +432,179 @@ def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #0c0b9d02
 def _parameters(module):
     return f'{sum(p.numel() for p in module.parameters()):,}'
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #c6eb547d
+_CLASS_NAMES = ('LabelConditionedPipeline', 'protloc.diffusion.pipeline.LabelConditionedPipeline')
+_LISTS = ('classes', 'channels', 'conditions')
+for _name in _CLASS_NAMES:
+    setattr(diffusers, _name, LabelConditionedPipeline)
+LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
+
+
+@patch
+def to_json_string(self: LabelConditionedPipeline) -> str:
+    "The settings, as they are in a folder's model_index.json"
+    settings = {**json.loads(DiffusionPipeline.to_json_string(self)), '_class_name': _CLASS_NAMES[1]}
+    for key in _LISTS:
+        settings[key] = {str(i): name for i, name in enumerate(settings[key])}
+    return json.dumps(settings, indent=2, sort_keys=True) + '\n'
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e17f239c
+@patch(cls_method=True)
+def extract_init_dict(
+    cls: LabelConditionedPipeline,
+    config_dict: dict,  # of model_index.json
+    **options,
+) -> tuple:  # as `ConfigMixin.extract_init_dict`
+    "Read names, and sort components: the label encoder, which says what is missing, is opened before the U-Net"
+    init, *others = super(LabelConditionedPipeline, cls).extract_init_dict(config_dict, **options)
+    for key in _LISTS:
+        if isinstance(init.get(key), dict):
+            init[key] = [init[key][str(i)] for i in range(len(init[key]))]
+    return dict(sorted(init.items())), *others
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #6f26ce03
+def read_settings(
+    path: Path,  # a JSON file of a pipeline's folder
+) -> dict:
+    "The settings in a file; raises `InputError` where there are none"
+    if not path.is_file():
+        raise InputError(f'{path} is missing: copy the whole folder of the pipeline again')
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f'{path} is damaged, it is not JSON with settings: copy the folder of the pipeline again')
+    return settings
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #ba020215
+_COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='scheduler_config.json')
+
+
+def _check_components(
+    folder: Path,  # of a pipeline
+    given: Collection[str],  # components that come from elsewhere
+):
+    "Raise `InputError` for another pipeline's folder, and for missing or damaged settings of components"
+    index = read_settings(folder / 'model_index.json')
+    if not set(_COMPONENTS) <= set(index):
+        raise InputError(
+            f'{folder} holds a pipeline of the class {index.get("_class_name")}, not a generator of protloc:'
+            ' give the folder of one that `protloc train-generator` made'
+        )
+    for name, file in _COMPONENTS.items():
+        if name not in given:
+            read_settings(folder / name / file)
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #2185d163
+def _choose_variant(
+    folder: Path,  # of a pipeline
+    components: Collection[str],  # that have weights in it
+    variant: str | None,  # that is asked for
+) -> str | None:  # that is opened
+    "The variant of a folder's weights; raises `InputError` where it is missing or must be chosen"
+    weights = {name: weight_files(folder / name) for name in components}
+    known = sorted({kind for files in weights.values() for kind in files if kind})
+    there = f'variants {", ".join(known)}' if known else 'plain weights only'
+    if variant and variant not in known:
+        raise InputError(f"{folder} has no weights of the variant '{variant}', it has {there}")
+    lacking = [name for name, files in weights.items() if not {variant or '', ''} & set(files)]
+    if not lacking:
+        return variant
+    if variant or len(known) != 1:
+        raise InputError(f'{folder / lacking[0]} has no plain weights: choose one of the {there} with variant=')
+    return _choose_variant(folder, components, known[0])
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #87e21eab
+@patch(cls_method=True)
+def from_pretrained(
+    cls: LabelConditionedPipeline,
+    pretrained_model_name_or_path: str | Path,  # a folder, or a name on the Hub
+    **options,  # of `DiffusionPipeline.from_pretrained`: torch_dtype, variant, device_map, scheduler, unet ...
+) -> LabelConditionedPipeline:
+    "Open a pipeline; raises `InputError` for a folder that is incomplete, damaged or of another kind"
+    folder, opened = Path(pretrained_model_name_or_path), super(LabelConditionedPipeline, cls).from_pretrained
+    if not folder.is_dir():
+        if folder is pretrained_model_name_or_path or folder.is_absolute() or len(folder.parts) > 2:
+            raise InputError(f'there is no folder {folder}')
+        return opened(str(pretrained_model_name_or_path), **options)
+    _check_components(folder, options)
+    own = [name for name in ('unet', 'label_encoder') if name not in options]
+    variant = _choose_variant(folder, own, options.pop('variant', None))
+    stored = {name: stored_weights(folder / name, variant) for name in own}
+    try:
+        pipe = opened(folder, variant=variant, **options)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split()).split('. ')[0][:200]
+        raise InputError(f'{folder} cannot be opened: {reason}') from error
+    for name, names in stored.items():
+        lacking = sorted(set(getattr(pipe, name).state_dict()) - names)
+        if lacking:
+            raise InputError(f'{folder / name} lacks the weights {lacking[0]}: copy the folder again')
+    return pipe
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #e62eca5d
+CARD_FILES = ('README.md', 'samples.png', 'training.json')
+
+
+def _bring_card(pipe, folder):
+    "Copy the card of the folder that a pipeline was opened from, unless there is one"
+    source = Path(pipe.config.get('_name_or_path') or folder)
+    for name in CARD_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #b5ddd0a9
+def _push(pipe, folder, repo_id, private=None, token=None, commit_message=None, create_pr=False):
+    "Upload a folder as it is; raises `InputError` where the Hub cannot be reached or does not accept it"
+    try:
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if not (folder / 'README.md').exists():
+            card = load_or_create_model_card(repo_id, token=token, is_pipeline=True)
+            populate_model_card(card).save(folder / 'README.md')
+        return pipe._upload_folder(folder, repo_id, token, commit_message, create_pr)
+    except Exception as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
+        raise InputError(
+            f"nothing was pushed to '{repo_id}' on the Hub ({reason}): check the network and `hf auth login`;"
+            f' a saved folder can be pushed later with `hf upload {repo_id} FOLDER`'
+        ) from error
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #d0a59b6e
+_UPLOAD = 'repo_id', 'private', 'token', 'commit_message', 'create_pr'
+
+
+@patch
+def save_pretrained(
+    self: LabelConditionedPipeline,
+    save_directory: str | Path,  # new or existing folder
+    safe_serialization: bool = True,  # safetensors
+    variant: str | None = None,  # part of the names of the files with weights
+    max_shard_size: int | str | None = None,  # larger weights are split into files of this size
+    push_to_hub: bool = False,  # upload the folder when it is saved
+    **options,  # of the upload: repo_id (the folder's name unless given), private, token, commit_message, create_pr
+):
+    "Save to a folder, with the card that it was opened with"
+    folder = Path(save_directory)
+    upload = {name: options.pop(name) for name in _UPLOAD if name in options}
+    DiffusionPipeline.save_pretrained(self, folder, safe_serialization, variant, max_shard_size, **options)
+    _bring_card(self, folder)
+    if push_to_hub:
+        _push(self, folder, **{'repo_id': folder.resolve().name, **upload})
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #504c5b8d
+@patch
+def push_to_hub(
+    self: LabelConditionedPipeline,
+    repo_id: str,  # on the Hub
+    safe_serialization: bool = True,  # safetensors
+    variant: str | None = None,  # part of the names of the files with weights
+    **options,  # private, token, commit_message, create_pr
+) -> str:  # of the commit
+    "Upload the pipeline, with the card that it was opened with"
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, safe_serialization, variant)
+        return _push(self, Path(folder), repo_id, **options)

@@ -16,6 +16,7 @@ import pydantic
 import torch
 import yaml
 from fastcore.basics import patch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import Config, InputError, atomic_path, claim_settings, derive_seed, rng_for, versions, write_json
@@ -23,13 +24,13 @@ from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
-from .pipeline import LabelConditionedPipeline, generators_for, with_scheduler
+from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
 from ..plots import show_cells
 from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
-           'previews', 'model_card', 'train_generator', 'open_pipeline']
+           'previews', 'samples', 'model_card', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -183,6 +184,16 @@ def pipeline_of(
         conditions,
     )
 
+# %% ../../nbs/06_diffusion/03_train.ipynb #7e51ffa0
+def _few_steps(config):
+    "Solver steps of a picture: a pipeline's default, or fewer where training has hardly more timesteps"
+    return min(15, max(config.objective.num_train_timesteps // 2, 1))
+
+
+def _titles(store, labels):
+    "Class names above columns of cells"
+    return [textwrap.fill(' + '.join(store.vocab.names_of(row)), 14) for row in labels]
+
 # %% ../../nbs/06_diffusion/03_train.ipynb #68f42858
 def preview_rows(
     labels: np.ndarray,  # (N, K) multi-hot
@@ -204,14 +215,15 @@ def previews(
     "Draw and keep a picture of what a denoiser can do so far"
     store = batches.store
     rows = batches.rows[preview_rows(store.labels[batches.rows])]
-    titles = [textwrap.fill(' + '.join(store.vocab.names_of(labels)), 14) for labels in store.labels[rows]]
+    titles = _titles(store, store.labels[rows])
+    steps = _few_steps(batches.config)
 
     def evaluate(denoiser, step):
         if not this_process().is_main_process:
             return {}
         pipe = pipeline_of(denoiser, store, batches.config, scheduler, batches.conditions)
         pipe.set_progress_bar_config(disable=True)
-        drawn = pipe(store.labels[rows], 1, generator=generators_for(seed, range(len(rows)))).cpu().numpy()
+        drawn = pipe(store.labels[rows], 1, steps, generators_for(seed, range(len(rows)))).cpu().numpy()
         figure = show_cells({'real': store.images[rows], f'step {step}': drawn}, store.channels, titles, edge=1.1)
         with atomic_path(Path(folder) / 'previews' / f'step-{step:06d}.png') as partial:
             figure.savefig(partial, format='png', bbox_inches='tight')
@@ -220,11 +232,31 @@ def previews(
 
     return evaluate
 
+# %% ../../nbs/06_diffusion/03_train.ipynb #97fc59d4
+def _as_called(config):
+    "How the card calls the pipeline: guidance means nothing to the paper's generators"
+    guidance_scale = 1.0 if config.unet.architecture.startswith('paper') else 1.5
+    return dict(guidance_scale=guidance_scale, num_inference_steps=_few_steps(config))
+
+
+def samples(
+    pipe: LabelConditionedPipeline,  # trained
+    store: ImageStore,  # that it was trained on; its training labels are drawn
+    config: GeneratorConfig,  # of the training
+    seed: int = 0,  # of the noise
+    n: int = 6,  # at most this many images
+) -> Figure:
+    "An image for each of some classes, with the class names above"
+    labels = store.labels[store.rows('train')]
+    labels = labels[preview_rows(labels, n)]
+    drawn = pipe(labels, generator=generators_for(seed, range(len(labels))), **_as_called(config))
+    return show_cells({'': drawn.cpu().numpy()}, store.channels, _titles(store, labels), edge=1.3)
+
 # %% ../../nbs/06_diffusion/03_train.ipynb #affc0046
 def _table_lines(values):
     "A dict as lines of a Markdown table"
     shown = {name: f'{value:.4g}' if isinstance(value, float) else value for name, value in values.items()}
-    return '\n'.join(f'| {name} | {value} |' for name, value in shown.items())
+    return '\n'.join(f'| {name.replace("|", chr(92) + "|")} | {value} |' for name, value in shown.items())
 
 
 def _average_of(loop):
@@ -236,6 +268,7 @@ def _average_of(loop):
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #0b99242b
 _CARD_HEAD = dict(
+    license='other',
     library_name='diffusers',
     pipeline_tag='unconditional-image-generation',
     tags=['protloc', 'fluorescence-microscopy', 'protein-localization'],
@@ -249,20 +282,25 @@ def model_card(
     seed: int,  # of the training
     log: list[dict],  # lines of log.jsonl
     conditions: Sequence[str] = (),  # that it was trained with
+    picture: str = 'No picture was drawn.',  # Markdown, of `samples`
 ) -> str:  # Markdown with a YAML head
     "What a generator was trained on, how, and what it is not good for"
     labels, objective = store.labels[store.rows('train')], config.objective
+    counts = labels.sum(0).astype(int)
+    options = ', '.join(f'{name}={value}' for name, value in _as_called(config).items())
     template = (files('protloc') / 'assets' / 'model_card.md').read_text(encoding='utf-8')
     return template.format(
         head=yaml.safe_dump(_CARD_HEAD, sort_keys=False),
         size=store.size,
         n_classes=len(store.vocab),
+        n_channels=len(store.channels),
         channels=', '.join(store.channels),
+        picture=picture,
         conditions=f', of each {config.condition}: {", ".join(conditions)}' if conditions else '',
         version=versions()['protloc'],
         images=len(labels),
         hashes=', '.join(f'`{name}` {value}' for name, value in store.manifest['sha256'].items()),
-        counts=_table_lines(dict(zip(store.vocab, labels.sum(0).astype(int), strict=True))),
+        counts=_table_lines(dict(zip(store.vocab, counts, strict=True))),
         steps=log[-1]['step'],
         batch_size=config.loop.batch_size,
         seed=seed,
@@ -276,7 +314,8 @@ def model_card(
         weighting=objective.weighting,
         signal=objective.signal,
         metrics=_table_lines(log[-1]),
-        example=list(store.vocab)[0],
+        example=repr(list(store.vocab)[counts.argmax()]),
+        options=options,
     )
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #e633203d
@@ -286,12 +325,31 @@ def _settings(store, config, seed):
     return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #4d2357c0
-def _save(pipe, card, settings, folder):
-    "Write pipeline/, whole or not at all"
+def _save(denoiser, batches, scheduler, log, settings, folder):
+    "Write pipeline/ with its card, whole or not at all"
+    store, config, conditions = batches.store, batches.config, batches.conditions
+    pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
+    pipe.set_progress_bar_config(disable=True)
     with atomic_path(folder / 'pipeline') as partial:
         pipe.save_pretrained(partial)
+        picture = _save_samples(pipe, store, config, batches.seed, partial / 'samples.png')
+        card = model_card(denoiser, store, config, batches.seed, log, conditions, picture)
         (partial / 'README.md').write_text(card, encoding='utf-8')
         write_json(partial / 'training.json', settings)
+
+
+def _save_samples(pipe, store, config, seed, path):
+    "Draw the picture of the card; returns what the card says of it"
+    try:
+        figure = samples(pipe, store, config, seed)
+    except InputError as error:
+        return f'No picture was drawn: {error}.'
+    figure.savefig(path, format='png', bbox_inches='tight')
+    plt.close(figure)
+    return (
+        f'![Images that the generator drew, with the names of their classes]({path.name})\n\n'
+        f'*Drawn once, when training was done, with the call below and the seed {seed}; nobody picked them.*'
+    )
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #8a43c3b7
 def train_generator(
@@ -313,11 +371,13 @@ def train_generator(
     if (folder / 'pipeline').exists():
         return open_pipeline(folder)
     scheduler = make_scheduler(config.objective)
-    log = _train(denoiser, TrainingImages(store, config, seed, conditions), scheduler, folder, seed)
-    pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
+    batches = TrainingImages(store, config, seed, conditions)
+    log = _train(denoiser, batches, scheduler, folder, seed)
     if this_process().is_main_process:
-        card = model_card(denoiser, store, config, seed, log, conditions)
-        _save(pipe, card, dict(settings, config=config.model_dump(), images=len(store.rows('train'))), folder)
+        settings.update(config=config.model_dump(), images=len(store.rows('train')))
+        _save(denoiser, batches, scheduler, log, settings, folder)
+    pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
+    pipe.register_to_config(_name_or_path=str(folder / 'pipeline'))
     return pipe
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #a91bace5
@@ -336,11 +396,25 @@ def _train(denoiser, batches, scheduler, folder, seed):
 # %% ../../nbs/06_diffusion/03_train.ipynb #aed84bf8
 def open_pipeline(
     folder: str | Path,  # of a generator, or of its pipeline
+    variant: str | None = None,  # of the weights, e.g. 'fp16'; the plain ones, or the only ones, unless given
 ) -> LabelConditionedPipeline:
-    "Open a trained generator; raises `InputError` where there is none"
+    "Open a trained generator; raises `InputError` where there is none, or it is damaged"
     folder = Path(folder)
     if (folder / 'pipeline').is_dir():
         folder = folder / 'pipeline'
     if not (folder / 'model_index.json').exists():
         raise InputError(f'{folder} holds no trained generator: make one with `protloc train-generator`')
-    return LabelConditionedPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = LabelConditionedPipeline.from_pretrained(folder, variant=variant, local_files_only=True)
+    _mend_timesteps(pipe, folder / 'training.json')
+    return pipe
+
+
+def _mend_timesteps(pipe, path):
+    "Give a generator of protloc 0.2.0 the timesteps of its training: its scheduler has 1000, whatever they were"
+    if not path.is_file():
+        return
+    objective = read_settings(path).get('config', {}).get('objective', {})
+    scheduler = pipe.scheduler
+    trained = objective.get('num_train_timesteps', scheduler.config.num_train_timesteps)
+    if trained != scheduler.config.num_train_timesteps:
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=trained)

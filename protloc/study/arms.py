@@ -46,7 +46,8 @@ class PrepareConfig(FolderConfig, FieldConfig):
 
     size: int = pydantic.Field(128, ge=8)  # pixels of a stored image
     tile: int | None = pydantic.Field(None, ge=8)  # cut fields into tiles of this many pixels
-    fractions: Fractions = Fractions()  # of train, val and test
+    # of train, val and test; 0.7, 0.1 and 0.2, or the splits that the folder brings, unless given
+    fractions: Fractions | None = None
     skip_bad: bool = False  # leave out fields that cannot be used
 
     @property

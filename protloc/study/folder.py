@@ -14,10 +14,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import InputError, atomic_path, read_yaml, write_json
+from ..data.readers.tables import read_table, with_numbers, write_table
 from ..data.store import ImageStore
 
 # %% auto #0
-__all__ = ['RunFolder']
+__all__ = ['NAMES', 'RunFolder']
 
 # %% ../../nbs/09_study/01_folder.ipynb #4a189783
 class RunFolder:
@@ -237,6 +238,9 @@ def read_predictions(
     raise self.unfinished(f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier)
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
+NAMES = ('arm', 'class', 'split', 'verdict')  # columns of the results that hold texts
+
+
 @patch
 def write_results(
     self: RunFolder,
@@ -247,11 +251,16 @@ def write_results(
     with atomic_path(self.results) as partial:
         partial.mkdir()
         for name, table in tables.items():
-            table.to_csv(partial / self.table(name).name, index=False, float_format='%.6g')
+            write_table(table, partial / self.table(name).name, '%.6g')
         (partial / self.verdict.name).write_text(verdict)
 
 # %% ../../nbs/09_study/01_folder.ipynb #e6463f16
 @patch
 def read_results(self: RunFolder) -> dict[str, pd.DataFrame]:  # name -> table; empty where there are none yet
-    "The tables of the results"
-    return {path.stem: pd.read_csv(path) for path in sorted(self.results.glob('*.csv'))}
+    "The tables of the results; raises `InputError` where one was damaged"
+    tables = {}
+    for path in sorted(self.results.glob('*.csv')):
+        table = read_table(path)
+        numbers = [name for name in table if name not in NAMES]
+        tables[path.stem] = with_numbers(table, path, numbers).reset_index(drop=True)
+    return tables

@@ -5,117 +5,719 @@
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #2e727798
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import re
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import BmpImagePlugin, JpegImagePlugin
 
 from ...core import InputError
 
 # %% auto #0
-__all__ = ['READERS', 'read_image', 'read_channel', 'ending_of']
+__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'STRAY', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
+           'read_channel', 'ending_of', 'channel_names']
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #60aef6e2
 def read_image(
-    path: str | Path,  # a PNG, TIFF or JPEG file
+    path: str | Path,  # an image file, or a folder of a format that is one
     out: np.ndarray | None = None,  # (H, W), where a gray PNG of this size and depth is put
 ) -> np.ndarray:  # (C, H, W) of an unsigned type
-    "The planes of an image file; raises `InputError` for a missing, damaged or other file"
-    path = Path(path)
-    try:
-        planes = READERS.get(path.suffix.lower(), _read_picture)(path, out)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f'{path} is missing: every field needs its channels side by side') from None
-    except PermissionError:
-        raise InputError(f'{path} may not be read: give yourself the permission') from None
-    except Exception as e:
-        reason = ' '.join(str(e).split())
-        raise InputError(f'{path} cannot be decoded, it may be cut off: {reason}') from None
-    if planes.dtype.kind != 'u':
-        raise InputError(f'{path} holds {planes.dtype}, not unsigned numbers: export it with 8 or 16 bits')
-    return planes.astype(planes.dtype.newbyteorder('='), copy=False)
-
-# %% ../../../nbs/04_data/00_readers/01_images.ipynb #f168297a
-def _read_picture(path, out):
-    "A PNG or JPEG, whatever its name says"
-    data = path.read_bytes()
-    if data.startswith(b'\x89PNG'):
-        pixels = _read_png(path, data, out)
-    else:
-        with Image.open(path) as image:
-            if image.mode not in ('L', 'RGB'):
-                raise InputError(f'{path} is {image.mode}, not gray or RGB: export it as PNG or TIFF')
-            pixels = np.asarray(image)
-    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
-
-# %% ../../../nbs/04_data/00_readers/01_images.ipynb #f59f516b
-def _read_png(path, data, out):
-    "A PNG, decoded into `out` where it fits"
-    width, height, bits, colour_type = struct.unpack_from('>IIBB', data, 16)
-    if colour_type not in (0, 2):
-        what = {3: 'a palette image', 4: 'gray with transparency'}.get(colour_type, 'RGBA')
-        raise InputError(f'{path} is {what}, not gray or RGB: export it without palette and transparency')
-    if bits < 8:
-        raise InputError(f'{path} has {bits} bits a pixel: export it with 8 or 16 bits')
-    fits = out is not None and colour_type == 0 and (height, width, bits) == (*out.shape, 8 * out.itemsize)
-    return imagecodecs.png_decode(data, out=out if fits else None)
-
-# %% ../../../nbs/04_data/00_readers/01_images.ipynb #e5c6c433
-def _read_tiff(path, out):
-    "A TIFF: pages or channels; never decoded into `out`"
-    with tifffile.TiffFile(path) as tiff:
-        _check_tiff(path, tiff)
-        axes = tiff.series[0].axes
-        planes = tiff.series[0].asarray()
-    if axes.endswith('S') and planes.ndim > 2:
-        planes = np.moveaxis(planes, -1, 0)
-    if planes.ndim > 3:
-        raise InputError(f'{path} has the axes {axes}: save one plane a channel, e.g. a maximum projection')
-    return planes[None] if planes.ndim == 2 else planes
-
-# %% ../../../nbs/04_data/00_readers/01_images.ipynb #dbb92773
-def _check_tiff(path, tiff):
-    "Raise `InputError` for pages that differ, a palette, or a file that is cut off"
-    if len(tiff.series) != 1:
-        raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
-    if any(page.photometric == tifffile.PHOTOMETRIC.PALETTE for page in tiff.pages[:1]):
-        raise InputError(f'{path} is a palette image: export it as gray')
-    need = max(max(np.add(page.dataoffsets, page.databytecounts), default=0) for page in tiff.pages)
-    size = path.stat().st_size
-    if need > size:
-        raise InputError(f'{path} cannot be decoded, it is cut off: {size} bytes of at least {need}')
-
-# %% ../../../nbs/04_data/00_readers/01_images.ipynb #17c345b7
-READERS = {  # ending of the file's name -> read(path, out)
-    '.png': _read_picture,
-    '.jpg': _read_picture,
-    '.jpeg': _read_picture,
-    '.tif': _read_tiff,
-    '.tiff': _read_tiff,
-}
+    "All planes of an image; raises `InputError` for a file that is missing, damaged, incomplete or something else"
+    return _read(Path(path), out, part=False)
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #8b292d94
 def read_channel(
-    path: Path,  # an image file
+    path: str | Path,  # an image file; may be one of an OME set, of which it holds one channel
     out: np.ndarray | None = None,  # (H, W), as in `read_image`
 ) -> np.ndarray:  # (H, W) of an unsigned type
-    "One channel of a field; raises `InputError` for a colour image"
-    planes = read_image(path, out)
+    "One channel of a field; raises `InputError` for an image of several"
+    planes = _read(Path(path), out, part=True)
+    if len(planes) == 3 and _is_one_stain(Path(path), planes):
+        return _stain(planes)
     if len(planes) > 1:
         what = 'RGB' if len(planes) == 3 else f'an image of {len(planes)} planes'
         raise InputError(f'{path} is {what}, not 8-bit gray or 16-bit gray: export each channel as a gray image')
     return planes[0]
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #012e3e84
+def _read(path, out, part):
+    "The planes of a file, checked; `part`: it may be one of a set"
+    with _reasons(path):
+        read = READERS.get(ending_of(path).lower(), _read_picture)
+        planes = _read_picture(path, out, part) if read is _read_picture else read(path, out)
+    if planes.dtype.kind != 'u' or planes.itemsize > 4:
+        raise InputError(f'{path} holds {planes.dtype}, not unsigned numbers: export it with 8 or 16 bits')
+    return planes.astype(planes.dtype.newbyteorder('='), copy=False)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #c876ee1f
+MAX_PIXELS = 10**9  # width times height; more is taken for a damaged header, or must be cut into parts
+
+
+@contextlib.contextmanager
+def _reasons(path):
+    "Turn what goes wrong while a file is read into `InputError`"
+    try:
+        yield
+    except (InputError, NameError):
+        raise
+    except FileNotFoundError:
+        raise _absent(path) from None
+    except IsADirectoryError:
+        raise InputError(f'{path} is a folder, not an image file: rename it, or name the files in it') from None
+    except PermissionError:
+        raise InputError(f'{path} may not be read: give yourself the permission') from None
+    except MemoryError:
+        raise InputError(f'{path} does not fit into memory: cut it into smaller fields') from None
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno:
+            raise InputError(f'{path} cannot be read: {os.strerror(e.errno)}') from None
+        raise _damaged(path, e) from None
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #13889325
+def _damaged(path, reason):
+    "For a file that a decoder gives up"
+    reason = ' '.join(str(reason).split())[:200] or type(reason).__name__
+    return InputError(f'{path} cannot be decoded, it is damaged ({reason}): copy or download it again')
+
+
+def _cut_off(path, detail):
+    "For a file that ends too soon"
+    return InputError(f'{path} cannot be decoded, it is cut off ({detail}): copy or download it again')
+
+
+def _absent(path):
+    "For a file that is not there"
+    if not path.is_symlink():
+        return InputError(f'{path} is missing: every field needs its channels side by side')
+    target = os.readlink(path)
+    if 'annex/objects' in target:
+        return InputError(f'{path} is not fetched: run `git annex get` on it')
+    return InputError(f'{path} is a link that points to nothing ({target}): fetch the file')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #08bade90
+PICTURES = {}  # first bytes -> read(path, bytes, out); filled below
+TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+OTHERS = {  # first bytes -> what begins so
+    b'version https://git-lfs': 'it is not fetched: run `git lfs pull`',
+    b'/annex/objects/': 'it is not fetched: run `git annex get` on it',
+    b'GIF8': 'it is a GIF: export it as PNG or TIFF',
+    b'RIFF': 'it is a WebP or another RIFF file: export it as PNG or TIFF',
+    b'ZISRAWFILE': 'it is a CZI: name it .czi',
+    b'\xda\xce\xbe\x0a': 'it is an ND2: name it .nd2',
+    b'\x70\0\0\0': 'it is a LIF: name it .lif',
+    b'PK\3\4': 'it is a ZIP archive: unpack it',
+    b'\x1f\x8b': 'it is compressed with gzip: unpack it',
+    b'\x89HDF': 'it is HDF5: export it as TIFF',
+    b'\0' * 16: 'it begins with zeros, as a copy that failed: copy or download it again',
+}
+
+
+def _no_image(path, head):
+    "For a file that begins like none that is read"
+    if not head:
+        return InputError(f'{path} cannot be decoded, it is empty (0 bytes): copy or download it again')
+    if any(magic.startswith(head) for magic in (*PICTURES, *TIFF)):
+        return _cut_off(path, f'{len(head)} bytes')
+    for magic, what in OTHERS.items():
+        if head.startswith(magic):
+            return InputError(f'{path} cannot be decoded, {what}')
+    text = head[:24].decode('ascii', 'replace').split('\n')[0]
+    what = f"text ('{text}')" if text.isprintable() and text.isascii() else 'no image of a known format'
+    return InputError(f'{path} cannot be decoded, it is {what}: PNG, TIFF, JPEG, BMP and JPEG 2000 are read')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #51304fe5
+def _read_picture(path, out, part=False):
+    "A PNG, JPEG, BMP, JPEG 2000 or TIFF, whatever its name says"
+    with open(path, 'rb', buffering=0) as file:
+        head = file.read(64)
+        read = next((read for magic, read in PICTURES.items() if head.startswith(magic)), None)
+        if read is None and head[:4] not in TIFF:
+            raise _no_image(path, head)
+        file.seek(0)
+        if read is not None:
+            return read(path, file.read(), out)
+        # tifffile reads many small pieces
+        return _read_tiff(path, io.BufferedReader(file), part)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #864cb1cd
+def _check_size(path, height, width):
+    "Raise `InputError` for more pixels than a field can have"
+    if height * width > MAX_PIXELS:
+        raise InputError(f'{path} is {width} x {height} pixels, more than {MAX_PIXELS:,}: cut it into smaller fields')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #17c345b7
+READERS: dict[str, Callable] = dict.fromkeys(  # ending of the file's name -> read(path, out)
+    ('.png', '.jpg', '.jpeg', '.jfif', '.tif', '.tiff', '.ome.tif', '.ome.tiff', '.bmp', '.jp2', '.j2k'),
+    _read_picture,
+)
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #59decbdb
 def ending_of(
     path: str | Path,  # a file, or a folder of a format that is one, such as OME-Zarr
 ) -> str:  # as it is written, e.g. '.png', '.TIF', '.ome.tif'; '' where no reader knows it
     "The ending of an image's name, of any case"
-    name = Path(path).name
+    name = os.path.basename(path)
     known = [name[-len(ending) :] for ending in READERS if name.lower().endswith(ending) and len(name) > len(ending)]
     return max(known, key=len, default='')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #f59f516b
+def _read_png(path, data, out):
+    "(C, H, W) of a PNG, decoded into `out` where it fits"
+    chunks = _png_chunks(path, data)
+    width, height, bits, colour_type = struct.unpack_from('>IIBB', data, 16)
+    _check_size(path, height, width)
+    if colour_type in (4, 6) or 'tRNS' in chunks:
+        what = {0: 'gray', 2: 'RGB', 3: 'a palette image', 4: 'gray'}.get(colour_type)
+        what = f'{what} with transparency' if what else 'RGBA'
+        raise InputError(f'{path} is {what}, not gray or RGB: export it without palette and transparency')
+    if bits < 8:
+        raise InputError(f'{path} has {bits} bits a pixel: export it with 8 or 16 bits')
+    if 'acTL' in chunks:
+        raise InputError(f'{path} is an animation: save each image as a file')
+    if colour_type == 3:
+        start, end = chunks['PLTE']
+        _check_grays(path, np.frombuffer(data[start:end], np.uint8).reshape(-1, 3))
+        return np.ascontiguousarray(imagecodecs.png_decode(data)[None, ..., 0])
+    fits = out is not None and colour_type == 0 and (height, width, bits) == (*out.shape, 8 * out.itemsize)
+    pixels = imagecodecs.png_decode(data, out=out if fits else None)
+    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+
+PICTURES[b'\x89PNG\r\n\x1a\n'] = _read_png
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #afa1bac7
+def _png_chunks(path, data):
+    "Chunks of a PNG by name, start and end of the bytes of each; raises `InputError` where the file ends before them"
+    chunks = {}
+    start = 8
+    while 'IEND' not in chunks:
+        if start + 12 > len(data):
+            raise _cut_off(path, f'{len(data)} bytes of at least {start + 12}')
+        length, kind = struct.unpack_from('>I4s', data, start)
+        chunks.setdefault(kind.decode('latin-1'), (start + 8, start + 8 + length))
+        start += length + 12
+    if start > len(data):
+        raise _cut_off(path, f'{len(data)} bytes of at least {start}')
+    return chunks
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4ac5b530
+def _check_grays(path, palette):
+    "Raise `InputError` for a palette (n, 3) of other colours than grays"
+    if np.ptp(palette, axis=-1).any():
+        raise InputError(f'{path} is a palette image: export it as gray')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #886ebd39
+def _read_jpeg(path, data, out):
+    "(C, H, W) of a JPEG, gray or RGB"
+    try:
+        image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+        _check_size(path, *image.size[::-1])
+        if getattr(image, 'n_frames', 1) > 1:
+            raise InputError(f'{path} holds {image.n_frames} images: save each image as a file')
+        if image.mode not in ('L', 'RGB'):
+            raise InputError(f'{path} is {image.mode}, not gray or RGB: export it as PNG or TIFF')
+        pixels = np.asarray(image)
+    except (OSError, SyntaxError, struct.error) as e:
+        if 'bit layers' in str(e):
+            raise InputError(f'{path} is a JPEG of more than 8 bits: export it as PNG or TIFF') from None
+        if b'\xff\xd9' not in data[-1024:]:
+            raise _cut_off(path, f'{len(data)} bytes') from None
+        raise _damaged(path, e) from None
+    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+
+PICTURES[b'\xff\xd8\xff'] = _read_jpeg
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #1e4036d3
+def _read_bmp(path, data, out):
+    "(C, H, W) of a BMP of 8 bits, gray or RGB; of 32 bits the fourth byte means nothing"
+    try:
+        image = BmpImagePlugin.BmpImageFile(io.BytesIO(data))
+        _check_size(path, *image.size[::-1])
+        header = struct.unpack_from('<I', data, 14)[0]
+        bits = struct.unpack_from('<H', data, 24 if header == 12 else 28)[0]
+        if bits not in (8, 24, 32):
+            raise InputError(f'{path} has {bits} bits a pixel: export it with 8 bits a channel')
+        if image.mode not in ('L', 'P', 'RGB'):
+            raise InputError(f'{path} is {image.mode}, not gray or RGB: export it without palette and transparency')
+        pixels = np.asarray(image)
+    except (OSError, SyntaxError, struct.error) as e:
+        if 'truncated' in str(e) or isinstance(e, struct.error):
+            raise _cut_off(path, f'{len(data)} bytes') from None
+        raise _damaged(path, e) from None
+    if image.mode == 'P':
+        palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+        _check_grays(path, palette)
+        pixels = palette[:, 0][pixels]
+    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+
+PICTURES[b'BM'] = _read_bmp
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #5b800a5c
+def _read_jp2(path, data, out):
+    "(C, H, W) of a JPEG 2000 of any depth, gray or RGB"
+    start = data.find(b'\xff\x4f\xff\x51')
+    if start < 0 or len(data) < start + 51:
+        raise _cut_off(path, f'{len(data)} bytes')
+    width, height, left, top = struct.unpack_from('>4I', data, start + 8)
+    _check_size(path, height - top, width - left)
+    n = struct.unpack_from('>H', data, start + 40)[0]
+    samples = {data[i : i + 3] for i in range(start + 42, start + 42 + 3 * n, 3)}
+    colours = re.search(rb'colr\x01..(.{4})', data[:start], re.DOTALL)
+    if b'pclr' in data[:start]:
+        raise InputError(f'{path} is a palette image: export it as gray')
+    if n not in (1, 3) or colours and int.from_bytes(colours[1]) not in (16, 17):
+        raise InputError(f'{path} has {n} components that are not gray or RGB: export it without transparency')
+    if len(samples) > 1 or not min(samples).endswith(b'\1\1'):
+        raise InputError(f'{path} has components of different sizes or depths: export it as PNG or TIFF')
+    if min(samples)[0] < 7:
+        raise InputError(f'{path} has {min(samples)[0] + 1} bits a pixel: export it with 8 or 16 bits')
+    try:
+        pixels = imagecodecs.jpeg2k_decode(data)
+    except imagecodecs.Jpeg2kError as e:
+        raise _damaged(path, e) if data.endswith(b'\xff\xd9') else _cut_off(path, f'{len(data)} bytes') from None
+    return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+
+PICTURES[b'\0\0\0\x0cjP  '] = _read_jp2
+PICTURES[b'\xff\x4f\xff\x51'] = _read_jp2
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4947512b
+STRAY = 8  # of 255; the mean that JPEG may give to a colour where there is none, in a block of 16 x 16 pixels
+
+
+def _carriers(planes):
+    "Which of (3, H, W) colours carry the stain: those at least half as bright as the brightest, where it is bright"
+    power = np.square(planes, dtype=np.float32).mean(axis=(1, 2))
+    return power >= power.max() / 4
+
+
+def _stain(planes):
+    "(H, W) of (3, H, W): the mean of the colours that carry the stain"
+    return np.rint(planes[_carriers(planes)].mean(axis=0)).astype(planes.dtype)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #7162dc2a
+def _is_one_stain(path, planes):
+    "Whether (3, H, W) colours are one stain in one colour, or in equal ones"
+    # black does not show a colour
+    if not planes.any():
+        return False
+    carriers = _carriers(planes)
+    if not planes[~carriers].any() and not np.ptp(planes[carriers], axis=0).any():
+        return True
+    if path.is_dir() or not _begins_as_jpeg(path):
+        return False
+    image = JpegImagePlugin.JpegImageFile(path)
+    image.draft('YCbCr', image.size)
+    if image.mode != 'YCbCr':
+        return False
+    luma, blue, red = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+    blue = blue - 128
+    red = red - 128
+    colours = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue])
+    for axis in (1, 2):
+        edges = np.arange(0, colours.shape[axis], 16)
+        sizes = np.diff(edges, append=colours.shape[axis]).reshape((-1, 1) if axis == 1 else (1, -1))
+        colours = np.add.reduceat(colours, edges, axis=axis) / sizes
+    return bool(np.abs(colours[~carriers]).max(initial=0) <= STRAY and np.ptp(colours[carriers], axis=0).max() <= STRAY)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #0e79e1d1
+def _begins_as_jpeg(path):
+    "Whether a file is a JPEG"
+    with open(path, 'rb') as file:
+        return PICTURES.get(file.read(3)) is _read_jpeg
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #2320c50d
+AXES = {
+    'Z': 'slices',
+    'T': 'times',
+    'P': 'positions',
+    'R': 'positions',
+    'M': 'tiles of a mosaic',
+    'H': 'phases',
+    'V': 'views',
+}
+
+
+def _check_axes(path, axes, shape):
+    "Raise `InputError` for an array with other axes than channels, rows and columns"
+    for axis, n in zip(axes, shape, strict=True):
+        if n > 1 and axis not in 'CSIQYX':
+            what = AXES.get(axis, f'images along the axis {axis}')
+            raise InputError(
+                f'{path} holds {n} {what}, which are not stains:'
+                " save one plane a channel, e.g. a stack's maximum projection"
+            )
+    several = [i for i, n in enumerate(shape) if n > 1 and axes[i] not in 'YX']
+    if len(several) > 1:
+        raise InputError(
+            f'{path} has the axes {axes} ({" x ".join(map(str, shape))}): save one plane a channel, as (C, H, W)'
+        )
+    height, width = shape[axes.index('Y')], shape[axes.index('X')]
+    if several and shape[several[0]] > min(height, width):
+        raise InputError(
+            f'{path} holds {shape[several[0]]} planes of {width} x {height} pixels, so its axes are named wrongly or'
+            " not at all: save it as (C, H, W), e.g. tifffile.imwrite(path, planes, metadata={'axes': 'CYX'})"
+        )
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #f7bd090a
+def _to_planes(axes, pixels):
+    "(C, H, W) from an array whose axes have names"
+    height = axes.index('Y')
+    width = axes.index('X')
+    others = [i for i in range(len(axes)) if i not in (height, width)]
+    return pixels.transpose(*others, height, width).reshape(-1, pixels.shape[height], pixels.shape[width])
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #98e53000
+GRAYS = ('MINISBLACK', 'MINISWHITE', 'PALETTE')
+
+
+def _colours(page):
+    "The name of a TIFF page's photometric interpretation"
+    # a page that does not say is gray; tifffile would take 0 for white
+    return getattr(page.photometric, 'name', str(page.photometric)) if 262 in page.tags else 'MINISBLACK'
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #1441af03
+def _check_page(path, page):
+    "Raise `InputError` unless a TIFF page is gray or RGB, of 8 bits or more"
+    name = _colours(page)
+    _check_size(path, page.imagelength, page.imagewidth)
+    # 7 is JPEG, which is decoded to RGB
+    is_rgb = name == 'RGB' or name == 'YCBCR' and page.compression == 7 and page.planarconfig == 1
+    transparent = {int(kind) for kind in page.extrasamples} & {1, 2}
+    if transparent or is_rgb and page.samplesperpixel != 3:
+        hint = 'export it without transparency'
+        if page.planarconfig == 2:
+            hint = "if these are channels, save them with tifffile.imwrite(path, planes, photometric='minisblack')"
+        what = f'{"RGB" if is_rgb else "gray"} with transparency' if transparent else 'RGB with other samples'
+        raise InputError(f'{path} is {what}, not gray or RGB: {hint}')
+    if not is_rgb and name not in GRAYS:
+        name = {'SEPARATED': 'CMYK'}.get(name, name)
+        raise InputError(f'{path} is {name}, not gray or RGB: export each channel as a gray image')
+    bits = page.bitspersample
+    if not isinstance(bits, int) or bits < 8 or name == 'PALETTE' and bits > 8:
+        raise InputError(f'{path} has {bits} bits a pixel: export it with 8 or 16 bits')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #ff6bfddf
+def _to_grays(path, page, pixels):
+    "Stored numbers as grays: turned where white is 0, looked up in a palette of grays"
+    name = _colours(page)
+    if name == 'MINISWHITE' and pixels.dtype.kind == 'u':
+        return pixels.dtype.type(2**page.bitspersample - 1) - pixels
+    if name == 'PALETTE':
+        palette = np.asarray(page.colormap).T
+        _check_grays(path, palette)
+        # 16 bits in the file; some write the 8 bits of a gray into the upper half only
+        return (palette[:, 0] >> 8).astype(np.uint8)[pixels]
+    return pixels
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #849f503e
+class _Listener(logging.Handler):
+    "Keeps the errors that a library logs while a thread listens"
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.heard = threading.local()
+
+    @contextlib.contextmanager
+    def listening(self):
+        self.heard.said = said = []
+        try:
+            yield said
+        finally:
+            self.heard.said = None
+
+    def emit(self, record):
+        said = getattr(self.heard, 'said', None)
+        # a single tag that cannot be read is no harm: what is needed of tags is checked
+        if said is not None and 'TiffTag' not in record.getMessage():
+            said.append(record.getMessage())
+
+
+LISTENER = _Listener()
+logging.getLogger('tifffile').addHandler(LISTENER)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #4215e180
+def _check_stored(path, tiff, pages, end=0):
+    "Raise `InputError` where pixels are not in this file: never written, cut off, or in another file"
+    for page in pages:
+        if page is None or page.parent is not tiff:
+            raise InputError(f'{path} is one file of a set: save all channels of a field in one file')
+        counts, offsets = page.databytecounts, page.dataoffsets
+        if not counts or 0 in counts or 0 in offsets:
+            raise _cut_off(path, f'{counts.count(0)} of {len(counts)} strips or tiles were never written')
+        end = max(end, max(map(sum, zip(offsets, counts, strict=True))))
+    if end > tiff.filehandle.size:
+        raise _cut_off(path, f'{tiff.filehandle.size} bytes of at least {end}')
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #e5c6c433
+def _read_tiff(path, file, part):
+    "(C, H, W) of a TIFF; `part`: it may be one of an OME set, of which it holds one page"
+    with LISTENER.listening() as said, tifffile.TiffFile(file, is_ome=False) as tiff:
+        if not len(tiff.pages):
+            raise _cut_off(path, f'{tiff.filehandle.size} bytes, no page')
+        if tiff.pages.first.is_ome:
+            page, axes, pixels = _read_ome(path, tiff, part)
+        else:
+            page, axes, pixels = _read_series(path, tiff)
+        if said:
+            raise _cut_off(path, said[0]) if 'offset' in said[0] else _damaged(path, said[0])
+    return _to_planes(axes, _to_grays(path, page, pixels))
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #61ebe77c
+def _read_series(path, tiff):
+    "Page, axes and pixels of a TIFF that is no OME-TIFF; of a pyramid the largest image, thumbnails are left out"
+    series = [s for s in tiff.series if not s.keyframe.is_reduced] or tiff.series
+    if len(series) != 1:
+        raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
+    whole = series[0]
+    for kind in ('imagej', 'shaped'):
+        if getattr(tiff.pages.first, f'is_{kind}') and whole.kind in ('generic', 'uniform'):
+            raise _cut_off(path, f'{tiff.filehandle.size} bytes, its metadata speak of more pages')
+    axes, shape = whole.get_axes(squeeze=False), whole.get_shape(squeeze=False)
+    _check_page(path, whole.keyframe)
+    _check_axes(path, axes, shape)
+    end = whole.dataoffset + math.prod(shape) * whole.dtype.itemsize if whole.dataoffset else 0
+    _check_stored(path, tiff, whole, end)
+    pixels = whole.asarray(squeeze=False)
+    if pixels.shape != shape:
+        raise _cut_off(path, f'its metadata say {shape}, it holds {pixels.shape}')
+    return whole.keyframe, axes, pixels
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #61117806
+class _OmeImage(NamedTuple):
+    "One image of OME-XML, seen from one of its files"
+
+    name: str
+    sizes: dict  # axis -> n, of Z, C and T
+    channels: tuple  # names, '' where there is none
+    own: dict  # number of a plane -> page of this file
+    others: dict  # number of a plane -> name of another file
+    planes: int  # how many planes the image has
+
+
+def _named(element, name):
+    "Children of an XML element by their name without namespace"
+    return [child for child in element if child.tag.rpartition('}')[2] == name]
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #0d4b8e6b
+def _ome_image(element, uuid, filename, pages):
+    "What OME-XML says of an image; `uuid`, `filename` and `pages` are this file's"
+    pixels = _named(element, 'Pixels')[0]
+    order = pixels.get('DimensionOrder', 'XYCZT')[2:]
+    channels = _named(pixels, 'Channel')
+    samples = int(channels[0].get('SamplesPerPixel', 1)) if channels else 1
+    sizes = {axis: int(pixels.get(f'Size{axis}', 1)) for axis in 'ZCT'}
+    steps = sizes | {'C': sizes['C'] // samples}
+    planes = math.prod(steps.values())
+    own, others = {}, {}
+    # without any such element all planes are here, in order
+    for data in _named(pixels, 'TiffData') or [ElementTree.Element('TiffData')]:
+        where = next(iter(_named(data, 'UUID')), None)
+        name = '' if where is None else where.get('FileName', '')
+        is_here = where is None or where.text == uuid or uuid is None and name.lower() == filename.lower()
+        first = sum(
+            int(data.get(f'First{axis}', 0)) * math.prod(steps[faster] for faster in order[:i])
+            for i, axis in enumerate(order)
+        )
+        n = 1 if 'IFD' in data.attrib or not is_here else pages
+        n = int(data.get('PlaneCount', data.get('NumPlanes', n)))
+        for i in range(min(n, planes - first)):
+            if is_here:
+                own[first + i] = int(data.get('IFD', 0)) + i
+            else:
+                others[first + i] = name
+    names = tuple(channel.get('Name', '') for channel in channels)
+    return _OmeImage(element.get('Name', ''), sizes, names, own, others, planes)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #a7a27a06
+def _ome_metadata(path, tiff):
+    "The one image of which this file holds pages, or None; raises `InputError` for several"
+    description = tiff.pages.first.description
+    if 'ModuloAlongC' in description:
+        raise InputError(f'{path} holds more than channels along its axis C (ModuloAlongC): save one plane a channel')
+    try:
+        root = ElementTree.fromstring(description)
+        images = [
+            _ome_image(element, root.get('UUID'), path.name, len(tiff.pages)) for element in _named(root, 'Image')
+        ]
+    except (ElementTree.ParseError, LookupError, ValueError, TypeError) as e:
+        raise InputError(f'{path} has OME-XML that cannot be read ({e}): export it again') from None
+    mine = [image for image in images if image.own]
+    if len(mine) > 1:
+        names = ', '.join(image.name or 'unnamed' for image in mine)
+        raise InputError(f'{path} holds {len(mine)} images ({names}): save each as a file')
+    return mine[0] if mine else None
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #2b6175a4
+def _ome_pages(path, tiff, part):
+    "Numbers of this file's pages, in the order of the channels"
+    tiff.pages.cache = True
+    n = sum(not page.is_reduced for page in tiff.pages)
+    image = _ome_metadata(path, tiff)
+    missing = {} if image is None else {i: name for i, name in image.others.items() if name}
+    if part and n == 1 and (image is None or image.others):
+        return [0]
+    if image is None:
+        raise InputError(
+            f'{path} is one file of an OME set, and its metadata name no plane of it: save one file a field'
+        )
+    _check_axes(path, 'ZTYX', (image.sizes['Z'], image.sizes['T'], 1, 1))
+    here = {plane: page for plane, page in image.own.items() if page < len(tiff.pages)}
+    if len(here) < image.planes:
+        names = ', '.join(sorted({*missing.values()})[:3])
+        where = 'the others were never written: leave it out, or acquire it again'
+        if names:
+            where = f'the others should be in {names}: save a field as one file, or each channel as <Id>_<channel>'
+        raise InputError(f'{path} holds {len(here)} of the {image.planes} planes that its OME metadata name, {where}')
+    if n > len(here):
+        raise InputError(f'{path} holds {n} pages, its OME metadata name {len(here)}: save one image a file')
+    return [here[i] for i in range(image.planes)]
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #eb9fcd94
+def _read_ome(path, tiff, part):
+    "Page, axes and pixels of an OME-TIFF"
+    pages = [tiff.pages[i] for i in _ome_pages(path, tiff, part)]
+    for page in pages:
+        _check_page(path, page)
+    if len({page.hash for page in pages}) > 1:
+        raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
+    axes = f'C{pages[0].axes}'
+    _check_axes(path, axes, (len(pages), *pages[0].shape))
+    _check_stored(path, tiff, pages)
+    pixels = np.empty((len(pages), *pages[0].shape), pages[0].dtype)
+    for page, plane in zip(pages, pixels, strict=True):
+        page.asarray(out=plane)
+    return pages[0], axes, pixels
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #9442af8c
+BIOIO = {  # ending -> module of bioio's reader
+    '.czi': 'bioio_czi',
+    '.lif': 'bioio_lif',
+    '.nd2': 'bioio_nd2',
+    '.zarr': 'bioio_ome_zarr',
+    '.ome.zarr': 'bioio_ome_zarr',
+}
+
+
+def _read_bioio(path, out):
+    "(C, H, W) of a microscope's file or an OME-Zarr"
+    image = _open_bioio(path)
+    axes = image.dims.order
+    sizes = dict(zip(axes, image.dims.shape, strict=True))
+    _check_size(path, sizes['Y'], sizes['X'])
+    samples = sizes.get('S', 1)
+    if samples not in (1, 3):
+        raise InputError(f'{path} has {samples} samples a pixel, not gray or RGB: export it without transparency')
+    # before a stack of gigabytes is read
+    _check_axes(path, axes, image.dims.shape)
+    planes = _to_planes(axes, np.asarray(image.data))
+    is_blue_first = samples == 3 and ending_of(path).lower() == '.czi'
+    return planes[::-1] if is_blue_first else planes
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #b94f0ece
+def _open_bioio(path):
+    "bioio's reader of a file; raises `InputError` without the extra, and for several scenes"
+    os.stat(path)
+    ending = ending_of(path).lower()
+    try:
+        module = importlib.import_module(BIOIO[ending])
+    except ImportError as e:
+        raise InputError(f"{path} needs an extra to be read: pip install 'protloc[bioio]' ({e})") from None
+    if ending.endswith('.zarr'):
+        path = _zarr_image(path)
+    image = module.Reader(path)
+    scenes = list(image.scenes)
+    if ending == '.czi':
+        # scenes that the metadata do not name
+        shapes = importlib.import_module('aicspylibczi').CziFile(path).get_dims_shape()
+        n = max(len(shapes), shapes[0].get('S', (0, 1))[1])
+        scenes = scenes if len(scenes) >= n else [f'scene {i}' for i in range(n)]
+    if len(scenes) != 1:
+        names = ', '.join(map(str, scenes[:5]))
+        raise InputError(f'{path} holds {len(scenes)} scenes ({names}): export each as a file, e.g. as OME-TIFF')
+    return image
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #eebc98c2
+def _zarr_image(path):
+    "The folder of the one image in an OME-Zarr; raises `InputError` for a plate, several images, or no pixels"
+    if not path.is_dir():
+        raise InputError(f'{path} is a file, an OME-Zarr is a folder: unpack it')
+    metadata = next((path / name for name in ('zarr.json', '.zattrs') if (path / name).is_file()), None)
+    if metadata is None:
+        raise InputError(f'{path} is no OME-Zarr: it has no zarr.json and no .zattrs')
+    attributes = json.loads(metadata.read_text(encoding='utf-8'))
+    attributes = attributes.get('attributes', attributes)
+    attributes = attributes | attributes.get('ome', {})
+    if 'plate' in attributes:
+        raise InputError(f'{path} is a plate: export each of its fields as an image')
+    if 'bioformats2raw.layout' in attributes:
+        images = sorted(p.name for p in path.iterdir() if p.name.isdigit())
+        if len(images) != 1:
+            raise InputError(f'{path} holds {len(images)} images ({", ".join(images)}): export each as an OME-Zarr')
+        return _zarr_image(path / images[0])
+    # a chunk that is absent stands for zeros; without any, the pixels were never written
+    chunks = (p for p in path.rglob('*') if p.name not in ('zarr.json', '.zattrs', '.zgroup', '.zarray', '.zmetadata'))
+    if not any(p.is_file() for p in chunks):
+        raise _cut_off(path, 'it holds no pixels')
+    return path
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #752667bf
+READERS.update(dict.fromkeys(BIOIO, _read_bioio))
+for _library in BIOIO.values():
+    logging.getLogger(_library).addHandler(logging.NullHandler())
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #084f2ec1
+def channel_names(
+    path: str | Path,  # an image file, or a folder of a format that is one
+) -> tuple[str, ...]:  # as many as `read_image` gives planes; () where the file states none
+    "What a file calls its channels, without reading pixels; raises `InputError` where it cannot be opened"
+    path = Path(path)
+    with _reasons(path):
+        names = _bioio_names(path) if ending_of(path).lower() in BIOIO else _tiff_names(path)
+    names = tuple(str(name).strip() for name in names)
+    is_made_up = any(re.fullmatch(r'(Channel|C):\d+(:\d+)*', name) for name in names)
+    return () if is_made_up or not all(names) or len({*names}) < len(names) else names
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #be0a5a3d
+def _bioio_names(path):
+    "Names that a microscope's file gives, one a plane"
+    image = _open_bioio(path)
+    sizes = dict(zip(image.dims.order, image.dims.shape, strict=True))
+    names = image.channel_names or ()
+    return names if sizes.get('S', 1) == 1 and len(names) == sizes.get('C', 1) else ()
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #68657a81
+def _tiff_names(path):
+    "Names that a TIFF gives, one a plane"
+    with open(path, 'rb') as file:
+        if file.read(4) not in TIFF:
+            return ()
+        file.seek(0)
+        tiff = tifffile.TiffFile(file, is_ome=False)
+        # samples of a pixel have no names
+        if not len(tiff.pages) or tiff.pages.first.samplesperpixel > 1:
+            return ()
+        if tiff.pages.first.is_ome:
+            image = _ome_metadata(path, tiff)
+            is_whole = image is not None and len(image.own) == image.planes == len(image.channels)
+            return image.channels if is_whole else ()
+        metadata = tiff.imagej_metadata or {}
+        labels = metadata.get('Labels', ())
+        is_one_each = len(labels) == metadata.get('channels') == metadata.get('images')
+        return labels if is_one_each and not re.search('[.:/]', ''.join(labels)) else ()

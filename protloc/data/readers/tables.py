@@ -5,6 +5,10 @@
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #7c7c4ba7
 from __future__ import annotations
 
+import codecs
+import csv
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,30 +17,209 @@ import pandas as pd
 from ...core import InputError, atomic_path
 
 # %% auto #0
-__all__ = ['read_table', 'write_table']
+__all__ = ['OTHER_FILES', 'SEPARATORS', 'check_separator', 'read_table', 'with_numbers', 'write_table']
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #27fbced1
+OTHER_FILES = {
+    codecs.BOM_UTF16_LE: 'text in UTF-16',
+    codecs.BOM_UTF16_BE: 'text in UTF-16',
+    b'PK\x03\x04': 'a workbook or a zip file',
+    b'\x1f\x8b': 'a compressed file',
+}
+
+
+def _bytes_of(path):
+    "A file's bytes without a byte order mark; raises `InputError` where there is no such file"
+    try:
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except FileNotFoundError:
+        raise InputError(f'there is no file {path}') from None
+    except IsADirectoryError:
+        raise InputError(f'{path} is a folder: name a CSV file') from None
+    except OSError as e:
+        raise InputError(f'{path} cannot be read: {e.strerror}') from None
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #81d97320
+def _lines(text):
+    "The lines of a text as `csv` counts them: they end with LF, CR LF or CR"
+    return list(io.StringIO(text, newline=''))
+
+
+def _shown(text):
+    "A text as a message of one line can quote it"
+    start = text if len(text) <= 60 else f'{text[:57]}...'
+    return ''.join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in start)
+
+
+def _text_of(path):
+    "The text of a file; raises `InputError` where it is not UTF-8"
+    data = _bytes_of(path)
+    mend = "save it as CSV in UTF-8 ('CSV UTF-8' in Excel)"
+    for start, what in OTHER_FILES.items():
+        if data.startswith(start):
+            raise InputError(f'{path} is {what}, not a CSV file: {mend}')
+    if b'\0' in data:
+        raise InputError(f'{path} holds zero bytes, as UTF-16 and files that are no text do: {mend}')
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        before = _lines(data[: e.start].decode() + '.')
+        where = f"{path}, line {len(before)}: the byte 0x{data[e.start]:02x} after '{_shown(before[-1][-11:-1])}'"
+        raise InputError(f'{where} is not UTF-8: {mend}') from None
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #590181a1
+def _split(path, text):
+    "Rows of cells, and the line in which each begins; raises `InputError` for quotation marks that do not fit"
+    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+    rows, starts = [], [1]
+    try:
+        for row in reader:
+            rows.append(tuple(row))  # tuples of texts are left alone by the garbage collector: twice as fast
+            starts.append(reader.line_num + 1)
+    except csv.Error as e:
+        where = f'{path}, line {starts[-1]}: in the row that begins there'
+        if 'expected after' in str(e):
+            raise InputError(f'{where}, text follows a quoted cell: write a quotation mark within it twice') from None
+        raise InputError(f'{where}, a quoted cell has no end: close it with a quotation mark') from None
+    return rows, starts
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #36c709fc
+def _rows_of(path, text):
+    "The rows that are not blank, and the line in which each begins"
+    rows, starts = _split(path, text)
+    blank = {i for i, row in enumerate(rows) if len(row) < 2 and not ''.join(row).strip()}
+    if not blank:
+        return rows, starts[:-1]
+    # an empty cell of a table with one column is written as two quotation marks: that line is not blank
+    lines = _lines(text)
+    filled = [i for i in range(len(rows)) if i not in blank or lines[starts[i + 1] - 2].strip()]
+    return [rows[i] for i in filled], [starts[i] for i in filled]
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #ad2f0e26
+SEPARATORS = {';': 'semicolons', '\t': 'tabs'}
+
+
+def check_separator(
+    path: str | Path,  # of the table, for the message
+    header: Sequence[str],  # its column names
+):
+    "Raise `InputError` for a table whose cells are not separated by commas; for a header that is not as expected"
+    for separator, name in SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise InputError(
+                f'{path} has its cells separated by {name}: separate them by commas'
+                ' (where a spreadsheet writes the file, choose the comma when saving)'
+            )
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #851e2434
+def _check_header(path, line, header, needs):
+    "Every column has a name of its own, and those that are needed are there"
+    missing = [name for name in needs if name not in header]
+    if missing:
+        check_separator(path, header)
+        there = ', '.join(f"'{name}'" if name != name.strip() else _shown(name) for name in header[:8])
+        said = f"{path} has no column {' and no '.join(missing)}: line {line} has {there}"
+        near = [name for name in header if name.strip().casefold() in {name.casefold() for name in missing}]
+        raise InputError(f"{said}; write '{near[0]}' as asked for" if near else said)
+    for place, name in enumerate(header, 1):
+        if not name.strip():
+            raise InputError(f'{path}, line {line}: column {place} has no name: name it, or remove the column')
+        if name in header[: place - 1]:
+            raise InputError(f"{path}, line {line}: the column '{_shown(name)}' is there twice: rename or remove one")
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #032bc67f
+def _misfit(path, line, row, header):
+    "The error of a row that is longer or shorter than the header"
+    check_separator(path, header)
+    names = ', '.join(map(_shown, header[:8]))
+    count = '1 cell' if len(row) == 1 else f'{len(row)} cells'
+    where = f'{path}, line {line} has {count}, the header has {len(header)} ({names})'
+    if len(row) < len(header):
+        written = _shown(','.join(row))
+        return InputError(f"{where}: write '{written}' in full, with a comma before each empty cell as well")
+    if any(cell.startswith(' "') for cell in row):
+        return InputError(f'{where}: remove the blank before the quotation mark')
+    joined = ','.join(row[len(header) - 1 :]).strip(', ')
+    numbers = ', or separate class numbers by blanks' if re.fullmatch('[0-9, ]+', joined) else ''
+    return InputError(f'{where}: quote a cell that holds a comma, as in "{_shown(joined)}"{numbers}')
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #afb8f3c8
+def _cut(path, rows, starts, header):
+    "The rows without empty cells beyond the header; raises `InputError` for one of another length"
+    width = len(header)
+    if set(map(len, rows)) <= {width}:
+        return rows
+    for line, row in zip(starts, rows, strict=True):
+        if len(row) < width or any(cell.strip() for cell in row[width:]):
+            raise _misfit(path, line, row, header)
+    return [row[:width] for row in rows]
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #49e6553e
 def read_table(
     path: str | Path,  # a CSV file
     needs: Sequence[str] = (),  # columns that must be there
-) -> pd.DataFrame:  # all cells are strings; the index holds the line of the file where each row stands
+    filled: bool = False,  # refuse a table without rows
+) -> pd.DataFrame:  # all cells are strings; the index holds the line of the file where each row begins
     "Read a table; raises `InputError` naming the file, and the line of a mistake"
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except pd.errors.EmptyDataError:
-        raise InputError(f'{path} is empty: it needs the columns {" and ".join(needs)}') from None
-    except (UnicodeDecodeError, pd.errors.ParserError) as e:
-        raise InputError(f'{path} is not a CSV file: {e}') from None
-    missing = [name for name in needs if name not in table]
-    if missing:
-        raise InputError(f"{path} has no column {' and no '.join(missing)}: it has {', '.join(table.columns)}")
-    return table.set_axis(range(2, len(table) + 2), axis=0)
+    rows, starts = _rows_of(path, _text_of(path))
+    if not rows:
+        names = f'needs the columns {" and ".join(needs)}' if needs else 'needs a line of column names'
+        raise InputError(f'{path} is empty: it {names}')
+    header = rows[0]
+    while len(header) > 1 and not header[-1].strip():
+        header = header[:-1]
+    _check_header(path, starts[0], header, needs)
+    if filled and len(rows) == 1:
+        raise InputError(f'{path} has a header but no row')
+    cells = _cut(path, rows[1:], starts[1:], header)
+    return pd.DataFrame(cells, columns=header, index=pd.Index(starts[1:], dtype=int), dtype=str)
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #7fc1a47a
+def with_numbers(
+    table: pd.DataFrame,  # of `read_table`
+    path: str | Path,  # its file, for the message
+    columns: Sequence[str],  # the columns that hold numbers
+) -> pd.DataFrame:  # those as integers, or as floats with NaN for empty cells
+    "Columns of texts as numbers; raises `InputError` naming the line of what is none"
+    numbers = {}
+    for name in columns:
+        cells = table[name].str.strip()
+        numbers[name] = pd.to_numeric(cells.where(cells != ''), errors='coerce')
+        wrong = table.index[numbers[name].isna() & (cells != '')]
+        if len(wrong):
+            raise InputError(f"{path}, line {wrong[0]}: {name} is '{_shown(table[name][wrong[0]])}', not a number")
+    return table.assign(**numbers)
+
+# %% ../../../nbs/04_data/00_readers/00_tables.ipynb #01a3d964
+def _csv_of(table, float_format):
+    "A table as CSV text"
+
+    def written(quoting):
+        return table.to_csv(index=False, lineterminator='\n', float_format=float_format, quoting=quoting)
+
+    text = written(csv.QUOTE_MINIMAL)
+    alone = len(table.columns) == 1 and not all(line.strip() for line in text[:-1].split('\n'))
+    if '\r' in text or alone or text.startswith('\ufeff'):
+        return written(csv.QUOTE_ALL)
+    return text
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #c97a7b3b
 def write_table(
-    table: pd.DataFrame,  # its index is not written
+    table: pd.DataFrame,  # its index is not written, a missing value is an empty cell
     path: str | Path,  # a CSV file
+    float_format: str | None = None,  # of numbers that are not whole, e.g. '%.6f'; all digits unless given
 ):
-    "Write a table atomically, so that `read_table` gives the same texts back"
+    "Write a table atomically, so that `read_table` gives the same texts back; raises `InputError` where it cannot"
+    _check_header(path, 1, [str(name) for name in table], ())
+    text = _csv_of(table, float_format)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as e:
+        shown = ascii(text[max(e.start - 20, 0) : e.end])
+        raise InputError(
+            f'{path} cannot be written, {shown} is not UTF-8: rename the file that it comes from'
+        ) from None
+    if b'\0' in data:
+        raise InputError(f'{path} cannot be written: a cell holds a zero byte')
     with atomic_path(path) as partial:
-        table.to_csv(partial, index=False, lineterminator='\n')
+        partial.write_bytes(data)

@@ -5,9 +5,8 @@
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #b64f11f3
 from __future__ import annotations
 
-import csv
 from functools import lru_cache
-from importlib.resources import files
+from importlib.resources import as_file, files
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -19,6 +18,7 @@ __all__ = ['TRAIN_LINES', 'TEST_LINES', 'class_numbers', 'hpa_sets', 'label_set_
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #f00e7724
 from ...core import InputError, derive_seed, interrupts_kept, rng_for
+from ..readers.tables import read_table
 from .cells import CellLine
 from .organelles import SIMULATED
 from .photographs import check_picture, simulate_cell
@@ -27,12 +27,13 @@ from ...labels import STAINS, Vocabulary
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #bfe5be09
 def class_numbers(
-    classes=None,  # class names or numbers; None for all
+    classes=None,  # class names or numbers, the numbers perhaps as texts; None for all
 ) -> list[int]:  # class numbers, in the order given
     "The numbers of some classes; raises `InputError` for an unknown or repeated one"
     if classes is None:
         return list(range(len(SIMULATED)))
-    numbers = [SIMULATED.number_of(k) for k in classes]
+    classes = [k.strip() if isinstance(k, str) else k for k in classes]
+    numbers = [SIMULATED.number_of(int(k) if isinstance(k, str) and k.isdecimal() else k) for k in classes]
     Vocabulary([SIMULATED.names[k] for k in numbers])  # raises where a class occurs twice
     return numbers
 
@@ -40,8 +41,10 @@ def class_numbers(
 @lru_cache(maxsize=1)
 def hpa_sets() -> dict:  # tuple of class numbers -> number of images
     "The label sets of HPA's training images"
-    with (files('protloc') / 'assets' / 'hpa_label_sets.csv').open() as f:
-        return {tuple(sorted(map(int, row['Target'].split()))): int(row['count']) for row in csv.DictReader(f)}
+    with as_file(files('protloc') / 'assets' / 'hpa_label_sets.csv') as path:
+        table = read_table(path, ['Target', 'count'])
+    targets = (tuple(sorted(map(int, target.split()))) for target in table['Target'])
+    return dict(zip(targets, map(int, table['count']), strict=True))
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #4110002b
 def label_set_probabilities(
