@@ -13,9 +13,9 @@ __all__ = ['app', 'CANNOT_WRITE', 'STOP', 'CONTINUED', 'Version', 'STORE', 'CLAS
            'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit', 'Scorer',
            'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption', 'Synthetic',
            'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit', 'ValSplit',
-           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'Stopped', 'main', 'run', 'presets',
-           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
-           'evaluate', 'thresholds', 'predict', 'export']
+           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'OPTION', 'VALUE', 'Stopped', 'main',
+           'run', 'presets', 'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
+           'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/10_cli.ipynb #123796cb
 import contextlib
@@ -1049,25 +1049,41 @@ def _option_names(command):
     parameters = commands[command].params if command in commands else []
     return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
 
-# %% ../nbs/10_cli.ipynb #977d937d
-def _as_setting(option):
-    "An option of another command as `run` takes it; None where it has no such setting"
+# %% ../nbs/10_cli.ipynb #6adb3d7f
+OPTION = r'(?<![\w-])--[a-z][a-z-]*[a-z]'
+# what may follow an option in a sentence and is its value: in quotes, names with commas, a mask's ending, a way to fit
+VALUE = r"(?: ('[^']*'|\w+(?:,\w+)+|[_.]\w+|crop\b|pad\b|stretch\b))?"
+
+
+def _as_setting(option, value):
+    "An option of another command as `run` takes it; the option itself where it has no such setting"
     from protloc.study.arms import GenerateConfig, PrepareConfig
 
     name = option.removeprefix('--').replace('-', '_')
-    for section, kind in (('data.prepare', PrepareConfig), ('generate', GenerateConfig)):
-        if name in kind.model_fields:
-            return f'--set {section}.{name}'
-    shares = ('train', 'val', 'test')
-    return f'--set data.prepare.fractions.{name}' if name in shares else None
+    shares = {f'fractions.{share}' for share in ('train', 'val', 'test')}
+    for section, names in (
+        ('data.prepare', {*PrepareConfig.model_fields}),
+        ('generate', {*GenerateConfig.model_fields}),
+    ):
+        known = next((known for known in (name, f'fractions.{name}') if known in names | shares), '')
+        if known and value and name in ('match', 'exclude', 'channels'):
+            return f'--set "{section}.{known}=[{value}]"'
+        if known:
+            return f'--set {section}.{known}={value}' if value else f'--set {section}.{known}'
+    return f'{option} {value}'.strip()
 
-# %% ../nbs/10_cli.ipynb #7ed98073
+# %% ../nbs/10_cli.ipynb #0367f22a
 def _fitting(text, command):
     "A sentence whose advice fits a command"
-    foreign = set(re.findall(r'(?<![\w-])--[a-z][a-z-]*[a-z]', text)) - _option_names(command)
+    own = _option_names(command)
+    # whole commands in the sentence have their own options
+    foreign = set(re.findall(OPTION, re.sub('`[^`]*`', '', text))) - own
     if command == 'run':
-        for option in sorted(foreign, key=len, reverse=True):
-            text = re.sub(rf'(?<![\w-]){option}(?![\w-])', _as_setting(option) or option, text)
+
+        def as_setting(found):
+            return found[0] if found[1] in own else _as_setting(found[1], found[2] or '')
+
+        return re.sub(f'({OPTION}){VALUE}', as_setting, text)
     if command == 'predict' and foreign:
         options = ' and '.join(sorted(foreign))
         decides = 'is' if len(foreign) == 1 else 'are'

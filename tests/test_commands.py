@@ -202,11 +202,11 @@ def test_a_study_with_a_teacher_and_the_new_arms(tmp_path):
 
 def test_options_of_prepare_are_noted(protloc, challenge, tmp_path):
     shares = ('--train', 0.5, '--val', 0.25, '--test', 0.25)
-    how = ('--fit', 'pad', '--enlarge', '--mask-ending', '_Mask', *shares)
+    how = ('--fit', 'pad', '--enlarge', '--group-from', r'^(f\d)', *shares)
     code, _, err = protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', 1, *how)
     assert code == 0, err
     made = ImageStore(tmp_path / 'store').manifest['made']
-    assert (made['fit'], made['enlarge'], made['mask_ending']) == ('pad', True, '_Mask')
+    assert (made['fit'], made['enlarge'], made['group_from']) == ('pad', True, r'^(f\d)')
     assert made['fractions'] == dict(train=0.5, val=0.25, test=0.25)
 
 
@@ -215,7 +215,9 @@ def test_options_of_prepare_are_noted(protloc, challenge, tmp_path):
     [
         (('--train', 0.5), '--train, --val and --test: the shares of train, val and test must add up to 1'),
         (('--fit', 'pda'), "'fit' is wrong: Input should be 'crop', 'pad' or 'stretch', got 'pda'"),
-        (('--size', 1000), 'choose a smaller --size or a larger --tile'),
+        (('--size', 1000), 'would have to be enlarged to 1000'),
+        (('--exclude', '*'), 'has no image'),
+        (('--group-from', 'plate'), "--group-from 'plate' is not"),
     ],
 )
 def test_mistakes_of_prepare(protloc, challenge, tmp_path, words, message):
@@ -231,7 +233,7 @@ def test_helps_are_whole_and_name_the_formats(protloc):
     assert max(map(len, whole.splitlines())) <= 80
     for command in ('prepare', 'predict'):
         shown = ' '.join(protloc(command, '--help')[1].split())
-        assert 'Formats: png, jpg, jpeg, tif, tiff' in shown
+        assert 'Formats: png, jpg, ' in shown and ' tif, ' in shown and 'FORMATS' not in shown
 
 
 TINY = [
@@ -252,12 +254,12 @@ def test_a_study_refuses_what_prepare_refuses_and_leaves_the_list_alone(protloc,
     "In its own words: `run` has no --size. The same command with a mend works in the same folder"
     (challenge / 'train' / 'f3_blue.png').write_text('hello')
     run = ('run', 'tiny', '--data', challenge, '--out', tmp_path / 'run', *TINY)
-    code, _, err = protloc(*run, '--set', 'data.prepare.size=1000')
+    code, _, err = protloc(*run, '--set', 'data.prepare={size: 1000}')
     assert code == 2
     sentence = err.strip().splitlines()[-1]
     assert '8 of 8 fields cannot be used' in sentence
-    assert 'choose a smaller --set data.prepare.size or a larger --set data.prepare.tile' in sentence
-    code, _, err = protloc(*run, '--set', 'data.prepare.size=32')
+    assert 'or allow it with --set data.prepare.enlarge)' in sentence
+    code, _, err = protloc(*run, '--set', 'data.prepare={size: 32}')
     assert code == 2
     sentence = err.strip().splitlines()[-1]
     assert '1 of 8 fields cannot be used' in sentence and 'f3_blue.png cannot be decoded' in sentence
@@ -293,11 +295,11 @@ def test_a_study_reads_a_folder_as_prepare_would(protloc, tmp_path):
 
 
 def test_a_run_that_was_begun_before_a_setting_existed_goes_on(tmp_path):
-    config = study_config('tiny', data=tmp_path, overrides=['data.prepare.size=32'])
+    config = study_config('tiny', data=tmp_path, overrides=['data.prepare={size: 32}'])
     run = claim_folder(tmp_path / 'run', config)
     run.real.mkdir()
     noted = read_yaml(run.config)
-    noted['data']['prepare'] = dict(size=32, tile=None, fractions=noted['data']['prepare']['fractions'])
+    noted['data']['prepare'] = dict(size=32, tile=None, fractions=dict(train=0.7, val=0.1, test=0.2))
     run.config.write_text(yaml.safe_dump(noted))
     claim_folder(run.path, config)
     with pytest.raises(InputError, match='data.prepare.fit is crop there and pad now'):

@@ -274,7 +274,7 @@ def test_a_classifier_of_8_bits_refuses_other_depths(protloc, trained, tmp_path)
     assert code == 2 and not out.exists()
     sentence = err.strip().splitlines()[-1]
     assert 'uint16' in sentence and 'f0_red.png' in sentence
-    assert 'export these with 8 bits too, or train on a store prepared with --normalise' in sentence
+    assert sentence.endswith('export these with 8 bits too, or train on a store made by `protloc prepare --normalise`')
     for stain in STAINS:  # one of 16 bits among them
         (byte / 'train' / f'f3_{stain}.png').write_bytes((word / 'train' / f'f3_{stain}.png').read_bytes())
     code, _, err = protloc('predict', model, byte / 'train', out, '--skip-bad')
@@ -314,7 +314,7 @@ def test_every_layout_is_predicted_as_it_is_prepared(protloc, trained, tmp_path)
                 image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
                 Image.fromarray(image).save(folder / name / plate / f'cell {i}.png')
                 ids.append(f'{name}/{plate}/cell {i}')
-    model = trained(folder, '--tile', 32, '--size', 32)
+    model = trained(folder, '--tile', 32, '--group-from', r'(cell \d)$')
     table = predicted_by(protloc, model, folder)
     assert sorted(table.index) == sorted(ids)
     store = ImageStore(tmp_path / 'store of classes')
