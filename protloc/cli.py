@@ -13,9 +13,9 @@ __all__ = ['app', 'CANNOT_WRITE', 'STOP', 'CONTINUED', 'Version', 'STORE', 'CLAS
            'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit', 'Scorer',
            'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption', 'Synthetic',
            'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit', 'ValSplit',
-           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'Stopped', 'main', 'run', 'presets',
-           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
-           'evaluate', 'thresholds', 'predict', 'export']
+           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'OPTION', 'VALUE', 'Stopped', 'main',
+           'run', 'presets', 'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
+           'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/10_cli.ipynb #123796cb
 import contextlib
@@ -149,7 +149,9 @@ def _stop_sentence(command, outputs, started):
         return f'stopped; {" and ".join(map(str, outputs))} had been finished already'
     if command in CONTINUED:
         return f'stopped; nothing is lost; continue with: {command_again()}'
-    what = f'{" and ".join(map(str, missing))} was not written' if outputs else 'nothing was written'
+    what = 'nothing was written'
+    if outputs:
+        what = f'{" and ".join(map(str, missing))} {"was" if len(missing) == 1 else "were"} not written'
     return f'stopped; {what}; run it again with: {command_again()}'
 
 # %% ../nbs/10_cli.ipynb #83fcd45c
@@ -248,15 +250,20 @@ def _usage(name):
     if name not in commands:
         return ''
     arguments = [param.name.upper() for param in commands[name].params if param.param_type_name == 'argument']
-    return f'; the order is `protloc {" ".join([name, *arguments])}`'
+    return f'; the order is `protloc {" ".join([name, *arguments])}`' if len(arguments) > 1 else ''
 
 # %% ../nbs/10_cli.ipynb #65534be7
-def _check_is(wanted, *paths):
-    "Raise `InputError` for a path that is known to be something else than what is wanted; None is let pass"
+def _check_is(
+    wanted,  # STORE, CLASSIFIER ...
+    *paths,  # None is let pass
+    option='',  # that names the path; an argument by its place unless given
+):
+    "Raise `InputError` for a path that is known to be something else than what is wanted"
     for path in paths:
         found = _what_is(path) if path else ''
         if found and found != wanted:
-            raise InputError(f'{path} is {found}, and {wanted} is wanted here{_usage(_command_name())}')
+            wants, order = (option, '') if option else (f'protloc {_command_name()}', _usage(_command_name()))
+            raise InputError(f'{path} is {found}, and {wants} wants {wanted} there{order}')
 
 
 def _check_file(*paths):
@@ -324,8 +331,12 @@ def run(
     from protloc.study.report import write_report
     from protloc.study.runner import run_study
 
+    if Path(preset).is_dir():
+        raise InputError(
+            f'{preset} is a folder: name a preset first (see `protloc presets`), and the folder with --data'
+        )
     if data and _what_is(data) != STORE:
-        _check_is('a folder of images or a store', data)
+        _check_is('a folder of images or a store', data, option='--data')
     overrides = [*(set or []), 'data.prepare.skip_bad=true'] if skip_bad else set or []
     config = study_config(preset, data, overrides)
     folder = RunFolder(out or Path('runs') / Path(preset).stem)
@@ -782,8 +793,10 @@ def generate(
 ):
     "Draw synthetic images into a store, or edit real ones. Run it again to continue; torchrun spreads it over GPUs."
     _check_is(GENERATOR, generator)
-    _check_is(STORE, like)
-    _check_is(CLASSIFIER, classifier)
+    _check_is(STORE, like, option='--like')
+    _check_is(CLASSIFIER, classifier, option='--classifier')
+    if not classifier and (min_fidelity or (best_of or 1) > 1 and not drop_copies):
+        raise InputError('--best-of and --min-fidelity need somebody to judge: name a trained one with --classifier')
     from protloc.study.draw import draw_images
 
     _ends_in(out)
@@ -845,8 +858,10 @@ def train_classifier(
     seed: Seed = 0,
 ):
     "Train a classifier on real images, synthetic ones, or both."
-    _check_is(STORE, store, synthetic)
-    _check_is(CLASSIFIER, out, teacher)
+    _check_is(STORE, store)
+    _check_is(CLASSIFIER, out)
+    _check_is(STORE, synthetic, option='--synthetic')
+    _check_is(CLASSIFIER, teacher, option='--teacher')
     from protloc.classify.train import train_classifier
     from protloc.data.store import ImageStore
     from protloc.study.arms import arm_of, section_config
@@ -910,7 +925,8 @@ def evaluate(
 # %% ../nbs/10_cli.ipynb #93e5ba37
 def _classifiers_and_images(classifier, also, store):
     "Open one or several classifiers, their card, and images that they can read"
-    _check_is(CLASSIFIER, classifier, *(also or []))
+    _check_is(CLASSIFIER, classifier)
+    _check_is(CLASSIFIER, *(also or []), option='--also')
     _check_is(STORE, store)
     from protloc.classify.predict import contrast_note, load_classifiers
     from protloc.data.kind import ImageKind
@@ -989,7 +1005,8 @@ def predict(
     workers: Workers = -1,
 ):
     "Predict the organelles in a folder of images and write the challenge's submission file."
-    _check_is(CLASSIFIER, classifier, *(also or []))
+    _check_is(CLASSIFIER, classifier)
+    _check_is(CLASSIFIER, *(also or []), option='--also')
     _check_is('a folder of images', folder)
     _check_file(out, probabilities)
     from protloc.classify.predict import load_classifiers
@@ -1032,25 +1049,41 @@ def _option_names(command):
     parameters = commands[command].params if command in commands else []
     return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
 
-# %% ../nbs/10_cli.ipynb #977d937d
-def _as_setting(option):
-    "An option of another command as `run` takes it; None where it has no such setting"
+# %% ../nbs/10_cli.ipynb #6adb3d7f
+OPTION = r'(?<![\w-])--[a-z][a-z-]*[a-z]'
+# what may follow an option in a sentence and is its value: in quotes, names with commas, a mask's ending, a way to fit
+VALUE = r"(?: ('[^']*'|\w+(?:,\w+)+|[_.]\w+|crop\b|pad\b|stretch\b))?"
+
+
+def _as_setting(option, value):
+    "An option of another command as `run` takes it; the option itself where it has no such setting"
     from protloc.study.arms import GenerateConfig, PrepareConfig
 
     name = option.removeprefix('--').replace('-', '_')
-    for section, kind in (('data.prepare', PrepareConfig), ('generate', GenerateConfig)):
-        if name in kind.model_fields:
-            return f'--set {section}.{name}'
-    shares = ('train', 'val', 'test')
-    return f'--set data.prepare.fractions.{name}' if name in shares else None
+    shares = {f'fractions.{share}' for share in ('train', 'val', 'test')}
+    for section, names in (
+        ('data.prepare', {*PrepareConfig.model_fields}),
+        ('generate', {*GenerateConfig.model_fields}),
+    ):
+        known = next((known for known in (name, f'fractions.{name}') if known in names | shares), '')
+        if known and value and name in ('match', 'exclude', 'channels'):
+            return f'--set "{section}.{known}=[{value}]"'
+        if known:
+            return f'--set {section}.{known}={value}' if value else f'--set {section}.{known}'
+    return f'{option} {value}'.strip()
 
-# %% ../nbs/10_cli.ipynb #7ed98073
+# %% ../nbs/10_cli.ipynb #0367f22a
 def _fitting(text, command):
     "A sentence whose advice fits a command"
-    foreign = set(re.findall(r'(?<![\w-])--[a-z][a-z-]*[a-z]', text)) - _option_names(command)
+    own = _option_names(command)
+    # whole commands in the sentence have their own options
+    foreign = set(re.findall(OPTION, re.sub('`[^`]*`', '', text))) - own
     if command == 'run':
-        for option in sorted(foreign, key=len, reverse=True):
-            text = re.sub(rf'(?<![\w-]){option}(?![\w-])', _as_setting(option) or option, text)
+
+        def as_setting(found):
+            return found[0] if found[1] in own else _as_setting(found[1], found[2] or '')
+
+        return re.sub(f'({OPTION}){VALUE}', as_setting, text)
     if command == 'predict' and foreign:
         options = ' and '.join(sorted(foreign))
         decides = 'is' if len(foreign) == 1 else 'are'

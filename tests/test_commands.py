@@ -6,13 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from protloc.classify.export import open_exported
+from protloc.core import InputError, read_yaml
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
-from protloc.study.runner import run_study
+from protloc.study.runner import claim_folder, run_study
 
 QUICK_SETTINGS = ('backbone=resnet10', 'weights=none', 'loop={steps: 4, batch_size: 8, evaluate_every: 2}')
 QUICK = [word for setting in QUICK_SETTINGS for word in ('--set', setting)]
@@ -192,3 +195,170 @@ def test_a_study_with_a_teacher_and_the_new_arms(tmp_path):
     run_study(config, run.path)
     assert all(run.trained(arm.name, 0) for arm in config.arms)
     assert list(run.classifier('soft_labels', 0).glob('teacher-*.npy'))
+
+
+# --- the options of `prepare`, and the same as settings of a study
+
+
+def test_options_of_prepare_are_noted(protloc, challenge, tmp_path):
+    shares = ('--train', 0.5, '--val', 0.25, '--test', 0.25)
+    how = ('--fit', 'pad', '--enlarge', '--group-from', r'^(f\d)', *shares)
+    code, _, err = protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', 1, *how)
+    assert code == 0, err
+    made = ImageStore(tmp_path / 'store').manifest['made']
+    assert (made['fit'], made['enlarge'], made['group_from']) == ('pad', True, r'^(f\d)')
+    assert made['fractions'] == dict(train=0.5, val=0.25, test=0.25)
+
+
+@pytest.mark.parametrize(
+    'words,message',
+    [
+        (('--train', 0.5), '--train, --val and --test: the shares of train, val and test must add up to 1'),
+        (('--fit', 'pda'), "'fit' is wrong: Input should be 'crop', 'pad' or 'stretch', got 'pda'"),
+        (('--size', 1000), 'would have to be enlarged to 1000'),
+        (('--exclude', '*'), 'has no image'),
+        (('--group-from', 'plate'), "--group-from 'plate' is not"),
+    ],
+)
+def test_mistakes_of_prepare(protloc, challenge, tmp_path, words, message):
+    code, _, err = protloc('prepare', challenge, tmp_path / 'store', '--workers', 1, *words)
+    assert code == 2
+    assert message in err.strip().splitlines()[-1]
+    assert not (tmp_path / 'store').exists()
+
+
+def test_helps_are_whole_and_name_the_formats(protloc):
+    whole = protloc('--help')[1]
+    assert '...' not in whole.replace('[ARGS]...', '')
+    assert max(map(len, whole.splitlines())) <= 80
+    for command in ('prepare', 'predict'):
+        shown = ' '.join(protloc(command, '--help')[1].split())
+        assert 'Formats: png, jpg, ' in shown and ' tif, ' in shown and 'FORMATS' not in shown
+
+
+TINY = [
+    '--set',
+    'generator={unet: {widths: [8, 16]}, loop: {steps: 2, batch_size: 4}}',
+    '--set',
+    'generate={images: 4, num_inference_steps: 2}',
+    '--set',
+    'classifier={backbone: resnet10, loop: {steps: 2, batch_size: 4}}',
+    '--set',
+    'arms=[real, concat]',
+    '--set',
+    'seeds=1',
+]
+
+
+def test_a_study_refuses_what_prepare_refuses_and_leaves_the_list_alone(protloc, challenge, tmp_path):
+    "In its own words: `run` has no --size. The same command with a mend works in the same folder"
+    (challenge / 'train' / 'f3_blue.png').write_text('hello')
+    run = ('run', 'tiny', '--data', challenge, '--out', tmp_path / 'run', *TINY)
+    code, _, err = protloc(*run, '--set', 'data.prepare={size: 1000}')
+    assert code == 2
+    sentence = err.strip().splitlines()[-1]
+    assert '8 of 8 fields cannot be used' in sentence
+    assert 'or allow it with --set data.prepare.enlarge)' in sentence
+    code, _, err = protloc(*run, '--set', 'data.prepare={size: 32}')
+    assert code == 2
+    sentence = err.strip().splitlines()[-1]
+    assert '1 of 8 fields cannot be used' in sentence and 'f3_blue.png cannot be decoded' in sentence
+    assert sentence.endswith('leave them out with --skip-bad')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['challenge', 'run.bad.csv']
+    code, _, err = protloc(*run, '--set', 'data.prepare.chanels=[a]')
+    assert code == 2
+    assert "there is no setting 'data.prepare.chanels': did you mean 'channels'?" in err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_study_reads_a_folder_as_prepare_would(protloc, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ('Golgi apparatus', 'Nucleoli'):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        for i in range(8):
+            for channel in ('dapi', 'gfp'):
+                plane = rng.integers(0, 256, (40, 48), dtype=np.uint8)
+                Image.fromarray(plane).save(tmp_path / 'images' / name / f'cell{i}_{channel}.png')
+    Image.fromarray(plane).convert('RGBA').save(tmp_path / 'images' / name / 'cell5_gfp.png')
+    how = ('--set', 'data.prepare={size: 32, channels: [gfp, dapi], normalise: true}')
+    code, _, err = protloc(
+        'run', 'tiny', '--data', tmp_path / 'images', '--out', tmp_path / 'run', *TINY, *how, '--skip-bad'
+    )
+    assert code == 0, err
+    run = RunFolder(tmp_path / 'run')
+    real = run.open_real()
+    assert (real.channels, len(real)) == (('gfp', 'dapi'), 15)
+    assert real.manifest['made']['normalise'] is True and real.manifest['made']['bad_left_out'] == 1
+    assert run.read_settings()['data']['prepare']['skip_bad'] is True
+    assert len(pd.read_csv(tmp_path / 'run.bad.csv')) == 1
+
+
+def test_a_run_that_was_begun_before_a_setting_existed_goes_on(tmp_path):
+    config = study_config('tiny', data=tmp_path, overrides=['data.prepare={size: 32}'])
+    run = claim_folder(tmp_path / 'run', config)
+    run.real.mkdir()
+    noted = read_yaml(run.config)
+    noted['data']['prepare'] = dict(size=32, tile=None, fractions=dict(train=0.7, val=0.1, test=0.2))
+    run.config.write_text(yaml.safe_dump(noted))
+    claim_folder(run.path, config)
+    with pytest.raises(InputError, match='data.prepare.fit is crop there and pad now'):
+        claim_folder(run.path, study_config('tiny', tmp_path, ['data.prepare={size: 32, fit: pad}']))
+
+
+# --- the usual mistakes
+
+
+@pytest.mark.parametrize(
+    'words,message',
+    [
+        (('evaluate', '{cells}', '{tmp}'), 'the order is `protloc evaluate CLASSIFIER STORE`'),
+        (('info', '{model}'), 'is a trained classifier, and protloc info wants a store of images there'),
+        (('train-generator', '{tmp}/new', '{cells}'), 'the order is `protloc train-generator STORE OUT`'),
+        (('train-classifier', '{cells}', '{cells}'), 'wants a trained classifier there'),
+        (('prepare', '{cells}', '{tmp}/new'), 'is a store of images, and protloc prepare wants a folder of images'),
+        (('prepare', '{model}/classifier.json', '{tmp}/new'), 'is a file, and protloc prepare wants a folder'),
+        (('predict', '{model}', '{cells}', '{tmp}/p.csv'), 'the order is `protloc predict CLASSIFIER FOLDER OUT`'),
+        (('predict', '{model}', '{tmp}', '{tmp}'), 'is a folder: name the file to write'),
+        (('export', '{model}', '{tmp}'), 'is a folder: name the file to write'),
+        (('run', '{cells}'), 'is a folder: name a preset first (see `protloc presets`), and the folder with --data'),
+        (('run', 'tiny', '--data', '{model}'), 'and --data wants a folder of images or a store there'),
+        (('train-classifier', '{cells}', '{tmp}/c', '--synthetic', '{model}'), 'and --synthetic wants a store'),
+        (('generate', '{tmp}', '{tmp}/g', '--like', '{model}'), 'and --like wants a store of images there'),
+        (('generate', '{tmp}', '{tmp}/g', '--like', '{cells}', '--classifier', '{cells}'), '--classifier wants'),
+        (('generate', '{tmp}', '{tmp}/g', '--like', '{cells}', '--best-of', 2), 'name a trained one with --classifier'),
+        (('generate', '{tmp}', '{tmp}/g', '--like', '{cells}', '--steps', 2), 'it is called --num-inference-steps'),
+        (('evaluate', '{model}', '{cells}', '--part=val'), 'it is called --split'),
+    ],
+)
+def test_one_thing_for_another(protloc, cells, tmp_path, words, message):
+    model = tmp_path / 'a model'
+    model.mkdir()
+    (model / 'classifier.json').write_text('{}')
+    words = [str(word).format(cells=cells[0], model=model, tmp=tmp_path) for word in words]
+    code, _, err = protloc(*words)
+    assert code == 2
+    assert message in err
+    assert err.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['a model']
+
+
+def test_refusals_name_the_folder_and_a_mend(protloc, cells, challenge, tmp_path):
+    assert protloc('prepare', challenge, tmp_path / 'fields', '--size', 32, '--workers', 1)[0] == 0
+    assert protloc('train-classifier', tmp_path / 'fields', tmp_path / 'model', *QUICK)[0] == 0
+    train = ('train-classifier', cells[0], tmp_path / 'c', *QUICK)
+    for words, message in (
+        (('--strategy', 'concat', '--synthetic', tmp_path / 'fields'), 'such as `protloc generate` makes'),
+        (
+            ('--strategy', 'soft_labels', '--synthetic', cells[1], '--teacher', tmp_path / 'model'),
+            'choose a --teacher that was trained on images like these',
+        ),
+        (('--strategy', 'soft_labels', '--synthetic', cells[1]), 'trained on real images with --teacher'),
+    ):
+        code, _, err = protloc(*train, *words)
+        assert code == 2
+        sentence = err.strip().splitlines()[-1]
+        assert message in sentence
+        assert '--teacher' not in words or str(tmp_path / 'model') in sentence
+        assert tmp_path / 'fields' not in words or str(tmp_path / 'fields') in sentence
+        assert not (tmp_path / 'c').exists()

@@ -14,6 +14,7 @@ from protloc.classify import export
 from protloc.classify.backbone import Classifier, with_aux_bn
 from protloc.classify.export import export_classifier, open_exported
 from protloc.classify.predict import (
+    contrast_note,
     load_classifier,
     load_classifiers,
     map_batches,
@@ -211,6 +212,118 @@ def test_guard(cells, tmp_path, what, other):
     cells.kind.must_match(ImageKind.of(card, 'the classifier'))
     with pytest.raises(InputError, match=f'has {what} .*, the classifier has .*: prepare the images again'):
         cells.kind.must_match(ImageKind.of({**card, what: other}, 'the classifier'), mend='prepare the images again')
+
+
+# --- new images in other forms than the training images: read alike, or refused
+
+
+def fields_of_depth(folder, how, n=6, size=64, kind='png'):
+    "Fields of four stains, the same pixels in every form: 8 bits, 16 bits (times 257), or 16 bits that hold 0 to 255"
+    rng = np.random.default_rng(0)
+    (folder / 'train').mkdir(parents=True)
+    for i in range(n):
+        for stain in STAINS:
+            plane = rng.integers(10 * i, 120 + 20 * i, (size, size)).astype(np.uint8)
+            plane = dict(byte=plane, word=plane.astype(np.uint16) * 257, narrow=plane.astype(np.uint16))[how]
+            Image.fromarray(plane).save(folder / 'train' / f'f{i}_{stain}.{kind}')
+    (folder / 'train.csv').write_text('Id,Target\n' + ''.join(f'f{i},{i % 3}\n' for i in range(n)))
+    return folder
+
+
+@pytest.fixture
+def trained(protloc, tmp_path):
+    "trained(fields, *options) -> the folder of a classifier of these fields"
+
+    def train(fields, *options):
+        store, model = fields.parent / f'store of {fields.name}', fields.parent / f'model of {fields.name}'
+        assert protloc('prepare', fields, store, '--size', 32, '--workers', 1, *options)[0] == 0
+        quick = ('--set', 'loop={steps: 2, batch_size: 4}', '--set', 'backbone=resnet10')
+        assert protloc('train-classifier', store, model, *quick)[0] == 0
+        return model
+
+    return train
+
+
+def predicted_by(protloc, model, folder, *options):
+    "The probabilities that `predict` writes, by Id"
+    table = model.parent / 'p.csv'
+    code, _, err = protloc('predict', model, folder, model.parent / 'out.csv', '--probabilities', table, *options)
+    assert code == 0, err
+    return pd.read_csv(table, index_col='Id')
+
+
+@pytest.mark.slow
+def test_a_classifier_of_16_bits_gives_the_same_pixels_of_any_depth_the_same_answer(protloc, trained, tmp_path):
+    folders = {how: fields_of_depth(tmp_path / how, how) for how in ('byte', 'word', 'narrow')}
+    for how, options in (('word', ()), ('byte', ('--normalise',))):
+        model = trained(folders[how], *options)
+        answers = [predicted_by(protloc, model, folder / 'train') for folder in folders.values()]
+        assert len(answers[0]) == 6 and answers[0].to_numpy().std(0).max() > 1e-4
+        for other in answers[1:]:
+            assert list(other.index) == list(answers[0].index)
+            assert other.to_numpy() == pytest.approx(answers[0].to_numpy(), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_classifier_of_8_bits_refuses_other_depths(protloc, trained, tmp_path):
+    byte, word = (fields_of_depth(tmp_path / how, how) for how in ('byte', 'word'))
+    model = trained(byte)
+    assert json.loads((model / 'classifier.json').read_text())['depths'] == ['uint8']
+    out = tmp_path / 'new.csv'
+    code, _, err = protloc('predict', model, word / 'train', out)
+    assert code == 2 and not out.exists()
+    sentence = err.strip().splitlines()[-1]
+    assert 'uint16' in sentence and 'f0_red.png' in sentence
+    assert sentence.endswith('export these with 8 bits too, or train on a store made by `protloc prepare --normalise`')
+    for stain in STAINS:  # one of 16 bits among them
+        (byte / 'train' / f'f3_{stain}.png').write_bytes((word / 'train' / f'f3_{stain}.png').read_bytes())
+    code, _, err = protloc('predict', model, byte / 'train', out, '--skip-bad')
+    assert code == 0
+    assert f'1 of 6 fields get no row, see {out}.bad.csv' in err
+    assert pd.read_csv(out).Id.tolist() == ['f0', 'f1', 'f2', 'f4', 'f5']
+    assert pd.read_csv(f'{out}.bad.csv').Id.tolist() == ['f3']
+    card = json.loads((model / 'classifier.json').read_text())
+    del card['depths']  # as it was written before depths were noted: any depth, each read as `prepare` would
+    (model / 'classifier.json').write_text(json.dumps(card))
+    assert len(predicted_by(protloc, model, word / 'train')) == 6
+
+
+@pytest.mark.slow
+def test_scores_on_another_contrast_are_worth_a_word(protloc, trained, tmp_path):
+    byte, word = (fields_of_depth(tmp_path / how, how) for how in ('byte', 'word'))
+    of_bytes, of_words = trained(byte), trained(word)
+    code, _, err = protloc('evaluate', of_bytes, tmp_path / 'store of word', '--split', '')
+    assert code == 0
+    assert 'stretched by their percentiles, those that the classifier was trained on were used as they are' in err
+    for model, store in ((of_bytes, 'byte'), (of_words, 'word')):
+        assert 'Note' not in protloc('evaluate', model, tmp_path / f'store of {store}', '--split', '')[2]
+    simulated = simulate_store(tmp_path / 'cells', dict(train=5), classes=NAMES)
+    assert contrast_note(load_classifier(of_words)[1], simulated) == ''
+
+
+@pytest.mark.slow
+def test_every_layout_is_predicted_as_it_is_prepared(protloc, trained, tmp_path):
+    "A folder per class with plates in it, one file for each image: a row for every image, by its path"
+    rng = np.random.default_rng(0)
+    folder = tmp_path / 'classes'
+    ids = []
+    for name in ('Golgi', 'Cytosol'):
+        for plate in ('p1', 'p2'):
+            (folder / name / plate).mkdir(parents=True)
+            for i in range(3):
+                image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / name / plate / f'cell {i}.png')
+                ids.append(f'{name}/{plate}/cell {i}')
+    model = trained(folder, '--tile', 32, '--group-from', r'(cell \d)$')
+    table = predicted_by(protloc, model, folder)
+    assert sorted(table.index) == sorted(ids)
+    store = ImageStore(tmp_path / 'store of classes')
+    tiles = pd.DataFrame(probabilities(load_classifier(model)[0], store, store.rows()))
+    expected = tiles.groupby(store.table.id.str.replace(r'_y\d+x\d+$', '', regex=True).values).mean()
+    assert table.loc[expected.index].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
+    some = predicted_by(protloc, model, folder, '--match', '*/p1/*', '--exclude', '*cell 2*')
+    assert sorted(some.index) == sorted(id for id in ids if '/p1/' in id and 'cell 2' not in id)
+    assert some.to_numpy() == pytest.approx(table.loc[some.index].to_numpy(), abs=1e-5)
 
 
 @pytest.fixture

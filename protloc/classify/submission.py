@@ -43,7 +43,7 @@ def _depth_explained(depths):
             raise
         raise InputError(
             f'{error}; the classifier was trained on 8-bit images as they are: export these with 8 bits too,'
-            ' or train on a store prepared with --normalise'
+            ' or train on a store made by `protloc prepare --normalise`'
         ) from None
 
 # %% ../../nbs/07_classify/05_submission.ipynb #e6c4a69f

@@ -31,6 +31,7 @@ from protloc.core import (
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
+from ..data.split import Fractions
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
@@ -58,9 +59,12 @@ def check_folder(run: RunFolder):
 def _as_meant(settings):
     "A run's settings as they are read today: of `data.prepare`, what an older version did not know had its default"
     data = settings.get('data')
-    if not isinstance(data, dict) or not isinstance(data.get('prepare'), dict):
+    noted = data.get('prepare') if isinstance(data, dict) else None
+    if not isinstance(noted, dict) or 'fit' in noted:
         return settings
-    prepare = {**PrepareConfig().model_dump(mode='json'), **data['prepare']}
+    if noted.get('fractions') == Fractions().model_dump():  # noted where nobody had asked for any
+        noted = {**noted, 'fractions': None}
+    prepare = {**PrepareConfig().model_dump(mode='json'), **noted}
     return {**settings, 'data': {**data, 'prepare': prepare}}
 
 # %% ../../nbs/09_study/03_runner.ipynb #822c7a07
