@@ -185,6 +185,13 @@ def interrupts_kept():
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
+    import multiprocessing.resource_tracker
+
+    from joblib.externals.loky.backend import resource_tracker as loky_resource_tracker
+
+    # these two start with the first helping process, and would unblock what is blocked here
+    multiprocessing.resource_tracker.ensure_running()
+    loky_resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
