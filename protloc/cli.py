@@ -796,7 +796,8 @@ def generate(
     _check_is(STORE, like, option='--like')
     _check_is(CLASSIFIER, classifier, option='--classifier')
     if not classifier and (min_fidelity or (best_of or 1) > 1 and not drop_copies):
-        raise InputError('--best-of and --min-fidelity need somebody to judge: name a trained one with --classifier')
+        option = '--min-fidelity' if min_fidelity else '--best-of'
+        raise InputError(f'{option} needs a classifier that scores the images: name a trained one with --classifier')
     from protloc.study.draw import draw_images
 
     _ends_in(out)

@@ -545,7 +545,7 @@ def test_command_line(protloc, real, drawn, tmp_path):
         (['--min-fidelity', 0.5], 'needs a classifier'),
         (['--plan', 'equal'], "there is no plan 'equal'"),
         (['--edit', 0], "'strength' is wrong"),
-        (['--best-of', 2], 'best_of 2 needs'),
+        (['--best-of', 2], '--best-of needs a classifier'),
     ):
         code, _, err = protloc('generate', folder, tmp_path / 'bad', *options, *words)
         assert code == 2 and message in err and err.splitlines()[-1].startswith('protloc: '), err
