@@ -26,12 +26,6 @@ from ..labels import Vocabulary
 # %% auto #0
 __all__ = ['predict_folder', 'submission', 'check_table', 'write_probabilities']
 
-# %% ../../nbs/07_classify/05_submission.ipynb #46eb8574
-def _fields_of(store, tile):
-    "The field that each image of a store comes from: its id, without the place of a tile"
-    ids = store.table.id
-    return ids.str.replace(r'_y\d+x\d+$', '', regex=True) if tile else ids
-
 # %% ../../nbs/07_classify/05_submission.ipynb #3b9ee265
 @contextlib.contextmanager
 def _depth_explained(depths):
@@ -75,8 +69,7 @@ def predict_folder(
         )
         predicted = probabilities(classifiers, store, store.rows(), progress='predict', tta=tta)
         tiles = pd.DataFrame(predicted, columns=card['classes'])
-        fields = _fields_of(store, reading['tile']).to_numpy()
-        predicted = tiles.groupby(fields, sort=False).mean().rename_axis('Id')
+        predicted = tiles.groupby(store.table.group.to_numpy(), sort=False).mean().rename_axis('Id')
     left_out = store.manifest['made']['bad_left_out']
     if left_out:
         print(f'{left_out} of {left_out + len(predicted)} fields get no row, see {bad_list}', file=sys.stderr)

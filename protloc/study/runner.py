@@ -31,7 +31,7 @@ from protloc.core import (
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
-from ..data.split import Fractions
+from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
@@ -103,11 +103,17 @@ def check_images(config: StudyConfig):
     if given is None and config.data.simulate is None:
         raise InputError('this preset wants your images: name a folder or a store with --data')
     if given and is_store(given):
-        for split in ('train', 'val', 'test'):
+        for split in SPLITS:
             ImageStore(given).rows(split)
     elif given:
         how = config.data.prepare
-        labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
+        fields = labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
+        own = {*fields.table.Split} - {''}
+        if own and own < {*SPLITS} and not how.fractions:
+            raise InputError(
+                f'{given} brings its own splits, {" and ".join(sorted(own))}, and a study needs train, val and test: add'
+                ' the missing folder, or prepare a store and share it out with `protloc split`'
+            )
 
 # %% ../../nbs/09_study/03_runner.ipynb #f04cf111
 def is_store(
