@@ -338,6 +338,8 @@ def run(
     if data and _what_is(data) != STORE:
         _check_is('a folder of images or a store', data, option='--data')
     overrides = [*(set or []), 'data.prepare.skip_bad=true'] if skip_bad else set or []
+    if data and _what_is(data) == STORE and any(text.startswith('data.prepare') for text in overrides):
+        raise InputError(f'{data} is a store, its images are read as they are: leave out --skip-bad and data.prepare')
     config = study_config(preset, data, overrides)
     folder = RunFolder(out or Path('runs') / Path(preset).stem)
     finished = folder.report.exists()
@@ -1062,11 +1064,10 @@ def _as_setting(option, value):
 
     name = option.removeprefix('--').replace('-', '_')
     shares = {f'fractions.{share}' for share in ('train', 'val', 'test')}
-    for section, names in (
-        ('data.prepare', {*PrepareConfig.model_fields}),
-        ('generate', {*GenerateConfig.model_fields}),
-    ):
-        known = next((known for known in (name, f'fractions.{name}') if known in names | shares), '')
+    for section, fields in (('data.prepare', PrepareConfig.model_fields), ('generate', GenerateConfig.model_fields)):
+        known = next((known for known in (name, f'fractions.{name}') if known in {*fields} | shares), '')
+        if known in fields and fields[known].annotation is bool:
+            value = 'true'
         if known and value and name in ('match', 'exclude', 'channels'):
             return f'--set "{section}.{known}=[{value}]"'
         if known:

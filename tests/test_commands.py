@@ -258,7 +258,7 @@ def test_a_study_refuses_what_prepare_refuses_and_leaves_the_list_alone(protloc,
     assert code == 2
     sentence = err.strip().splitlines()[-1]
     assert '8 of 8 fields cannot be used' in sentence
-    assert 'or allow it with --set data.prepare.enlarge)' in sentence
+    assert 'or allow it with --set data.prepare.enlarge=true)' in sentence
     code, _, err = protloc(*run, '--set', 'data.prepare={size: 32}')
     assert code == 2
     sentence = err.strip().splitlines()[-1]
@@ -268,6 +268,14 @@ def test_a_study_refuses_what_prepare_refuses_and_leaves_the_list_alone(protloc,
     code, _, err = protloc(*run, '--set', 'data.prepare.chanels=[a]')
     assert code == 2
     assert "there is no setting 'data.prepare.chanels': did you mean 'channels'?" in err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('how', [['--skip-bad'], ['--set', 'data.prepare.size=16'], ['--set', 'data.prepare={}']])
+def test_a_store_is_not_prepared_again(protloc, challenge, tmp_path, how):
+    assert protloc('prepare', challenge, tmp_path / 'store', '--size', 32, '--workers', 1)[0] == 0
+    code, _, err = protloc('run', 'tiny', '--data', tmp_path / 'store', '--out', tmp_path / 'run', *how)
+    assert code == 2 and 'is a store, its images are read as they are: leave out --skip-bad' in err
     assert not (tmp_path / 'run').exists()
 
 

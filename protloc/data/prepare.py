@@ -23,7 +23,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import InputError, lookup, read_config, remove, sha256
+from ..core import InputError, interrupts_kept, lookup, read_config, remove, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
 from .layouts import FolderConfig, labelled_fields, unlabelled_fields
 from .readers.listing import describe_not_read
@@ -65,7 +65,8 @@ def _begin_window(work, items, n):
     # an idle process leaves the pool after 5 s, so none is left over for long
     with joblib.parallel_config('loky', initializer=_end_with, initargs=(os.getpid(),), idle_worker_timeout=5):
         parallel = joblib.Parallel(n, return_as='generator', pre_dispatch='all', batch_size=1)
-        return parallel(joblib.delayed(work)(item) for item in items)
+        with interrupts_kept():
+            return parallel(joblib.delayed(work)(item) for item in items)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #335b685e
 def _results(windows):

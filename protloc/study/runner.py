@@ -111,8 +111,8 @@ def check_images(config: StudyConfig):
         own = {*fields.table.Split} - {''}
         if own and own < {*SPLITS} and not how.fractions:
             raise InputError(
-                f'{given} brings its own splits, {" and ".join(sorted(own))}, and a study needs train, val and test: add'
-                ' the missing folder, or prepare a store and share it out with `protloc split`'
+                f'{given} brings its own splits, {" and ".join(sorted(own))}, and a study needs train, val and test:'
+                ' add the missing folder, or prepare a store and share it out with `protloc split`'
             )
 
 # %% ../../nbs/09_study/03_runner.ipynb #f04cf111
