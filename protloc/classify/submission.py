@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,9 +76,6 @@ def predict_folder(
         tiles = pd.DataFrame(predicted, columns=card['classes'])
         fields = _fields_of(store, reading['tile']).to_numpy()
         predicted = tiles.groupby(fields, sort=False).mean().rename_axis('Id')
-    left_out = store.manifest['made']['bad_left_out']
-    if left_out:
-        print(f'{left_out} of {left_out + len(predicted)} fields get no row, see {bad_list}', file=sys.stderr)
     return predicted
 
 # %% ../../nbs/07_classify/05_submission.ipynb #c77300ca
