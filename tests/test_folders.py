@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protloc.data.layouts import FolderConfig, labelled_fields
+from protloc.core import InputError
+from protloc.data.layouts import FolderConfig, labelled_fields, unlabelled_fields
 from protloc.data.prepare import prepare
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
@@ -583,3 +584,33 @@ def test_train_in_capitals(protloc, challenge, tmp_path):
     (challenge / 'train').rename(challenge / 'Train')
     store, _ = prepared(protloc, challenge, tmp_path / 'store')
     assert len(store) == 8 and store.labels[:, 25].sum() == 8
+
+
+# --- without labels
+
+
+def test_a_table_says_which_images_are_meant(tmp_path):
+    for name in ('train/1', 'test/1', 'test/2', 'test/3'):
+        save(tmp_path / f'{name}.png')
+    (tmp_path / 'some.csv').write_text('image,note\ntest/3.png,x\n2,y\n9,z\n')
+    fields = unlabelled_fields(tmp_path, FolderConfig(labels='some.csv'))
+    assert fields.table.Id.tolist() == ['test/3.png', '2', '9']
+    assert fields.table.Files.tolist() == [('test/3.png',), ('test/2.png',), ()]
+    assert fields.not_read == ('test/1.png', 'train/1.png')
+    for text, sentence in (
+        ('Id\n2\n2\n', 'line 3: the Id is missing'),
+        ('Id\n1\n', "'1' may be"),
+        ('Id\nx\n', 'no image'),
+    ):
+        (tmp_path / 'some.csv').write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            unlabelled_fields(tmp_path, FolderConfig(labels='some.csv'))
+    with pytest.raises(InputError, match='there is no label table'):
+        unlabelled_fields(tmp_path, FolderConfig(labels='none.csv'))
+
+
+@pytest.mark.parametrize('names', [('train', 'test'), ('Train', 'TEST')])
+def test_of_a_challenge_the_test_images_are_meant(tmp_path, names):
+    for place in names:
+        save(tmp_path / place / f'{place}.png')
+    assert unlabelled_fields(tmp_path).table.Id.tolist() == [names[1]]

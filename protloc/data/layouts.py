@@ -560,18 +560,35 @@ def unlabelled_fields(
     listing = list_files(folder, config.match, config.exclude)
     if not listing.images:
         raise InputError(f'{folder} has no images, a reader is there for {", ".join(READERS)}{_but_not_read(listing)}')
-    inside = _asked_folder(listing.images)
+    inside = '' if config.labels else _asked_folder(listing.images)
     images, masks = take_masks([name for name in listing.images if name.startswith(inside)], mask_ending)
-    files = fields_by_name(folder, images, config.channels or STAINS, check=not config.match)
-    ids = [id.removeprefix(inside) for id in files.files]
-    table = pd.DataFrame(dict(Id=ids, Target='', Group=ids, Split='', Files=list(files.files.values())))
-    table['Place'] = list(files.files)
-    return _finished(listing, 'unlabelled', config, HPA, table, files.stacked, masks, mask_ending)
+    channels = config.channels or STAINS
+    files = fields_by_name(folder, images, channels, check=not config.match, strays=bool(config.labels))
+    path = label_table(listing.folder, config.labels) if config.labels else None
+    if path:
+        ids, places = _named(path, files)
+    else:
+        ids, places = [id.removeprefix(inside) for id in files.files], list(files.files)
+    table = pd.DataFrame(
+        dict(Id=ids, Target='', Group=ids, Split='', Files=_files_of(ids, places, files), Place=places)
+    )
+    return _finished(listing, 'unlabelled', config, HPA, table, files.stacked, masks, mask_ending, (), path)
+
+
+def _named(path, files):
+    "What a table calls its images, and the fields that it means"
+    table = read_table(path, filled=True)
+    column = next((name for name in ('Id', 'ID') if name in table), table.columns[0])
+    rows = pd.DataFrame(dict(Id=table[column].str.strip()))
+    repeated = rows.index[rows.Id.duplicated() | (rows.Id == '')]
+    if len(repeated):
+        raise InputError(f"{path}, line {repeated[0]}: the {column} is missing, or occurs twice")
+    return list(rows.Id), _found(path, rows, files)
 
 
 def _asked_folder(names):
-    "'test/' or 'train/' where a challenge's images lie there, '' otherwise"
-    flat = {name.split('/')[0] for name in names if name.count('/') == 1}
-    if all('/' in name for name in names) and flat <= {'train', 'test'} and flat:
-        return 'test/' if 'test' in flat else 'train/'
+    "'test/' or 'train/', in any case, where a challenge's images lie there, '' otherwise"
+    flat = {name.split('/')[0].lower(): name.split('/')[0] for name in names if name.count('/') == 1}
+    if all('/' in name for name in names) and set(flat) <= {'train', 'test'} and flat:
+        return f"{flat.get('test') or flat['train']}/"
     return ''
