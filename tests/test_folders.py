@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protloc.data.layouts import FolderConfig, labelled_fields
+from protloc.core import InputError
+from protloc.data.layouts import FolderConfig, labelled_fields, unlabelled_fields
 from protloc.data.prepare import prepare
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
@@ -151,12 +152,28 @@ def test_patterns_say_what_is_meant(protloc, tmp_path):
     for name in ('a/1_raw.png', 'a/2_raw.png', 'b/1_raw.png', 'b/plate/2_raw.png', 'a/1_view.png', 'b/old/1_raw.png'):
         save(tmp_path / 'in' / name)
     store, err = prepared(
-        protloc, tmp_path / 'in', tmp_path / 'store', '--match', '*_raw.png', '--exclude', 'b/old/*', '--exclude', 'x*'
+        protloc,
+        tmp_path / 'in',
+        tmp_path / 'store',
+        '--match',
+        '*_raw.png',
+        '--exclude',
+        'b/old/*',
+        '--exclude',
+        '1_v*',
     )
     assert list(store.table.id) == ['a/1_raw', 'a/2_raw', 'b/1_raw', 'b/plate/2_raw']
     assert '2 files not read' in err
-    assert store.manifest['made']['match'] == ['*_raw.png'] and store.manifest['made']['exclude'] == ['b/old/*', 'x*']
-    assert 'has no' in refused(protloc, tmp_path / 'in', tmp_path / 'none', '--match', '*_RAW.tif')
+    assert store.manifest['made']['match'] == ['*_raw.png'] and store.manifest['made']['exclude'] == ['b/old/*', '1_v*']
+
+
+@pytest.mark.parametrize('option', ['--match', '--exclude'])
+@pytest.mark.parametrize('pattern', ['*_RAW.png', 'a', 'a/', 'in/a/*', '*_raw.png,*_view.png'])
+def test_a_pattern_that_fits_nothing_is_refused(protloc, tmp_path, option, pattern):
+    for name in ('a/1_raw.png', 'a/2_raw.png', 'b/1_raw.png', 'b/2_view.png'):
+        save(tmp_path / 'in' / name)
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'none', option, pattern)
+    assert f"fits {option} '{pattern}'" in said and 'a/1_raw.png' in said
 
 
 def test_a_tree_of_splits_keeps_them(protloc, tmp_path):
@@ -449,3 +466,196 @@ def test_a_folder_of_ome_zarr(protloc, tmp_path):
     assert store.channels == ('DAPI', 'GFP') and 'not read' not in err
     assert list(store.table.id) == list(planes)
     assert all(np.array_equal(image, planes[id]) for id, image in images_of(store).items())
+
+
+# --- links to folders
+
+
+def test_links_to_folders_are_walked(protloc, tmp_path):
+    pixels = {
+        f'{place}{i}': save(tmp_path / f'{place}{i}.png') for place in ('in/a/', 'in/b/', 'far/') for i in range(3)
+    }
+    (tmp_path / 'in' / 'c').symlink_to(tmp_path / 'in' / 'a')
+    (tmp_path / 'in' / 'd').symlink_to(tmp_path / 'far')
+    (tmp_path / 'in' / 'e').symlink_to(tmp_path / 'far')
+    (tmp_path / 'in' / 'b' / 'round').symlink_to(tmp_path / 'in')
+    store, err = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    both = {'a': ['a', 'c'], 'b': ['b'], 'd': ['d', 'e']}
+    assert labels_of(store) == {f'{place}/{i}': names for place, names in both.items() for i in range(3)}
+    assert np.array_equal(images_of(store)['d/1'][0], pixels['far/1'])
+    assert '6 pictures lie under a second class' in err and 'empty' not in err
+
+
+def test_a_link_to_a_missing_folder_is_named(protloc, tmp_path):
+    for i in range(3):
+        save(tmp_path / 'in' / 'a' / f'{i}.png')
+    (tmp_path / 'in' / 'b').symlink_to('nowhere')
+    assert f'{tmp_path}/in/b is a link that points to nothing' in refused(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert len(prepared(protloc, tmp_path / 'in', tmp_path / 'store', '--exclude', 'b')[0]) == 3
+    (tmp_path / 'in' / 'a' / '1.png').write_text('../../.annex/objects/1.png')
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'bad', '--exclude', 'b')
+    assert 'a/1.png cannot be decoded, it is a link written as text' in said
+
+
+# --- names that are nearly the same
+
+
+@pytest.mark.parametrize(
+    'other', ['golgi k\u00f6rper', 'Golgi ko\u0308rper', ' Golgi k\u00f6rper', 'Golgi k\u00f6rper ']
+)
+@pytest.mark.parametrize('where', ['folders', 'splits', 'columns'])
+def test_nearly_the_same_class_is_refused(protloc, tmp_path, other, where):
+    names = ['Golgi k\u00f6rper', other]
+    places = dict(folders=names, splits=[f'train/{names[0]}', f'test/{names[1]}'], columns=['images'])
+    for place in places[where]:
+        for i in range(3):
+            save(tmp_path / 'in' / place / f'{i}.png')
+    if where == 'columns':
+        table = f'image,{names[0]},{names[1]}\n0,1,0\n1,0,1\n2,1,1\n'
+        (tmp_path / 'in' / 'labels.csv').write_text(table, encoding='utf-8')
+    assert 'differ only in case' in refused(protloc, tmp_path / 'in', tmp_path / 'store')
+
+
+def test_names_of_a_table_that_fit_several_images(protloc, tmp_path):
+    names = ['p1/1', 'p1/2', 'p2/1', 'p1/3', 'k\u00f6rper', 'ko\u0308rper']
+    pixels = {name: save(tmp_path / 'in' / f'{name}.png') for name in names}
+    table = tmp_path / 'in' / 'labels.csv'
+    table.write_text('image,x,y\n2,1,0\np2/1,1,1\n1.png,0,1\n')
+    assert "labels.csv, line 4: Id '1.png' may be p1/1 or p2/1" in refused(protloc, tmp_path / 'in', tmp_path / 'bad')
+    table.write_text('image,x,y\n' + ''.join(f'{name},1,{i % 2}\n' for i, name in enumerate(names)), encoding='utf-8')
+    store, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert all(np.array_equal(image[0], pixels[id]) for id, image in images_of(store).items())
+    assert len(store) == 6 and labels_of(store)['ko\u0308rper'] == ['x', 'y'] != labels_of(store)['k\u00f6rper']
+    table.write_text('image,x,y\nP1/1.png,1,0\n')
+    assert "its first Id is 'P1/1.png', the first image would have the Id 'k" in refused(
+        protloc, tmp_path / 'in', tmp_path / 'bad'
+    )
+
+
+# --- folders that are no classes
+
+
+def test_folders_of_masks_inside_classes(protloc, tmp_path):
+    for name in ('a', 'b'):
+        for i in range(3):
+            save(tmp_path / 'in' / name / f'{i}.png')
+            save(tmp_path / 'in' / name / 'masks' / f'{i}.png')
+    assert "the folder 'a/masks'" in refused(protloc, tmp_path / 'in', tmp_path / 'bad')
+    for name in ('a', 'b'):
+        (tmp_path / 'in' / name / 'masks').rename(tmp_path / 'in' / name / 'cellpose')
+    assert "--exclude 'a/cellpose/*'" in refused(protloc, tmp_path / 'in', tmp_path / 'bad')
+    assert len(prepared(protloc, tmp_path / 'in', tmp_path / 'store', '--exclude', '*/cellpose/*')[0]) == 6
+    assert len(prepared(protloc, tmp_path / 'in', tmp_path / 'all', '--match', '*')[0]) == 12
+
+
+def test_two_masks_of_one_image(protloc, crops, tmp_path):
+    Image.fromarray(noise(32, 24)).save(crops / 'a' / '00001_mask.tif')
+    said = refused(protloc, crops, tmp_path / 'bad', '--mask-ending', '_Mask', '--enlarge')
+    assert 'are both the mask of a/00001' in said
+    said = refused(protloc, crops, tmp_path / 'bad', '--mask-ending', '_Mask', '--exclude', '*[0-9].png', '--enlarge')
+    assert "every image's name ends on '_Mask'" in said
+
+
+def test_the_folder_above_the_classes(protloc, tmp_path):
+    for name in ('data/a', 'data/b', 'data/c'):
+        save(tmp_path / 'in' / name / '0.png')
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert "would be 'data'" in said and f'give {tmp_path}/in/data as the folder' in said
+    assert 'classes: a, b, c' in prepared(protloc, tmp_path / 'in' / 'data', tmp_path / 'store')[1]
+    assert list(prepared(protloc, tmp_path / 'in', tmp_path / 'one', '--match', '*')[0].vocab) == ['data']
+
+
+def test_a_store_within_the_folder_is_no_class(protloc, tmp_path):
+    for i in range(3):
+        save(tmp_path / 'in' / 'a' / f'{i}.png')
+    prepared(protloc, tmp_path / 'in', tmp_path / 'in' / 'store')
+    again, err = prepared(protloc, tmp_path / 'in', tmp_path / 'in' / 'again')
+    assert list(again.vocab) == ['a'] and len(again) == 3 and '3 files not read' in err
+
+
+# --- channels
+
+
+def test_one_missing_channel_does_not_turn_channels_into_images(protloc, tmp_path):
+    for i in range(4):
+        for channel in ('w1DAPI', 'w2GFP')[: 1 if i == 2 else 2]:
+            save(tmp_path / 'in' / 'a' / f'cell{i}_{channel}.tif')
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert '6 of the 7 images' in said and '--channels w1DAPI,w2GFP' in said
+
+
+@pytest.mark.parametrize('path', ['{channel}_cell{i}.tif', '{channel}/cell{i}.tif', 'cell{i}/{channel}.tif'])
+def test_channels_that_stand_elsewhere_than_at_the_end(protloc, tmp_path, path):
+    for i in range(4):
+        for channel in ('DAPI', 'gfp'):
+            save(tmp_path / 'in' / 'a' / path.format(channel=channel, i=i))
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'store', '--channels', 'dapi,gfp')
+    assert 'the channel stands at the beginning' in said and '<name>_DAPI.tif' in said
+
+
+# --- what is left out is said
+
+
+def test_fields_that_are_left_out_are_named(protloc, tmp_path):
+    for name in ('a/1', 'a/2', 'a/3', 'b/1'):
+        save(tmp_path / 'in' / f'{name}.png')
+    save(tmp_path / 'in' / 'a' / '4.png', noise(8, 8))
+    (tmp_path / 'in' / 'b' / '1.png').write_text('x')
+    assert 'in/a/4.png: images of 8 x 8 pixels' in refused(protloc, tmp_path / 'in', tmp_path / 'store')
+    store, err = prepared(protloc, tmp_path / 'in', tmp_path / 'store', '--skip-bad')
+    assert list(store.table.id) == ['a/1', 'a/2', 'a/3']
+    assert '2 of 5 fields are left out' in err and 'in/a/4.png' in err
+    assert "warning: no field of the class 'b' can be used" in err
+
+
+def test_groups_that_lie_in_several_splits(protloc, tmp_path):
+    for split in ('train', 'val', 'test'):
+        for plate in (split, 'p1'):
+            save(tmp_path / 'in' / split / 'a' / plate / f'{split}.png')
+    store, err = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert len(store) == 6 and 'groups with images in several splits' in err and ': p1;' in err
+
+
+def test_too_few_groups_are_named(protloc, tmp_path):
+    for i in range(6):
+        for name in ('a', 'b'):
+            save(tmp_path / 'in' / name / f'plate{i % 2}' / f'{i}.png')
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'store')
+    assert '2 groups (plate0, plate1) cannot be shared out' in said and '--group-from' in said
+    assert len(prepared(protloc, tmp_path / 'in', tmp_path / 'store', '--group-from', r'(\d)')[0]) == 12
+
+
+def test_train_in_capitals(protloc, challenge, tmp_path):
+    (challenge / 'train').rename(challenge / 'Train')
+    store, _ = prepared(protloc, challenge, tmp_path / 'store')
+    assert len(store) == 8 and store.labels[:, 25].sum() == 8
+
+
+# --- without labels
+
+
+def test_a_table_says_which_images_are_meant(tmp_path):
+    for name in ('train/1', 'test/1', 'test/2', 'test/3'):
+        save(tmp_path / f'{name}.png')
+    (tmp_path / 'some.csv').write_text('image,note\ntest/3.png,x\n2,y\n9,z\n')
+    fields = unlabelled_fields(tmp_path, FolderConfig(labels='some.csv'))
+    assert fields.table.Id.tolist() == ['test/3.png', '2', '9']
+    assert fields.table.Files.tolist() == [('test/3.png',), ('test/2.png',), ()]
+    assert fields.not_read == ('test/1.png', 'train/1.png')
+    for text, sentence in (
+        ('Id\n2\n2\n', 'line 3: the Id is missing'),
+        ('Id\n1\n', "'1' may be"),
+        ('Id\nx\n', 'no image'),
+    ):
+        (tmp_path / 'some.csv').write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            unlabelled_fields(tmp_path, FolderConfig(labels='some.csv'))
+    with pytest.raises(InputError, match='there is no label table'):
+        unlabelled_fields(tmp_path, FolderConfig(labels='none.csv'))
+
+
+@pytest.mark.parametrize('names', [('train', 'test'), ('Train', 'TEST')])
+def test_of_a_challenge_the_test_images_are_meant(tmp_path, names):
+    for place in names:
+        save(tmp_path / place / f'{place}.png')
+    assert unlabelled_fields(tmp_path).table.Id.tolist() == [names[1]]

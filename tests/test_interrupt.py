@@ -181,13 +181,11 @@ def test_who_has_interrupts_ignored_goes_on(tmp_path):
 
 AT_WORK = {
     'presets': (('presets',), at(0.4), 'nothing was written'),
-    'simulate': (('simulate', 'out', '--train', 400), seen('simulating'), 'out was not written'),
     'simulate, two processes': (
         ('simulate', 'out', '--train', 2000, '--workers', 2),
         seen('simulating'),
         'out was not written',
     ),
-    'prepare': (('prepare', 'fields', 'out', '--size', 32, '--workers', 1), seen('prepare:'), 'nothing is lost'),
     'prepare, two processes': (
         ('prepare', 'fields', 'out', '--size', 32, '--tile', 80, '--workers', 2),
         seen('prepare:'),
@@ -218,17 +216,6 @@ AT_WORK = {
         'out.csv and p.csv were not written',
     ),
     'export': (('export', 'model', 'out.pt', '--kind', 'torchscript'), at(1.5), 'written'),
-    'run': (('run', 'demo', '--out', 'out', *[w for s in STUDY for w in ('--set', s)]), seen('0/4'), 'nothing is lost'),
-    'run, two processes': (
-        ('run', 'demo', '--out', 'out', '--jobs', 2, *[w for s in STUDY for w in ('--set', s)]),
-        seen('0/4'),
-        'nothing is lost',
-    ),
-    'run, at its report': (
-        ('run', 'demo', '--out', 'out', *[w for s in STUDY for w in ('--set', s)]),
-        seen('report:'),
-        'nothing is lost',
-    ),
 }
 
 
@@ -263,6 +250,23 @@ def test_at_work(base, tmp_path, words, when, what):
 
 
 @pytest.mark.slow
+def test_a_study_at_work_and_at_its_report(base, tmp_path):
+    "Stopped while two processes train, and while the report is made"
+    study = ('run', 'demo', '--out', 'out', *[word for setting in STUDY for word in ('--set', setting)])
+    whole, cut = (room(base, tmp_path / name, 'run') for name in ('whole', 'cut'))
+    done((*PROTLOC, *study), whole)
+    for words, when in (((*study, '--jobs', 2), seen('0/4')), (study, seen('report:'))):
+        sentence = sentence_of(*stopped((*PROTLOC, *words), cut, when))
+        assert sentence.startswith('stopped; nothing is lost; continue with: ')
+        if when('report:', 0):
+            assert not (cut / 'out' / 'report.html').exists()
+    continued(sentence, cut)
+    (cut / 'stderr.txt').unlink()
+    assert results(cut) == results(whole)
+    assert not list(cut.rglob('*partial*'))
+
+
+@pytest.mark.slow
 def test_a_store_that_had_been_finished_is_not_called_unfinished(base, tmp_path):
     "Stopped after its store has its name, `prepare` does not advise to do it again, which would be refused"
     late = (
@@ -284,12 +288,11 @@ def test_a_store_that_had_been_finished_is_not_called_unfinished(base, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_under_torchrun(base, tmp_path, number):
+def test_under_torchrun(base, tmp_path):
     "One of two processes says it, and names the command that starts both"
-    words = ('generate', base / 'generator', 'out', '--like', base / 'cells', '--images', 200, '--batch-size', 4)
+    words = ('generate', base / 'generator', 'out', '--like', base / 'cells', '--images', 100, '--batch-size', 4)
     torchrun = (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '-m', 'protloc')
-    _, err = stopped((*torchrun, *words), tmp_path, seen('8/200'), number)
+    _, err = stopped((*torchrun, *words), tmp_path, seen('8/100'))
     lines = [line for line in err.splitlines() if line.startswith('protloc: ')]
     assert len(lines) == 1, err[-3000:]
     assert lines[0].startswith('protloc: stopped; nothing is lost; continue with: ')

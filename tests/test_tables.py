@@ -77,7 +77,10 @@ def test_any_file_is_a_table_or_one_sentence(content):
 @pytest.mark.parametrize(
     'content,sentence',
     [
-        (b'Id,Target\nf0,5,25\n', 'line 2 has 3 cells, the header has 2 (Id, Target): quote a cell that holds a comma'),
+        (
+            b'Id,Target\nf0,5,25\n',
+            'line 2 has 3 cells, the header has 2 (Id, Target): separate class numbers by blanks',
+        ),
         (b'Id,Target\n\nf0,0\n\nf1,5,25\n', 'line 5 has 3 cells'),
         (b'Id,Target\r\rf0,5,25\r', 'line 3 has 3 cells'),
         (b'Id,Target\n"f\n0",5\nf1,5,25\n', 'line 4 has 3 cells'),
@@ -490,7 +493,7 @@ def test_plans_that_are_read(tmp_path, content, targets):
     [
         (
             'Target\n5,0\n25,0\n',
-            'line 2 has 2 cells, the header has 1 (Target): quote a cell that holds a comma, as in "5,0"',
+            'line 2 has 2 cells, the header has 1 (Target): separate class numbers by blanks (\'5 0\')',
         ),
         ('Target\n5\n\n25,0\n', 'line 4 has 2 cells'),
         ('classes\n5\n', "line 2: there is no class named '5': write 'Nuclear bodies'"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

@@ -61,8 +61,10 @@ def _read_stack(path, channels, own):
     "All channels from one file, in the order of their names if the file has them"
     planes = read_image(path)
     if len(planes) != len(channels):
-        expected = f'{len(channels)} are expected ({", ".join(channels)})'
-        raise InputError(f'{path} has {len(planes)} channels, {expected}')
+        raise InputError(
+            f'{path} has {len(planes)} channels, {len(channels)} are expected ({", ".join(channels)}): export all'
+            ' images with the same channels, or leave out those of another kind with --exclude'
+        )
     stated = channel_names(path)
     names = [name.casefold() for name in stated]
     if not names or len(set(names)) < len(names):
@@ -100,7 +102,7 @@ def read_mask(
             with Image.open(path) as image:
                 mask = np.asarray(image)
     except FileNotFoundError:
-        raise InputError(f'{path} is missing: every field needs its mask') from None
+        raise InputError(f'{path} is missing: every field needs its mask, in the folder of the image') from None
     except Exception as error:
         raise InputError(f'{path} cannot be read as a mask: {" ".join(str(error).split())}') from None
     if mask.ndim != 2:

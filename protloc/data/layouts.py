@@ -18,7 +18,15 @@ import pydantic
 from ..core import Config, InputError, lookup, sha256
 from .kind import brief
 from .readers.images import READERS, channel_names, ending_of, read_image
-from .readers.listing import Listing, describe_not_read, fields_by_name, find_ids, list_files, stem_of
+from protloc.data.readers.listing import (
+    Listing,
+    check_unlike,
+    describe_not_read,
+    fields_by_name,
+    find_ids,
+    list_files,
+    stem_of,
+)
 from .readers.tables import read_table
 from ..labels import HPA, STAINS, Vocabulary
 
@@ -111,12 +119,17 @@ def read_class_columns(
         wrong = table.index[values[name].isna()]
         if len(wrong):
             held = f"column '{name}' holds '{table[name][wrong[0]]}'"
-            raise InputError(f"{path}, line {wrong[0]}: {held}, the column of a class holds 0 or 1")
+            raise InputError(
+                f'{path}, line {wrong[0]}: {held}, the column of a class holds 0 or 1 (a column that is no class must'
+                ' hold neither: write it in other words, or remove it)'
+            )
     if not classes:
         raise InputError(
-            f'{path} has neither the columns Id,Target nor a column of 0 and 1 for each class: it has'
-            f' {", ".join(table.columns)}'
+            f'{path} has neither the columns Id,Target nor a column for each class, it has {", ".join(table.columns)}:'
+            ' give each class a column of its own that holds 1 where an image has it and 0 elsewhere; if the folders'
+            ' are the classes, add --layout classes'
         )
+    check_unlike(f'{path}: the columns', classes)
     vocab = Vocabulary(classes)
     rows = np.stack([values[name] for name in classes], axis=1)
     labels = pd.DataFrame(
@@ -171,9 +184,10 @@ class Fields:
     def __repr__(self):
         endings = '/'.join(sorted({ending_of(files[0]) for files in self.table.Files if files}))
         files = 'in one file each' if self.stacked else f'in files <Id>_<channel>{endings}'
+        classes = '' if self.layout == 'unlabelled' else f'; classes: {brief(list(self.vocab))}'
         return (
             f'{self.folder}: {LAYOUTS[self.layout]}, {len(self.table)} fields of {len(self.channels)} channels'
-            f' ({", ".join(self.channels)}) {files}, {len(self.vocab)} classes'
+            f' ({", ".join(self.channels)}) {files}{classes}'
         )
 
 # %% ../../nbs/04_data/08_layouts.ipynb #da8e7d19
@@ -194,8 +208,8 @@ def find_layout(
         return 'classes'
     raise InputError(
         f'{listing.folder} has no train.csv, no labels.csv and no folder per class: labelled fields need train.csv'
-        ' (Id,Target) and train/<Id>_<stain>.png, a table with one column a class, or <class>/<name>.tif'
-        f'{_but_not_read(listing)}'
+        ' (Id,Target) and train/<Id>_<stain>.png, a table with one column a class (one of another name is given with'
+        f' --labels), or <class>/<name>.tif{_but_not_read(listing)}'
     )
 
 # %% ../../nbs/04_data/08_layouts.ipynb #b84bba2d
@@ -265,6 +279,9 @@ def _class_fields(listing, layout, config, vocab, mask_ending):
             Files=list(files.files.values()),
         )
     )
+    check_unlike(f'{listing.folder}: the class folders', classes)
+    if layout == 'classes' and not config.match:
+        _check_top(listing.folder, table, classes)
     table, notes = join_pictures(listing.folder, table, vocab)
     return _finished(listing, layout, config, vocab, table, files.stacked, masks, mask_ending, notes)
 
@@ -279,19 +296,30 @@ def _check_classes(listing, images, depth):
         inside = [name.split('/') for name in names if name.count('/') > depth]
         return {'/'.join(parts[: depth + 1]) for parts in inside if bool(_split_of('/'.join(parts))) == bool(depth)}
 
-    read = classes_of(images)
-    lost = sorted(classes_of(listing.others) - read - classes_of(listing.excluded))
+    stores = classes_of(name for name in listing.others if name.endswith('/images.npy'))
+    lost = sorted(classes_of(listing.others) - classes_of(images) - classes_of(listing.excluded) - stores)
     if lost:
         files = [name for name in listing.others if name.startswith(f'{lost[0]}/')]
         raise InputError(
             f"no image of the folder '{lost[0]}' is read, its class would vanish ({describe_not_read(files)}): export"
             f" its images as one of {', '.join(READERS)}, or remove the folder if it is no class"
         )
-    masks = sorted(name for name in read if name.rpartition('/')[2].lower() in MASK_FOLDERS)
+    folders = {'/'.join(name.split('/')[:n]) for name in images for n in range(depth + 1, name.count('/') + 1)}
+    masks = sorted(name for name in folders if name.rpartition('/')[2].lower() in MASK_FOLDERS)
     if masks:
         raise InputError(
-            f"the folder '{masks[0]}' in {listing.folder} looks like one of masks, not like a class: leave it out with"
-            f" --exclude '{masks[0]}/*', or rename it"
+            f"the folder '{masks[0]}' in {listing.folder} looks like one of masks, not like one of images: leave it out"
+            f" with --exclude '{masks[0]}/*', or rename it"
+        )
+
+# %% ../../nbs/04_data/08_layouts.ipynb #48b21d86
+def _check_top(folder, table, classes):
+    "Raise `InputError` for a single class that may be the folder of the classes"
+    if len(set(classes)) == 1 and table.Group.nunique() > 1 and not (table.Group == table.Id).any():
+        plates = brief(sorted(set(table.Group)))
+        raise InputError(
+            f"the only class in {folder} would be '{classes[0]}', and its sub-folders ({plates}) would be plates: if"
+            f" they are the classes, give {folder}/{classes[0]} as the folder, otherwise add --match '*'"
         )
 
 # %% ../../nbs/04_data/08_layouts.ipynb #4dc25d79
@@ -303,10 +331,20 @@ def take_masks(
     if not mask_ending:
         return list(names), {}
     is_mask = {name: stem_of(name).casefold().endswith(mask_ending.casefold()) for name in names}
-    masks = {stem_of(name)[: -len(mask_ending)]: name for name in names if is_mask[name]}
-    if not masks:
-        raise InputError(f"no image's name ends on '{mask_ending}': leave out --mask-ending, or name the masks' ending")
-    return [name for name in names if not is_mask[name]], masks
+    images = [name for name in names if not is_mask[name]]
+    if not images or len(images) == len(names):
+        raise InputError(
+            f"{'no' if images else 'every'} image's name ends on '{mask_ending}': leave out --mask-ending, or give as"
+            " --mask-ending what stands in a mask's name behind the image's, without the file's ending, e.g. _Mask"
+        )
+    masks = {}
+    for name in names:
+        id = stem_of(name)[: -len(mask_ending)]
+        if is_mask[name] and masks.setdefault(id, name) != name:
+            raise InputError(
+                f'{masks[id]} and {name} are both the mask of {id}: remove one, or leave it out with --exclude'
+            )
+    return images, masks
 
 # %% ../../nbs/04_data/08_layouts.ipynb #d7f17026
 def join_pictures(
@@ -379,7 +417,7 @@ def _hashes(folder, names):
 def _table_fields(listing, layout, config, vocab, mask_ending):
     "Fields that a label table names"
     path = label_table(listing.folder, config.labels)
-    images = [name for name in listing.images if layout == 'table' or name.startswith('train/')]
+    images = [name for name in listing.images if layout == 'table' or name.lower().startswith('train/')]
     if not images and layout != 'table':
         images = [name for name in listing.images if not _split_of(name)]
     if path is None or not images:
@@ -392,8 +430,7 @@ def _table_fields(listing, layout, config, vocab, mask_ending):
     images, masks = take_masks(images, mask_ending)
     channels = config.channels or STAINS
     files = fields_by_name(listing.folder, images, channels, check=not config.match, strays=True)
-    ids = find_ids(labels.Id, files)
-    _check_found(path, labels, ids)
+    ids = _found(path, labels, files)
     table = labels.assign(Group=labels.Id, Split='', Files=_files_of(labels.Id, ids, files), Place=ids).reset_index(
         drop=True
     )
@@ -423,14 +460,23 @@ def _labels_of(path, layout, config, vocab):
     return read_labels(path, vocab, columns), vocab, []
 
 
-def _check_found(path, labels, ids):
-    "Raise `InputError` where no image is there, or two rows name the same one"
-    if not any(ids):
-        raise InputError(f"no image of {path} is there: its first Id is '{labels.Id.iloc[0]}'")
+def _found(path, labels, files):
+    "The field of each row, '' where none is there; raises `InputError` where rows do not tell them apart, or none fits"
+    found = find_ids(labels.Id, files)
     lines = {}
-    for line, id in zip(labels.index, ids, strict=True):
-        if id and lines.setdefault(id, line) != line:
-            raise InputError(f"{path}, line {line}: Id '{labels.Id[line]}' is the image of line {lines[id]} again")
+    for line, wanted, ids in zip(labels.index, labels.Id, found, strict=True):
+        if len(ids) > 1:
+            raise InputError(
+                f"{path}, line {line}: Id '{wanted}' may be {ids[0]} or {ids[1]}: write the path within the folder"
+            )
+        if ids and lines.setdefault(ids[0], line) != line:
+            raise InputError(f"{path}, line {line}: Id '{wanted}' is the image of line {lines[ids[0]]} again")
+    if not lines:
+        raise InputError(
+            f"no image of {path} is there: its first Id is '{labels.Id.iloc[0]}', the first image would have the Id"
+            f" '{next(iter(files.files))}'; write the Ids so, or remove the table if the folders are the classes"
+        )
+    return [ids[0] if ids else '' for ids in found]
 
 # %% ../../nbs/04_data/08_layouts.ipynb #e84cd650
 def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending, notes=(), path=None):
@@ -476,13 +522,16 @@ def groups_from(
         if len(empty):
             raise InputError(f"{path}, line {empty[0]}: column '{how}' is empty, so the image has no group")
         return list(table[how])
-    columns = f'a column of {path} ({", ".join(table.columns)})' if path else 'a column, there is no label table,'
+    columns = f'a column of {path} ({", ".join(table.columns)})' if path else 'a column (there is no label table)'
     try:
         expression = re.compile(how)
     except re.error as error:
         raise InputError(f"--group-from '{how}' is neither {columns} nor a regular expression: {error}") from None
     if expression.groups != 1:
-        raise InputError(f"--group-from '{how}' is not {columns}; a regular expression needs one (group) in brackets")
+        raise InputError(
+            f"--group-from '{how}' is not {columns}; a regular expression needs one (group) in brackets,"
+            " e.g. '^(plate\\d+)'"
+        )
     found = {id: expression.search(id.rpartition('/')[2]) for id in ids}
     unfit = [id for id, match in found.items() if not match or not match[1]]
     if unfit:
@@ -520,18 +569,35 @@ def unlabelled_fields(
     listing = list_files(folder, config.match, config.exclude)
     if not listing.images:
         raise InputError(f'{folder} has no images, a reader is there for {", ".join(READERS)}{_but_not_read(listing)}')
-    inside = _asked_folder(listing.images)
+    inside = '' if config.labels else _asked_folder(listing.images)
     images, masks = take_masks([name for name in listing.images if name.startswith(inside)], mask_ending)
-    files = fields_by_name(folder, images, config.channels or STAINS, check=not config.match)
-    ids = [id.removeprefix(inside) for id in files.files]
-    table = pd.DataFrame(dict(Id=ids, Target='', Group=ids, Split='', Files=list(files.files.values())))
-    table['Place'] = list(files.files)
-    return _finished(listing, 'unlabelled', config, HPA, table, files.stacked, masks, mask_ending)
+    channels = config.channels or STAINS
+    files = fields_by_name(folder, images, channels, check=not config.match, strays=bool(config.labels))
+    path = label_table(listing.folder, config.labels) if config.labels else None
+    if path:
+        ids, places = _named(path, files)
+    else:
+        ids, places = [id.removeprefix(inside) for id in files.files], list(files.files)
+    table = pd.DataFrame(
+        dict(Id=ids, Target='', Group=ids, Split='', Files=_files_of(ids, places, files), Place=places)
+    )
+    return _finished(listing, 'unlabelled', config, HPA, table, files.stacked, masks, mask_ending, (), path)
+
+
+def _named(path, files):
+    "What a table calls its images, and the fields that it means"
+    table = read_table(path, filled=True)
+    column = next((name for name in ('Id', 'ID') if name in table), table.columns[0])
+    rows = pd.DataFrame(dict(Id=table[column].str.strip()))
+    repeated = rows.index[rows.Id.duplicated() | (rows.Id == '')]
+    if len(repeated):
+        raise InputError(f"{path}, line {repeated[0]}: the {column} is missing, or occurs twice")
+    return list(rows.Id), _found(path, rows, files)
 
 
 def _asked_folder(names):
-    "'test/' or 'train/' where a challenge's images lie there, '' otherwise"
-    flat = {name.split('/')[0] for name in names if name.count('/') == 1}
-    if all('/' in name for name in names) and flat <= {'train', 'test'} and flat:
-        return 'test/' if 'test' in flat else 'train/'
+    "'test/' or 'train/', in any case, where a challenge's images lie there, '' otherwise"
+    flat = {name.split('/')[0].lower(): name.split('/')[0] for name in names if name.count('/') == 1}
+    if all('/' in name for name in names) and set(flat) <= {'train', 'test'} and flat:
+        return f"{flat.get('test') or flat['train']}/"
     return ''

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..core import InputError, interrupts_kept, lookup, read_config, remove, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
+from .kind import brief
 from .layouts import FolderConfig, labelled_fields, unlabelled_fields
 from .readers.listing import describe_not_read
 from .readers.tables import write_table
@@ -108,7 +109,8 @@ def _read_block(job):
             pixels = sha256(b''.join(image.tobytes() for image in images.values()))[:16]
             return images, dict(dropped=dropped, depth=str(field.dtype), pixels=pixels)
         except InputError as e:
-            return {}, dict(bad=str(e))
+            told = not names or any(str(fields.folder / name) in str(e) for name in (*names, mask or names[0]))
+            return {}, dict(bad=str(e) if told else f'{fields.folder / names[0]}: {e}')
 
     return [read(*row) for row in rows]
 
@@ -155,7 +157,16 @@ def _splits_of(fields, fractions, seed):
     labels = np.stack([fields.vocab.encode(target) for target in fields.table.Target])
     own = fields.table.Split.to_numpy()
     if not own.any():
+        _check_groups(fields.table.Group)
         return assign_splits(labels, fields.table.Group, fractions, seed)
+    splits_of_groups = fields.table.groupby('Group', sort=False).Split.nunique()
+    shared = list(splits_of_groups.index[splits_of_groups > 1])
+    if shared:
+        print(
+            f'warning: groups with images in several splits of {fields.folder}: {brief(shared)}; a test may know what'
+            ' was trained on, `protloc split` makes splits of whole groups',
+            file=sys.stderr,
+        )
     missing = [split for split in SPLITS if split not in own]
     if fractions is None:
         for split in missing:
@@ -167,6 +178,17 @@ def _splits_of(fields, fractions, seed):
             ' store other ones afterwards with `protloc split`'
         )
     return _with_val(own, labels, fields.table.Group.to_numpy(), fractions, seed)
+
+
+def _check_groups(groups):
+    "Raise `InputError` where there are fewer groups than splits"
+    names = list(dict.fromkeys(groups))
+    if len(names) < len(SPLITS):
+        raise InputError(
+            f'{len(names)} group{"s"[: len(names) - 1]} ({brief(names)}) cannot be shared out between train, val and'
+            ' test: at least 3 are needed, and what stays together is an image, or a plate (a sub-folder of a class),'
+            ' or what --group-from says'
+        )
 
 
 def _with_val(own, labels, groups, fractions, seed):
@@ -192,7 +214,20 @@ def _list_bad(fields, notes, path, skip_bad) -> int:
             f'{len(bad)} of {len(notes)} fields cannot be used, see {path} (the first: {bad[0][1]});'
             ' mend them, or leave them out with --skip-bad'
         )
+    if bad:
+        print(f'{len(bad)} of {len(notes)} fields are left out, see {path} (the first: {bad[0][1]})', file=sys.stderr)
     return len(bad)
+
+
+def _warn_of_lost(fields, splits, notes):
+    "Say on stderr of which classes and splits no field is left, because none can be used"
+    bad = np.array(['bad' in note for note in notes])
+    for what, columns in (('class', fields.table.Target.str.split()), ('split', pd.Series(splits).str.split())):
+        members = columns.explode().dropna() if bad.any() else pd.Series(dtype=str)
+        left = set(members[~bad[members.index]])
+        for name in sorted(set(members) - left):
+            shown = fields.vocab.names[int(name)] if what == 'class' else name
+            print(f"warning: no field of the {what} '{shown}' can be used: none is in the store", file=sys.stderr)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #9d11ee7c
 def _account(fields, notes, bad) -> dict:
@@ -302,4 +337,5 @@ def prepare(
             raise InputError(f'no tile of {fields.folder} has {least} nuclear pixels: lower --min-foreground')
         writer.made |= _account(fields, notes, bad)
     _warn(fields, notes, config)
+    _warn_of_lost(fields, splits, notes)
     return ImageStore(path)

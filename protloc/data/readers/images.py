@@ -114,6 +114,7 @@ TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 OTHERS = {  # first bytes -> what begins so
     b'version https://git-lfs': 'it is not fetched: run `git lfs pull`',
     b'/annex/objects/': 'it is not fetched: run `git annex get` on it',
+    b'../': 'it is a link written as text, and its target is not fetched: run `git annex get` on it, or copy the image',
     b'GIF8': 'it is a GIF: export it as PNG or TIFF',
     b'RIFF': 'it is a WebP or another RIFF file: export it as PNG or TIFF',
     b'ZISRAWFILE': 'it is a CZI: name it .czi',

@@ -19,7 +19,7 @@ from .images import ending_of
 
 # %% auto #0
 __all__ = ['Listing', 'list_files', 'fits', 'describe_not_read', 'check_pairs', 'stem_of', 'FieldFiles', 'fields_by_name',
-           'same_spelling', 'find_ids']
+           'same_spelling', 'find_ids', 'check_unlike']
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #563edc36
 @dataclass(frozen=True)
@@ -48,8 +48,12 @@ def list_files(
     files, empty = _walk(folder)
     images = [name for name in files if ending_of(name)]
     kept = [name for name in images if (not match or fits(name, match)) and not fits(name, exclude)]
-    _check_links(folder, kept)
     others = set(files) - set(images)
+    # a link without ending may be a folder of images
+    _check_links(
+        folder, kept, [name for name in others if '.' not in name.rpartition('/')[2] and not fits(name, exclude)]
+    )
+    _check_patterns(folder, files, match, exclude)
     excluded = set(images) - set(kept)
     return Listing(folder, tuple(kept), tuple(sorted(others)), tuple(sorted(excluded)), tuple(empty))
 
@@ -62,17 +66,17 @@ def _walk(folder):
 
     files = []
     empty = []
-    seen = set()
+    above = {str(folder): (os.path.realpath(folder),)}  # place -> the real folders that it lies in, and its own
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
         images = [name for name in folders if name.lower().endswith('.zarr')]
+        walked = {name: os.path.realpath(os.path.join(place, name)) for name in folders if name[0] != '.'}
         # a link to a folder above would be walked for ever
-        folders[:] = [] if real in seen else [name for name in folders if name[0] != '.' and name not in images]
-        visible = [name for name in [*names, *images] if name[0] != '.'] if real not in seen else []
-        seen.add(real)
+        folders[:] = [name for name, real in walked.items() if name not in images and real not in above[place]]
+        above |= {os.path.join(place, name): (*above[place], walked[name]) for name in folders}
+        visible = [name for name in [*names, *images] if name[0] != '.']
         below = Path(place).relative_to(folder)
         files += [_as_text(below / name) for name in visible]
-        if not visible and not folders and place != str(folder):
+        if not visible and not walked and place != str(folder):
             empty.append(below.as_posix())
     return sorted(files, key=lambda name: name.split('/')), sorted(empty)
 
@@ -94,15 +98,30 @@ def fits(
     return any(fnmatchcase(name if '/' in pattern else name.rpartition('/')[2], pattern) for pattern in patterns)
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #8b7317ce
-def _check_links(folder, names):
-    "Raise `InputError` for links that point to nothing"
+def _check_links(folder, names, nameless):
+    "Raise `InputError` for links that point to nothing: images, and what may be folders of images"
+    mend = 'fetch them, e.g. with `git annex get .` or `datalad get .`, or leave them out with --exclude'
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
         raise InputError(
             f'{len(lost)} of {len(names)} images are links that point to nothing, they were not fetched (the first:'
-            f' {folder / lost[0]}): fetch them, e.g. with `git annex get .` or `datalad get .`,'
-            ' or leave them out with --exclude'
+            f' {folder / lost[0]}): {mend}'
         )
+    lost = sorted(name for name in nameless if not (folder / name).exists())
+    if lost:
+        raise InputError(f'{folder / lost[0]} is a link that points to nothing, perhaps a folder of images: {mend}')
+
+
+def _check_patterns(folder, files, match, exclude):
+    "Raise `InputError` for a pattern that fits no file"
+    for option, patterns in (('--match', match), ('--exclude', exclude)):
+        for pattern in patterns:
+            if files and not any(fits(name, [pattern]) for name in files):
+                raise InputError(
+                    f"no file in {folder} fits {option} '{pattern}': a pattern is for a file's name ('*_crop.tif') or"
+                    f" for its path within the folder ('Golgi/*'), and the case of letters counts; the first file is"
+                    f' {files[0]}'
+                )
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #52ad2e8f
 def describe_not_read(
@@ -139,7 +158,7 @@ def _pattern(tail, names):
     return f'{where}*{tail}'.removeprefix('/')
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #be890030
-_CHANNEL_WORD = re.compile(r'(.*[^_\-. /])([_\-. ])([a-z]{2,}|(?:w|c|ch|channel)\d{1,2})', re.IGNORECASE)
+_CHANNEL_WORD = re.compile(r'(.*[^_\-. /])([_\-. ])([a-z]{2,}|(?:w|c|ch|channel)\d{1,2}[a-z]*)', re.IGNORECASE)
 _MASK_WORDS = re.compile(r'[a-z][a-z_\-. ]+\d?', re.IGNORECASE)
 
 
@@ -161,6 +180,7 @@ def check_pairs(
                 beside[stem[start:]] += 1
     if beside:
         _refuse_masks(folder, beside)
+    _refuse_twin_folders(folder, there)
     _refuse_unnamed_channels(folder, words, len(stems))
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #8646e448
@@ -174,18 +194,31 @@ def _refuse_masks(folder, beside):
     )
 
 
+def _refuse_twin_folders(folder, stems):
+    "Raise `InputError` for a folder all of whose images have a namesake in the folder above"
+    twins = defaultdict(list)
+    for stem in stems:
+        place, _, name = stem.rpartition('/')
+        outer = place.rpartition('/')[0]
+        twins[place].append(bool(place) and f'{outer}/{name}'.lstrip('/') in stems)
+    for place in sorted(place for place, has_twin in twins.items() if len(has_twin) > 1 and all(has_twin)):
+        raise InputError(
+            f"the images in {folder}/{place} have the names of those in the folder above, as masks have: leave them out"
+            f" with --exclude '{place}/*', or read all as images with --match '*'"
+        )
+
+
 def _refuse_unnamed_channels(folder, words, total):
-    "Raise `InputError` where all names come in the same set of endings"
-    sets = {frozenset(endings) for endings in words.values()}
-    if len(words) < 2 or len(sets) > 1 or len(next(iter(sets))) < 2:
+    "Raise `InputError` where most names come in the same set of endings"
+    sets = Counter(frozenset(endings) for endings in words.values() if len(endings) > 1)
+    endings, count = sets.most_common(1)[0] if sets else ((), 0)
+    images = count * len(endings)
+    if count < 2 or images * 2 <= total:
         return
-    if sum(map(len, words.values())) < total:
-        return
-    endings = sorted(next(iter(sets)))
-    shown = ', '.join(endings[:6])
+    shown = ', '.join(sorted(endings)[:6])
     raise InputError(
-        f'the {total} images in {folder} are {len(words)} names with the endings {shown} each: name the channels with'
-        f" --channels {','.join(endings[:6])}, or read each as an image of its own with --match '*'"
+        f'{images} of the {total} images in {folder} are {count} names with the endings {shown} each: name the channels'
+        f" with --channels {shown.replace(', ', ',')}, or read each as an image of its own with --match '*'"
     )
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #3ba39c74
@@ -227,6 +260,8 @@ def fields_by_name(
     "Side by side where names end on a channel, else stacked; raises `InputError` where names do not tell"
     places = {name: _channel_of(stem_of(name), channels) for name in names}
     if all(position is None for position, _ in places.values()):
+        if check:
+            _refuse_misplaced_channels(folder, names, channels)
         return _stacked(folder, names, check)
     fields = defaultdict(dict)
     for name, (position, id) in places.items():
@@ -245,6 +280,18 @@ def fields_by_name(
         )
     files = {id: _all_channels(id, found, channels) for id, found in fields.items()}
     return FieldFiles(files, False)
+
+# %% ../../../nbs/04_data/00_readers/02_listing.ipynb #b3755c3a
+def _refuse_misplaced_channels(folder, names, channels):
+    "Raise `InputError` where every name, or a folder in its path, begins with one of several channels"
+    words = '|'.join([re.escape(channel) for channel in channels])
+    begin = re.compile(rf'(?:^|/)({words})(?=[_\-. /])', re.IGNORECASE)
+    found = [match[1] for name in names if (match := begin.search(name))]
+    if len(found) == len(names) and len(set(map(str.casefold, found))) > 1:
+        raise InputError(
+            f"the channel stands at the beginning in {folder}/{names[0]}, and is read at the end of a name: rename the"
+            f" images to <name>_{found[0]}{ending_of(names[0])}, or read each as an image of its own with --match '*'"
+        )
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #17e1d11e
 def _all_channels(id, found, channels):
@@ -279,16 +326,34 @@ def same_spelling(
 def find_ids(
     wanted: Sequence[str],  # what a table calls its images
     fields: FieldFiles,
-) -> list[str]:  # the ids of the fields; '' for one that is not there
-    "Fields by path, or by name where that is unique; with or without the ending"
-    ids = {same_spelling(id): id for id in fields.files}
-    by_name = defaultdict(list)
+) -> list[list[str]]:  # the ids of the fields that each may mean: none, one, or several of the same name
+    "Fields by path or by name, with or without the ending"
+    as_written, as_spelt, by_name = (defaultdict(list) for _ in range(3))
     for id in fields.files:
+        as_written[id].append(id)
+        as_spelt[same_spelling(id)].append(id)
         by_name[same_spelling(id.rpartition('/')[2])].append(id)
-    alone = {name: those[0] for name, those in by_name.items() if len(those) == 1}
-    asked = [same_spelling(name.strip().replace('\\', '/').removeprefix('./')) for name in wanted]
-    stems = [stem_of(name) for name in asked]
-    return [
-        next((table[key] for table in (ids, alone) for key in (name, stem) if key in table), '')
-        for name, stem in zip(asked, stems, strict=True)
-    ]
+
+    def meant(name):
+        path = name.replace('\\', '/').removeprefix('./')
+        for table, key in ((as_written, path), (as_spelt, same_spelling(path)), (by_name, same_spelling(path))):
+            if found := table.get(key) or table.get(stem_of(key)):
+                return found
+        return []
+
+    return [meant(name.strip()) for name in wanted]
+
+# %% ../../../nbs/04_data/00_readers/02_listing.ipynb #9027464d
+def check_unlike(
+    where: str,  # what holds the names, for the message
+    names: Iterable[str],
+):
+    "Raise `InputError` for two names that differ only in case, in the spelling of marks, or in blanks around them"
+    known = {}
+    for name in names:
+        other = known.setdefault(same_spelling(name).casefold().strip(), name)
+        if other != name:
+            raise InputError(
+                f'{where} {ascii(other)} and {ascii(name)} differ only in case, in blanks or in how a letter with a'
+                ' mark is written: give them one name, or clearly different ones'
+            )

@@ -140,8 +140,10 @@ def _misfit(path, line, row, header):
     if any(cell.startswith(' "') for cell in row):
         return InputError(f'{where}: remove the blank before the quotation mark')
     joined = ','.join(row[len(header) - 1 :]).strip(', ')
-    numbers = ', or separate class numbers by blanks' if re.fullmatch('[0-9, ]+', joined) else ''
-    return InputError(f'{where}: quote a cell that holds a comma, as in "{_shown(joined)}"{numbers}')
+    if re.fullmatch('[0-9, ]+', joined):
+        apart = _shown(' '.join(joined.replace(',', ' ').split()))
+        return InputError(f"{where}: separate class numbers by blanks ('{apart}'), and write decimals with a point")
+    return InputError(f'{where}: quote a cell that holds a comma, as in "{_shown(joined)}"')
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #afb8f3c8
 def _cut(path, rows, starts, header):
