@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM, torchrun: one sentence, no traceback; the command that it names ends as if nothing had been."""
+"""Ctrl-C, SIGTERM, torchrun: one sentence, no traceback; the command that it names ends as if nothing had been.
+
+A process of its own for each start takes long, so a few commands are stopped, one of each kind of worker;
+`PROTLOC_SIGNALS=1 pytest tests/test_interrupt.py` stops every command.
+"""
 
 import hashlib
 import os
@@ -232,8 +236,15 @@ def room(base, folder, command):
     return folder
 
 
+ALWAYS = ('prepare, two processes', 'train-classifier', 'predict')
+every_command = pytest.mark.skipif('PROTLOC_SIGNALS' not in os.environ, reason='PROTLOC_SIGNALS=1 stops every command')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('words,when,what', AT_WORK.values(), ids=AT_WORK.keys())
+@pytest.mark.parametrize(
+    'words,when,what',
+    [pytest.param(*case, id=name, marks=[] if name in ALWAYS else every_command) for name, case in AT_WORK.items()],
+)
 def test_at_work(base, tmp_path, words, when, what):
     whole, cut = (room(base, tmp_path / name, words[0]) for name in ('whole', 'cut'))
     printed = done((*PROTLOC, *words), whole)
@@ -288,6 +299,7 @@ def test_a_store_that_had_been_finished_is_not_called_unfinished(base, tmp_path)
 
 
 @pytest.mark.slow
+@every_command
 def test_under_torchrun(base, tmp_path):
     "One of two processes says it, and names the command that starts both"
     words = ('generate', base / 'generator', 'out', '--like', base / 'cells', '--images', 100, '--batch-size', 4)

@@ -68,11 +68,7 @@ def predict_folder(
         )
         predicted = probabilities(classifiers, store, store.rows(), progress='predict', tta=tta)
         tiles = pd.DataFrame(predicted, columns=card['classes'])
-        predicted = tiles.groupby(store.table.group.to_numpy(), sort=False).mean().rename_axis('Id')
-    left_out = store.manifest['made']['bad_left_out']
-    if left_out:
-        print(f'{left_out} of {left_out + len(predicted)} fields get no row, see {bad_list}', file=sys.stderr)
-    return predicted
+        return tiles.groupby(store.table.group.to_numpy(), sort=False).mean().rename_axis('Id')
 
 # %% ../../nbs/07_classify/05_submission.ipynb #c77300ca
 def submission(
