@@ -207,7 +207,7 @@ def read_package(root: Path) -> dict[str, dict[str, Symbol]]:
     "Module -> name -> symbol, of everything that notebooks export"
     found = {}
     for path in sorted(root.rglob('*.py')):
-        if path.stem.startswith('_'):
+        if path.stem.startswith('_') and path.stem != '__main__':
             continue
         module = '.'.join(path.relative_to(root.parent).with_suffix('').parts)
         found[module] = Module(path, module).symbols

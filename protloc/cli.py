@@ -304,8 +304,8 @@ StudyPreset = Annotated[str, typer.Argument(help='A preset (see `protloc presets
 Data = Annotated[
     Optional[Path],
     typer.Option(
-        help='Your images: a store made by `prepare`, or a folder that `prepare` reads (--set data.prepare.NAME=VALUE'
-        ' has its options).'
+        help='Your images: a store made by `prepare`, or a folder that `prepare` reads, whose options are set as'
+        ' --set data.prepare.NAME=VALUE.'
     ),
 ]
 RunOut = Annotated[Optional[Path], typer.Option(help='Folder of the run; runs/PRESET by default.')]
@@ -373,7 +373,7 @@ def report(folder: Annotated[Path, typer.Argument(help='Folder of a finished run
     print(f'Report: {write_report(folder)}')
 
 # %% ../nbs/10_cli.ipynb #dfc2b9bc
-Out = Annotated[Path, typer.Argument(help='The new store; must not exist yet.')]
+Out = Annotated[Path, typer.Argument(help='The new store; a finished one is not written over.')]
 Size = Annotated[int, typer.Option(help='Height and width of the stored images in pixels.')]
 Train = Annotated[int, typer.Option(help='Training images.')]
 Val = Annotated[int, typer.Option(help='Validation images, from the same cell lines.')]
@@ -439,12 +439,12 @@ class _NamesFormats(typer.core.TyperCommand):
 Fields = Annotated[
     Path,
     typer.Argument(
-        help="The challenge's folder (train.csv and train/ID_STAIN.png), a folder per class, or images and a table of"
-        ' their labels. Formats: FORMATS.'
+        help="The challenge's folder (train.csv and train/ID_STAIN.png), a folder per class, such folders in train/,"
+        ' val/ and test/, or images and a table of their labels. Formats: FORMATS.'
     ),
 ]
 Tile = Annotated[Optional[int], typer.Option(help='Cut fields into tiles of this many pixels first.')]
-Layout = Annotated[str, typer.Option(help='hpa2018, hpa2021 or classes; recognised by default.')]
+Layout = Annotated[str, typer.Option(help='hpa2018, hpa2021, table, classes or tree; recognised by default.')]
 Channels = Annotated[
     Optional[str],
     typer.Option(
@@ -468,8 +468,8 @@ GroupFrom = Annotated[
     str,
     typer.Option(
         metavar='COLUMN|REGEX',
-        help="What stays together in one split: a column of the label table, or a part of the files' names, e.g."
-        ' "^(plate\\d+)".',
+        help="What stays together in one split: a column of the label table, or the part of the files' names that is in"
+        ' brackets in a regular expression, e.g. "^(plate\\d+)".',
     ),
 ]
 
@@ -478,19 +478,22 @@ Fit = Annotated[
     str,
     typer.Option(
         metavar='crop|pad|stretch',
-        help='Fields that are not square: cut out the largest centred square, pad with black, or stretch.',
+        help='Fields that are not square: crop to the largest centred square, pad with black, or stretch.',
     ),
 ]
 Enlarge = Annotated[bool, typer.Option('--enlarge', help='Enlarge images that are smaller than --size.')]
 MaskEnding = Annotated[
     str,
     typer.Option(
-        metavar='ENDING', help="Ending of the names of masks beside the images, e.g. _Mask: what lies outside is black."
+        metavar='ENDING',
+        help="Each image has a mask beside it whose name ends so, e.g. _Mask; pixels outside the mask become black.",
     ),
 ]
 Percentiles = Annotated[
     str,
-    typer.Option(metavar='LOW,HIGH', help="More than 8 bits: these percentiles of a field's channel become 0 and 255."),
+    typer.Option(
+        metavar='LOW,HIGH', help="Where images have more than 8 bits, these percentiles of a channel become 0 and 255."
+    ),
 ]
 Normalise = Annotated[bool, typer.Option('--normalise', help='Stretch 8-bit images by the percentiles too.')]
 MinForeground = Annotated[
@@ -534,7 +537,7 @@ def prepare(
     percentiles: Percentiles = '0.1,99.9',
     normalise: Normalise = False,
     min_foreground: MinForeground = 0,
-    nucleus: Annotated[str, typer.Option(help='The channel of the nuclei.')] = 'blue',
+    nucleus: Annotated[str, typer.Option(help='The channel of the nuclei, for --min-foreground.')] = 'blue',
     skip_bad: SkipBad = False,
     workers: Workers = -1,
     seed: Seed = 0,

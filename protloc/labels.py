@@ -218,7 +218,7 @@ def _row_of(self: Vocabulary, labels):
         number = self.number_of(label)
         if row[number] and not isinstance(label, str):
             raise InputError(
-                f'class number {label} stands twice in {labels}: name each class once,'
+                f'class number {label} occurs twice in {labels}: name each class once,'
                 f' or give multi-hot rows of {len(self)} values as an array'
             )
         row[number] = 1
@@ -242,13 +242,15 @@ def _checked_rows(self: Vocabulary, rows) -> np.ndarray:
 @patch
 def encode(
     self: Vocabulary,
-    target: str,  # class numbers separated by blanks, e.g. '25 0'
+    target: str,  # class numbers separated by spaces, e.g. '25 0'
 ) -> np.ndarray:  # (K,) float32 multi-hot
     "A `Target` string -> multi-hot; raises `InputError` for anything that is not a class number"
     row = np.zeros(len(self), np.float32)
     for word in str(target).split():
         if not word.isdecimal():
-            raise InputError(f"'{word}' is not a class number")
+            raise InputError(
+                f"'{word}' is not a class number: write numbers from 0 to {len(self) - 1}, with spaces between"
+            )
         row[self._checked_number(int(word))] = 1
     return row
 
@@ -258,7 +260,7 @@ def decode(
     self: Vocabulary,
     row: Sequence[float],  # (K,) multi-hot, or probabilities
     threshold: float = 0.5,  # classes above it are named
-) -> str:  # class numbers separated by blanks, ascending
+) -> str:  # class numbers separated by spaces, ascending
     "Multi-hot -> a `Target` string"
     return ' '.join(str(number) for number, value in enumerate(row) if value > threshold)
 

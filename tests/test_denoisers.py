@@ -224,7 +224,7 @@ def test_zero_terminal_snr(target):
 
 def test_a_solver_that_does_not_know_the_schedule_is_refused():
     trained = make_scheduler(ObjectiveConfig(rescale_betas_zero_snr=True))
-    with pytest.raises(InputError, match="'heun' does not know the zero-terminal noise schedule"):
+    with pytest.raises(InputError, match="'heun' does not know the zero-terminal-SNR noise schedule"):
         with_scheduler(trained, 'heun')
 
 

@@ -78,8 +78,8 @@ SPLIT_FOLDERS = dict(
 def read_labels(
     path: str | Path,  # a CSV file
     vocab: Vocabulary = HPA,  # the classes that the numbers mean
-    columns: tuple[str, str] = ('Id', 'Target'),  # of the ids and of the class numbers, separated by blanks or `|`
-) -> pd.DataFrame:  # columns Id and Target, all strings, numbers separated by blanks
+    columns: tuple[str, str] = ('Id', 'Target'),  # of the ids and of the class numbers, separated by spaces or `|`
+) -> pd.DataFrame:  # columns Id and Target, all strings, numbers separated by spaces
     "Read and check a label table; raises `InputError` naming file and line"
     table = read_table(path, columns, filled=True)
     table = pd.DataFrame(dict(Id=table[columns[0]].str.strip(), Target=table[columns[1]].str.replace('|', ' ')))

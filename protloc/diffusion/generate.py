@@ -161,7 +161,7 @@ def _check_plan_columns(path, names):
     if not given:
         check_separator(path, names)
         raise InputError(
-            f'{path} needs a column Target (class numbers separated by blanks)'
+            f'{path} needs a column Target (class numbers separated by spaces)'
             ' or classes (names separated by semicolons)'
         )
     if len(given) == 2:

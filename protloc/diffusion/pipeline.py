@@ -150,12 +150,12 @@ def with_scheduler(
     knows_zero_snr = 'rescale_betas_zero_snr' in inspect.signature(solver.__init__).parameters
     if config.get('rescale_betas_zero_snr') and not knows_zero_snr:
         raise InputError(
-            f"the scheduler '{name}' does not know the zero-terminal noise schedule of this model:"
+            f"the scheduler '{name}' does not know the zero-terminal-SNR noise schedule of this model:"
             " choose another one, such as dpm++"
         )
     options = {key: config[key] for key in _NOISE if key in config}
     if solver is PNDMScheduler and config.timestep_spacing != 'leading':
-        options['timestep_spacing'] = 'leading'  # the only one of which its steps have the length
+        options['timestep_spacing'] = 'leading'  # the only spacing that agrees with the length of its steps
     try:
         reason = _fault(solver.from_config(config, **options), scheduler)
     except (AssertionError, ImportError, LookupError, NotImplementedError, ValueError) as failure:
@@ -218,9 +218,9 @@ class LabelConditionedPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        # on folded images: a `UNet2DModel` with `class_embed_type='identity'`, or one called like it
+        # on folded images: a `UNet2DModel` with `class_embed_type='identity'`, or a module with the same call
         unet: ModelMixin,
-        # from multi-hot rows to the U-Net's time embedding: a `LabelEncoder`, or one called like it
+        # from multi-hot rows to the U-Net's time embedding: a `LabelEncoder`, or a module with the same call
         label_encoder: ModelMixin,
         scheduler,  # any diffusers scheduler
         classes: list[str] = (),  # class names
@@ -301,7 +301,7 @@ def _label_rows(pipe, labels, negative_labels, generator, condition):
     "Turn labels, and the negative ones, into rows with their condition"
     rows = pipe.vocab.multi_hot(labels)
     if isinstance(generator, list) and len(generator) != len(rows):
-        raise InputError(f'{len(generator)} generators for {len(rows)} images')
+        raise InputError(f'{len(generator)} generators for {len(rows)} images: give one per image, or one for all')
     if negative_labels is None:
         return _with_condition(pipe, rows, condition), None
     negative = pipe.vocab.multi_hot(negative_labels)
@@ -324,7 +324,7 @@ def _checked_images(pipe, images, n):
             f' (N, {", ".join(map(str, shape))}): {", ".join(channels)}'
         )
     if len(images) != n:
-        raise InputError(f'{len(images)} images for {n} rows of labels')
+        raise InputError(f'{len(images)} images for {n} rows of labels: give one row per image')
     return images.to(pipe.device)
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #d6b76286
@@ -353,7 +353,9 @@ def _set_timesteps(scheduler, num_inference_steps, device):
         raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
     trained = scheduler.config.num_train_timesteps
     if num_inference_steps > trained:
-        raise InputError(f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training')
+        raise InputError(
+            f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training: take fewer'
+        )
     try:
         scheduler.set_timesteps(num_inference_steps, device=device)
     except ValueError as error:
@@ -389,7 +391,7 @@ def _skip(
 @torch.no_grad()
 def __call__(
     self: LabelConditionedPipeline,
-    labels,  # names, numbers, sets of them, or (N, K) multi-hot rows
+    labels,  # names, numbers, sets of them, or an array (N, K) of multi-hot rows
     guidance_scale: float = 1.5,  # 1 = no guidance
     num_inference_steps: int = 15,  # solver steps
     generator: torch.Generator | list[torch.Generator] | None = None,  # one for all images, or one per image

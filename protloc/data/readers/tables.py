@@ -59,7 +59,7 @@ def _text_of(path):
         if data.startswith(start):
             raise InputError(f'{path} is {what}, not a CSV file: {mend}')
     if b'\0' in data:
-        raise InputError(f'{path} holds zero bytes, as UTF-16 and files that are no text do: {mend}')
+        raise InputError(f'{path} holds bytes that are 0, as UTF-16 and files that are not text do: {mend}')
     try:
         return data.decode()
     except UnicodeDecodeError as e:
@@ -138,11 +138,11 @@ def _misfit(path, line, row, header):
         written = _shown(','.join(row))
         return InputError(f"{where}: write '{written}' in full, with a comma before each empty cell as well")
     if any(cell.startswith(' "') for cell in row):
-        return InputError(f'{where}: remove the blank before the quotation mark')
+        return InputError(f'{where}: remove the space before the quotation mark')
     joined = ','.join(row[len(header) - 1 :]).strip(', ')
     if re.fullmatch('[0-9, ]+', joined):
         apart = _shown(' '.join(joined.replace(',', ' ').split()))
-        return InputError(f"{where}: separate class numbers by blanks ('{apart}'), and write decimals with a point")
+        return InputError(f"{where}: separate class numbers by spaces ('{apart}'), and write decimals with a point")
     return InputError(f'{where}: quote a cell that holds a comma, as in "{_shown(joined)}"')
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #afb8f3c8
@@ -172,7 +172,7 @@ def read_table(
         header = header[:-1]
     _check_header(path, starts[0], header, needs)
     if filled and len(rows) == 1:
-        raise InputError(f'{path} has a header but no row')
+        raise InputError(f'{path} has a header but no row: add the rows, or name another file')
     cells = _cut(path, rows[1:], starts[1:], header)
     return pd.DataFrame(cells, columns=header, index=pd.Index(starts[1:], dtype=int), dtype=str)
 
@@ -182,14 +182,17 @@ def with_numbers(
     path: str | Path,  # its file, for the message
     columns: Sequence[str],  # the columns that hold numbers
 ) -> pd.DataFrame:  # those as integers, or as floats with NaN for empty cells
-    "Columns of texts as numbers; raises `InputError` naming the line of what is none"
+    "Columns of texts as numbers; raises `InputError` naming the line of a cell that is not one"
     numbers = {}
     for name in columns:
         cells = table[name].str.strip()
         numbers[name] = pd.to_numeric(cells.where(cells != ''), errors='coerce')
         wrong = table.index[numbers[name].isna() & (cells != '')]
         if len(wrong):
-            raise InputError(f"{path}, line {wrong[0]}: {name} is '{_shown(table[name][wrong[0]])}', not a number")
+            raise InputError(
+                f"{path}, line {wrong[0]}: {name} is '{_shown(table[name][wrong[0]])}', not a number: write one,"
+                ' or leave the cell empty'
+            )
     return table.assign(**numbers)
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #01a3d964
@@ -222,6 +225,8 @@ def write_table(
             f'{path} cannot be written, {shown} is not UTF-8: rename the file that it comes from'
         ) from None
     if b'\0' in data:
-        raise InputError(f'{path} cannot be written: a cell holds a zero byte')
+        raise InputError(
+            f'{path} cannot be written: a cell holds the character NUL, which no CSV file can hold: remove it'
+        )
     with atomic_path(path) as partial:
         partial.write_bytes(data)
