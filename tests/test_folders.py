@@ -208,7 +208,7 @@ def test_a_picture_under_two_classes_has_both_labels(protloc, tmp_path):
     store, err = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
     assert labels_of(store)['Golgi/1'] == ['Golgi', 'Nucleoli'] and 'Nucleoli/1' not in labels_of(store)
     assert labels_of(store)['Golgi/0'] == ['Golgi'] and len(store) == 9, 'files of one name are no copies'
-    assert '1 pictures lie under a second class too' in err
+    assert '1 copies of pictures lie under a further class' in err
     assert '2 fields have the pixels of another one and other labels (the first: Cytosol/copy and Golgi/2)' in err
 
 
@@ -423,6 +423,20 @@ def test_first_reason_is_named(tmp_path):
         prepare(tmp_path / 'in', tmp_path / 'store', size=32, workers=1)
 
 
+def test_a_pattern_that_leaves_out_a_part_of_a_field_is_refused(protloc, tmp_path):
+    for name in ('a', 'b'):
+        for i in range(2):
+            for channel in ('dapi', 'gfp', 'Mask'):
+                save(tmp_path / 'in' / name / f'{i}_{channel}.png')
+    both = ['--channels', 'dapi,gfp']
+    said = refused(protloc, tmp_path / 'in', tmp_path / 'bad', *both, '--match', '*dapi*')
+    assert '4 files are left out by --match or --exclude' in said and 'a/0_gfp.png' in said
+    masks = ['--mask-ending', '_Mask', '--exclude', 'b/1_Mask.*']
+    assert 'b/1_Mask.png' in refused(protloc, tmp_path / 'in', tmp_path / 'bad', *both, *masks)
+    store, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'one', '--channels', 'dapi', '--match', '*dapi*')
+    assert store.channels == ('dapi',) and len(store) == 4
+
+
 # --- what a file says of its channels
 
 
@@ -483,7 +497,7 @@ def test_links_to_folders_are_walked(protloc, tmp_path):
     both = {'a': ['a', 'c'], 'b': ['b'], 'd': ['d', 'e']}
     assert labels_of(store) == {f'{place}/{i}': names for place, names in both.items() for i in range(3)}
     assert np.array_equal(images_of(store)['d/1'][0], pixels['far/1'])
-    assert '6 pictures lie under a second class' in err and 'empty' not in err
+    assert '6 copies of pictures lie under a further class' in err and 'empty' not in err
 
 
 def test_a_link_to_a_missing_folder_is_named(protloc, tmp_path):

@@ -117,7 +117,7 @@ def black_outside(
     "A field whose pixels outside a mask are 0; raises `InputError` for a mask of another size"
     if mask.shape != field.shape[1:]:
         (height, width), (rows, columns) = field.shape[1:], mask.shape
-        raise InputError(f'the mask has {columns} x {rows} pixels, the image {width} x {height}')
+        raise InputError(f'the mask has {columns} x {rows} pixels, the image {width} x {height}: save both alike')
     return field * mask
 
 # %% ../../nbs/04_data/01_fields.ipynb #59e630dd
@@ -149,7 +149,9 @@ def tiles_of(
     if tile is None:
         return {'': FITS[fit](field)}
     if tile > min(height, width):
-        raise InputError(f'a tile of {tile} pixels does not fit into a field of {width} x {height}')
+        raise InputError(
+            f'a tile of {tile} pixels does not fit into a field of {width} x {height}: choose a smaller --tile, or none'
+        )
     return {
         f'_y{y}x{x}': field[:, y : y + tile, x : x + tile]
         for y in range(0, height - tile + 1, tile)
@@ -167,7 +169,7 @@ def resize_area(
     if min(height, width) < size and not enlarge:
         raise InputError(
             f'images of {width} x {height} pixels would have to be enlarged to {size}:'
-            ' choose a smaller size, larger tiles, or allow it with --enlarge'
+            ' choose a smaller --size, a larger --tile, or allow it with --enlarge'
         )
     shrunk = (min(width, size), min(height, size))
     planes = [cv2.resize(plane, shrunk, interpolation=cv2.INTER_AREA) for plane in image]
@@ -196,7 +198,7 @@ class FieldConfig(Config):
     "How a field becomes images"
 
     size: int = pydantic.Field(128, ge=1)  # height and width of the stored images in pixels
-    # cut fields into tiles of this many pixels; None for the largest centred square
+    # cut fields into tiles of this many pixels; None for whole fields, see `fit`
     tile: int | None = pydantic.Field(None, ge=1)
     # how a field that is not square becomes so: crop (its largest centred square), pad (with black) or stretch
     fit: Literal['crop', 'pad', 'stretch'] = 'crop'

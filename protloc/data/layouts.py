@@ -301,8 +301,8 @@ def _check_classes(listing, images, depth):
     if lost:
         files = [name for name in listing.others if name.startswith(f'{lost[0]}/')]
         raise InputError(
-            f"no image of the folder '{lost[0]}' is read, its class would vanish ({describe_not_read(files)}): export"
-            f" its images as one of {', '.join(READERS)}, or remove the folder if it is no class"
+            f"no image of the folder '{lost[0]}' is read, so its class would be lost ({describe_not_read(files)}):"
+            f" export its images as one of {', '.join(READERS)}, or remove the folder if it is no class"
         )
     folders = {'/'.join(name.split('/')[:n]) for name in images for n in range(depth + 1, name.count('/') + 1)}
     masks = sorted(name for name in folders if name.rpartition('/')[2].lower() in MASK_FOLDERS)
@@ -364,8 +364,8 @@ def join_pictures(
     rows = [row for row, target in joined.items() if target is not None]
     table = table.loc[rows].assign(Target=[joined[row] for row in rows]).reset_index(drop=True)
     gone = len(joined) - len(rows)
-    notes = [f'{gone} pictures lie under a second class too: they are one image with all its labels'] if gone else []
-    return table, notes
+    said = f'{gone} copies of pictures lie under a further class: each picture is one image with all its labels'
+    return table, [said] if gone else []
 
 # %% ../../nbs/04_data/08_layouts.ipynb #33b3ccd4
 def _check_one_split(folder, copies):
@@ -478,6 +478,16 @@ def _found(path, labels, files):
         )
     return [ids[0] if ids else '' for ids in found]
 
+# %% ../../nbs/04_data/08_layouts.ipynb #51ee0002
+def _check_excluded(listing, used):
+    "Raise `InputError` where a pattern leaves out a part of a field that is read"
+    torn = sorted(used.intersection(listing.excluded))
+    if torn:
+        raise InputError(
+            f'{len(torn)} files are left out by --match or --exclude, and belong to fields that are read (the first:'
+            f' {listing.folder / torn[0]}): leave out whole fields, or name only the channels that are to be read'
+        )
+
 # %% ../../nbs/04_data/08_layouts.ipynb #e84cd650
 def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending, notes=(), path=None):
     "Fields with groups, masks and channels"
@@ -488,6 +498,7 @@ def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending
     used = {name for files in table.Files for name in files} | set(table.Mask)
     if path and path.is_relative_to(listing.folder):
         used.add(path.relative_to(listing.folder).as_posix())
+    _check_excluded(listing, used)
     aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used]
     channels, own = _channels(listing.folder, config, table.Files) if stacked else (config.channels or STAINS, ())
     notes = (*notes, *_empty_note(listing))
@@ -568,7 +579,9 @@ def unlabelled_fields(
     config = config or FolderConfig()
     listing = list_files(folder, config.match, config.exclude)
     if not listing.images:
-        raise InputError(f'{folder} has no images, a reader is there for {", ".join(READERS)}{_but_not_read(listing)}')
+        raise InputError(
+            f'{folder} has no images, these formats are read: {", ".join(READERS)}{_but_not_read(listing)}'
+        )
     inside = '' if config.labels else _asked_folder(listing.images)
     images, masks = take_masks([name for name in listing.images if name.startswith(inside)], mask_ending)
     channels = config.channels or STAINS

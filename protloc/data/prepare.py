@@ -122,7 +122,7 @@ def _read_checked(fields, id, names, depths):
     field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked, fields.own)
     if depths and str(field.dtype) not in depths:
         raise InputError(
-            f'{fields.folder / names[0]} is {field.dtype}, wanted is {" or ".join(depths)}: export it as that'
+            f'{fields.folder / names[0]} is {field.dtype}, but {" or ".join(depths)} is needed: export it so'
         )
     return field
 
@@ -334,7 +334,9 @@ def prepare(
         bad = _list_bad(fields, notes, Path(bad_list or f'{writer.path}.bad.csv'), skip_bad)
         if not writer.rows:
             least = f'{config.min_foreground:.0%}'
-            raise InputError(f'no tile of {fields.folder} has {least} nuclear pixels: lower --min-foreground')
+            raise InputError(
+                f'no tile of {fields.folder} has {least} nuclear pixels: lower --min-foreground, or check --nucleus'
+            )
         writer.made |= _account(fields, notes, bad)
     _warn(fields, notes, config)
     _warn_of_lost(fields, splits, notes)

@@ -136,7 +136,7 @@ def describe_not_read(
     shown = [f'{len(members)} {_pattern(tail, members)}' for tail, members in counted[:most]]
     rest = sum(len(members) for _, members in counted[most:])
     if rest:
-        shown.append(f'{rest} others')
+        shown.append(f'{rest} other' + 's' * (rest > 1))
     files = 'file' if len(names) == 1 else 'files'
     return f'{len(names)} {files} not read: {", ".join(shown)}' if names else ''
 
@@ -189,7 +189,7 @@ def _refuse_masks(folder, beside):
     (ending, count), *_ = beside.most_common()
     mask = f', use them as masks with --mask-ending {ending}' if ending[0] in '_-.' else ''
     raise InputError(
-        f"{count} images in {folder} end on '{ending}' and lie beside an image of the same name without it: leave them"
+        f"{count} images in {folder} end in '{ending}' and lie beside an image of the same name without it: leave them"
         f" out with --exclude '*{ending}.*'{mask}, or read all as images with --match '*'"
     )
 
@@ -275,7 +275,7 @@ def fields_by_name(
     lost = [name for name in strangers if re.split(r'[_\-. ][^_\-. ]*$', stem_of(name))[0] not in fields]
     if lost and not strays:
         raise InputError(
-            f'{len(lost)} of {len(names)} images belong to no field, their names do not end on a channel'
+            f'{len(lost)} of {len(names)} images belong to no field: their names do not end in a channel'
             f' ({", ".join(channels)}), the first: {folder}/{lost[0]}; rename them, or leave them out with --exclude'
         )
     files = {id: _all_channels(id, found, channels) for id, found in fields.items()}
