@@ -574,3 +574,14 @@ def test_simulated_classes_by_name_or_number(protloc, tmp_path):
     assert 'there is no class number 99' in refused(protloc, *words, '--classes', '99', left=[tmp_path / 't'])
     assert "class name occurs twice" in refused(protloc, *words, '--classes', 'Nucleoli,2', left=[tmp_path / 't'])
     assert class_numbers(['2', 25, 'Golgi apparatus']) == [2, 25, 7]
+
+
+def test_tables_are_read_and_written_in_one_place():
+    "pandas guesses missing values, indices and numbers; the csv module of others would do without line numbers"
+    import protloc
+
+    package = Path(protloc.__file__).parent
+    modules = [path for path in package.rglob('*.py') if path.name not in ('tables.py', '_modidx.py')]
+    guessing = re.compile(r'read_csv\(|read_table\(.*sep|csv\.(reader|writer|DictReader)|\.to_csv\([^)]')
+    assert len(modules) > 40
+    assert not {path.name for path in modules if guessing.search(path.read_text())}
