@@ -279,7 +279,7 @@ def test_a_classifier_of_8_bits_refuses_other_depths(protloc, trained, tmp_path)
         (byte / 'train' / f'f3_{stain}.png').write_bytes((word / 'train' / f'f3_{stain}.png').read_bytes())
     code, _, err = protloc('predict', model, byte / 'train', out, '--skip-bad')
     assert code == 0
-    assert f'1 of 6 fields get no row, see {out}.bad.csv' in err
+    assert f'1 of 6 fields are left out, see {out}.bad.csv' in err
     assert pd.read_csv(out).Id.tolist() == ['f0', 'f1', 'f2', 'f4', 'f5']
     assert pd.read_csv(f'{out}.bad.csv').Id.tolist() == ['f3']
     card = json.loads((model / 'classifier.json').read_text())
