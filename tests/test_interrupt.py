@@ -236,7 +236,7 @@ def room(base, folder, command):
     return folder
 
 
-ALWAYS = ('prepare, two processes', 'train-classifier', 'predict')
+ALWAYS = ('prepare, two processes', 'train-classifier')
 every_command = pytest.mark.skipif('PROTLOC_SIGNALS' not in os.environ, reason='PROTLOC_SIGNALS=1 stops every command')
 
 
@@ -261,6 +261,7 @@ def test_at_work(base, tmp_path, words, when, what):
 
 
 @pytest.mark.slow
+@every_command
 def test_a_study_at_work_and_at_its_report(base, tmp_path):
     "Stopped while two processes train, and while the report is made"
     study = ('run', 'demo', '--out', 'out', *[word for setting in STUDY for word in ('--set', setting)])
