@@ -771,6 +771,13 @@ DropCopies = Annotated[
 Half = Annotated[bool, typer.Option('--half', help='Use bfloat16: half the memory, faster on GPUs.')]
 BatchSize = Annotated[Optional[int], typer.Option(help='Images at a time; 64 by default.')]
 
+# %% ../nbs/10_cli.ipynb #e500d0d5
+def _check_scored(classifier, min_fidelity, best_of, drop_copies):
+    "Raise `InputError` where images are to be scored, and nothing scores them"
+    if not classifier and (min_fidelity or (best_of or 1) > 1 and not drop_copies):
+        option = '--min-fidelity' if min_fidelity else '--best-of'
+        raise InputError(f'{option} needs a classifier that scores the images: name a trained one with --classifier')
+
 # %% ../nbs/10_cli.ipynb #db810073
 @app.command()
 def generate(
@@ -800,9 +807,7 @@ def generate(
     _check_is(GENERATOR, generator)
     _check_is(STORE, like, option='--like')
     _check_is(CLASSIFIER, classifier, option='--classifier')
-    if not classifier and (min_fidelity or (best_of or 1) > 1 and not drop_copies):
-        option = '--min-fidelity' if min_fidelity else '--best-of'
-        raise InputError(f'{option} needs a classifier that scores the images: name a trained one with --classifier')
+    _check_scored(classifier, min_fidelity, best_of, drop_copies)
     from protloc.study.draw import draw_images
 
     _ends_in(out)

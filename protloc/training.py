@@ -34,14 +34,14 @@ from .core import Config, InputError, atomic_path, derive_seed, remove, sha256, 
 from .data.loading import loader
 
 # %% auto #0
-__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of',
-           'PowerEMA', 'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint',
-           'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
-           'enough_memory', 'fit']
+__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded',
+           'power_of', 'PowerEMA', 'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint',
+           'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step',
+           'use_average', 'averaged', 'enough_memory', 'fit']
 
-# %% ../nbs/05_training.ipynb #ab6a87c2
-class LoopConfig(Config):
-    "How long, how fast, and what to keep"
+# %% ../nbs/05_training.ipynb #6d74cbbb
+class StepsConfig(Config):
+    "How long, and how fast"
 
     steps: int = pydantic.Field(1000, ge=1)  # optimizer steps
     batch_size: int = pydantic.Field(64, ge=1)  # images per step, over all processes
@@ -59,6 +59,22 @@ class LoopConfig(Config):
     # validations without a better score before training stops; None to take every step
     patience: int | None = pydantic.Field(None, ge=1)
     max_grad_norm: float = pydantic.Field(1.0, gt=0)  # gradients are clipped to this norm
+
+    @pydantic.model_validator(mode='after')
+    def _rate_falls_before_the_end(self):
+        on_plateau = self.schedule == 'plateau' and self.plateau_mode == 'max'
+        if on_plateau and self.patience and self.patience <= self.plateau_patience:
+            raise InputError(
+                f'training stops after {self.patience} validations without a better score,'
+                f' before the plateau of {self.plateau_patience} lowers the rate:'
+                ' make plateau_patience smaller than patience'
+            )
+        return self
+
+# %% ../nbs/05_training.ipynb #ab6a87c2
+class LoopConfig(StepsConfig):
+    "How long, how fast, and what to keep"
+
     ema_decay: float | None = pydantic.Field(
         None, gt=0, lt=1
     )  # decay of the weights' moving average; None for no average
@@ -84,17 +100,6 @@ class LoopConfig(Config):
         averages = [name for name in ('ema_decay', 'ema_length', 'swa_start') if getattr(self, name) is not None]
         if len(averages) > 1:
             raise InputError(f"{' and '.join(averages)} are {len(averages)} kinds of averages: set one of them")
-        return self
-
-    @pydantic.model_validator(mode='after')
-    def _rate_falls_before_the_end(self):
-        on_plateau = self.schedule == 'plateau' and self.plateau_mode == 'max'
-        if on_plateau and self.patience and self.patience <= self.plateau_patience:
-            raise InputError(
-                f'training stops after {self.patience} validations without a better score,'
-                f' before the plateau of {self.plateau_patience} lowers the rate:'
-                ' make plateau_patience smaller than patience'
-            )
         return self
 
 # %% ../nbs/05_training.ipynb #0070e472

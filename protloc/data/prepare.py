@@ -179,7 +179,7 @@ def _splits_of(fields, fractions, seed):
         )
     return _with_val(own, labels, fields.table.Group.to_numpy(), fractions, seed)
 
-
+# %% ../../nbs/04_data/09_prepare.ipynb #001430f0
 def _check_groups(groups):
     "Raise `InputError` where there are fewer groups than splits"
     names = list(dict.fromkeys(groups))
@@ -190,7 +190,7 @@ def _check_groups(groups):
             ' or what --group-from says'
         )
 
-
+# %% ../../nbs/04_data/09_prepare.ipynb #0b5a689c
 def _with_val(own, labels, groups, fractions, seed):
     "A share of the training groups becomes the validation split that a folder lacks"
     train = np.flatnonzero(own == 'train')

@@ -266,7 +266,7 @@ def _average_of(loop):
             return f'{name} {getattr(loop, name)}'
     return 'none'
 
-# %% ../../nbs/06_diffusion/03_train.ipynb #0b99242b
+# %% ../../nbs/06_diffusion/03_train.ipynb #2f47bf7f
 _CARD_HEAD = dict(
     license='other',
     library_name='diffusers',
@@ -274,7 +274,7 @@ _CARD_HEAD = dict(
     tags=['protloc', 'fluorescence-microscopy', 'protein-localization'],
 )
 
-
+# %% ../../nbs/06_diffusion/03_train.ipynb #0b99242b
 def model_card(
     denoiser: Denoiser,  # trained
     store: ImageStore,  # that it was trained on

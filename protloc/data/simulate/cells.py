@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['ANGLES', 'BRIDGE', 'SPINDLE', 'JUNCTIONS', 'AGGRESOME', 'parameter', 'CellLine', 'parameter_table', 'angle_index',
-           'direction', 'ellipse', 'wobble', 'Shape', 'Cell', 'press', 'draw_shape', 'paste', 'half_turns']
+           'direction', 'ellipse', 'wobble', 'Shape', 'Canvas', 'Cell', 'press', 'draw_shape', 'paste', 'half_turns']
 
 # %% ../../../nbs/04_data/04_simulate/01_cells.ipynb #a677c031
 from ...core import rng_for
@@ -197,9 +197,9 @@ def scatter_nucleus(
     "Points evenly over the nucleus"
     return self.at(rng.uniform(0, 2 * np.pi, n), reach * np.sqrt(rng.random(n)) - 1)
 
-# %% ../../../nbs/04_data/04_simulate/01_cells.ipynb #673ffc6f
-class Cell(Shape):
-    "A shape on a canvas of `g` x `g` pixels; every map below is (g, g)"
+# %% ../../../nbs/04_data/04_simulate/01_cells.ipynb #d527a84d
+class Canvas(Shape):
+    "A shape on `g` x `g` pixels, and how far each of them is from its outlines; every map is (g, g)"
 
     def __init__(self, shape: Shape, g: int):
         self.__dict__.update(vars(shape))
@@ -229,6 +229,10 @@ class Cell(Shape):
     def cell_depth(self):
         "Distance from the plasma membrane, image widths, positive inside"
         return self.depth(self.outline)
+
+# %% ../../../nbs/04_data/04_simulate/01_cells.ipynb #673ffc6f
+class Cell(Canvas):
+    "A shape on a canvas of `g` x `g` pixels, and what lies inside of what; every map is (g, g)"
 
     @cached_property
     def in_nucleus(self):
