@@ -548,7 +548,7 @@ def prepare(
     from protloc.data.split import Fractions
 
     _ends_in(out)
-    of_folder = dict(layout=layout, labels=_inside(folder, labels), group_from=group_from)
+    of_folder = dict(layout=layout, labels=labels, group_from=group_from)
     of_folder |= dict(channels=_names(channels), match=match or (), exclude=exclude or ())
     of_fields = dict(size=size, tile=tile, fit=fit, enlarge=enlarge, mask_ending=mask_ending, nucleus=nucleus)
     of_fields |= dict(percentiles=_pair(percentiles), normalise=normalise, min_foreground=min_foreground)
@@ -561,13 +561,6 @@ def prepare(
 def _names(text):
     "Names separated by commas"
     return [name.strip() for name in text.split(',')] if text else []
-
-
-def _inside(folder, file):
-    "A file that is named from the working directory, or as it lies in a folder: as `prepare` takes it"
-    if file and not (folder / file).exists() and Path(file).exists():
-        return str(Path(file).resolve())
-    return file
 
 # %% ../nbs/10_cli.ipynb #7d9cf58d
 Verify = Annotated[bool, typer.Option('--verify', help='Hash all images and compare with the manifest.')]
@@ -1030,7 +1023,7 @@ def predict(
         check_table(probabilities)
     models, card = load_classifiers([classifier, *(also or [])])
     limits = read_thresholds(threshold, card['classes'])
-    files = dict(labels=_inside(folder, labels), match=match or (), exclude=exclude or ())
+    files = dict(labels=labels, match=match or (), exclude=exclude or ())
     predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, **files)
     if probabilities:
         write_probabilities(predicted, probabilities)

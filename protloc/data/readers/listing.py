@@ -158,7 +158,8 @@ def _pattern(tail, names):
     return f'{where}*{tail}'.removeprefix('/')
 
 # %% ../../../nbs/04_data/00_readers/02_listing.ipynb #be890030
-_CHANNEL_WORD = re.compile(r'(.*[^_\-. /])([_\-. ])([a-z]{2,}|(?:w|c|ch|channel)\d{1,2}[a-z]*)', re.IGNORECASE)
+_BETWEEN = r'[_\-. ]'  # what stands between a name and its last word
+_CHANNEL_WORD = re.compile(rf'(.*[^_\-. /])({_BETWEEN})([a-z]{{2,}}|(?:w|c|ch|channel)\d{{1,2}}[a-z]*)', re.IGNORECASE)
 _MASK_WORDS = re.compile(r'[a-z][a-z_\-. ]+\d?', re.IGNORECASE)
 
 
@@ -174,7 +175,7 @@ def check_pairs(
         if match := _CHANNEL_WORD.fullmatch(stem):
             words[match[1]].add(match[3])
         first = stem.rfind('/') + 1
-        for separator in re.finditer(r'[_\-. ]', stem[first:]):
+        for separator in re.finditer(_BETWEEN, stem[first:]):
             start = first + separator.start()
             if stem[:start] in there and _MASK_WORDS.fullmatch(stem[start + 1 :]):
                 beside[stem[start:]] += 1
@@ -234,7 +235,8 @@ def _channel_of(stem, channels):
     found = [
         i
         for i, channel in enumerate(channels)
-        if stem.casefold().endswith(channel.casefold()) and re.search(r'[^/][_\-. ]$', stem[: len(stem) - len(channel)])
+        if stem.casefold().endswith(channel.casefold())
+        and re.search(rf'[^/]{_BETWEEN}$', stem[: len(stem) - len(channel)])
     ]
     if not found:
         return None, ''
@@ -272,7 +274,7 @@ def fields_by_name(
             raise InputError(f'{folder}/{other} and {name} are the same channel of one field: rename or remove one')
     strangers = [name for name, (position, _) in places.items() if position is None]
     # images of further channels of known fields are no fields of their own
-    lost = [name for name in strangers if re.split(r'[_\-. ][^_\-. ]*$', stem_of(name))[0] not in fields]
+    lost = [name for name in strangers if re.split(rf'{_BETWEEN}[^_\-. ]*$', stem_of(name))[0] not in fields]
     if lost and not strays:
         raise InputError(
             f'{len(lost)} of {len(names)} images belong to no field: their names do not end in a channel'
