@@ -28,11 +28,12 @@ from PIL import Image
 
 from protloc.classify.predict import probabilities
 from protloc.classify.train import ClassifierConfig, train_classifier
-from protloc.core import derive_seed, read_config, write_json
+from protloc.core import derive_seed, read_config
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore, write_store
 from protloc.diffusion.generate import GenerateConfig, generate, match_plan
 from protloc.diffusion.train import GeneratorConfig, train_generator
+from protloc.files import write_json
 from protloc.metrics import scores
 from protloc.study.arms import section_config, study_config
 from protloc.training import LoopConfig

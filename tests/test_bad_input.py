@@ -177,7 +177,7 @@ def stores(tmp_path_factory):
 def test_commands(protloc, stores, tmp_path, words, expected):
     refused(protloc(*[w.format(tmp=tmp_path, **stores) for w in words]), expected)
     left = {p.name for p in tmp_path.rglob('*') if p.is_file()}
-    assert left <= ({'.lock', 'config.yaml', 'versions.json'} if '{damaged}' in words else set())
+    assert left <= ({'config.yaml', 'versions.json'} if '{damaged}' in words else set())
 
 
 def test_store_that_does_not_match_its_manifest(protloc, stores, tmp_path):

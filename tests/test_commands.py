@@ -10,9 +10,10 @@ import yaml
 from PIL import Image
 
 from protloc.classify.export import open_exported
-from protloc.core import InputError, read_yaml
+from protloc.core import InputError
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
+from protloc.files import read_yaml
 from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
 from protloc.study.runner import claim_folder, run_study

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from protloc.core import InputError, read_config, read_yaml
+from protloc.core import InputError, read_config
 from protloc.data.loading import balance_weights
 from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.denoiser import ARCHITECTURES, Denoiser, PaperOriginal, UNetConfig, build_denoiser, fold
@@ -37,6 +37,7 @@ from protloc.diffusion.train import (
     preview_rows,
     train_generator,
 )
+from protloc.files import read_yaml
 from protloc.plots import show_cells
 from protloc.study.arms import section_config
 from protloc.training import seeded

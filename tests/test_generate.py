@@ -337,7 +337,7 @@ def test_killed_and_continued(drawn, tmp_path):
     "Killed in the fourth of six blocks; a block that was committed but not removed does no harm"
     whole, folder, others = drawn
     assert others(tmp_path / 'cut', killed_at=8).returncode == -signal.SIGKILL
-    partial = tmp_path / '.cut.partial'
+    partial = tmp_path / '.cut.protloc-partial'
     assert len((partial / 'log.jsonl').read_text().splitlines()) == 3 and not (tmp_path / 'cut').exists()
     (partial / 'blocks' / '00000001.npz').write_bytes(b'stale')
     pipe, passes = quiet(open_pipeline(folder)), []
@@ -360,7 +360,7 @@ def test_two_processes_draw_one_store(drawn, tmp_path):
 def test_one_of_two_processes_is_killed(drawn, tmp_path):
     whole, folder, others = drawn
     assert others(tmp_path / 'cut', processes=2, killed_at=4, rank=1).returncode != 0
-    assert (tmp_path / '.cut.partial').exists() and not (tmp_path / 'cut').exists()
+    assert (tmp_path / '.cut.protloc-partial').exists() and not (tmp_path / 'cut').exists()
     generate(quiet(open_pipeline(folder)), tmp_path / 'cut', PLAN, BLOCKS, seed=3)
     same(tmp_path / 'cut', whole.path)
 
@@ -384,9 +384,9 @@ def test_other_settings_are_refused(drawn, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=4)
     hook.remove()
-    partial = tmp_path / '.a.partial'
+    partial = tmp_path / '.a.protloc-partial'
     half_written = {p: p.read_bytes() for p in partial.rglob('*') if p.is_file()}
-    with pytest.raises(InputError, match=r'seed is 4 there and 3 now.* remove .*\.a\.partial'):
+    with pytest.raises(InputError, match=r'seed is 4 there and 3 now.* remove .*\.a\.protloc-partial'):
         generate(pipe, tmp_path / 'a', PLAN, BLOCKS, seed=3)
     assert half_written == {p: p.read_bytes() for p in partial.rglob('*') if p.is_file()}
     shutil.rmtree(partial)
@@ -514,7 +514,7 @@ def test_an_error_costs_no_finished_blocks_but_bad_input_leaves_nothing(drawn, t
     with pytest.raises(error):
         generate(pipe, tmp_path / 'e', PLAN, BLOCKS, seed=3)
     hook.remove()
-    assert (tmp_path / '.e.partial').exists() == kept
+    assert (tmp_path / '.e.protloc-partial').exists() == kept
     same(generate(pipe, tmp_path / 'e', PLAN, BLOCKS, seed=3).path, whole.path)
 
 

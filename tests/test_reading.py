@@ -369,7 +369,7 @@ def finished(log):
 def kill_at(fields, words, path):
     "Start, and kill -9 as soon as so many fields are finished"
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, deadline = path.parent / f'.{path.name}.partial' / 'log.jsonl', time.time() + 60
+    log, deadline = path.parent / f'.{path.name}.protloc-partial' / 'log.jsonl', time.time() + 60
     while finished(log) < fields and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
     assert process.poll() is None, 'it ended before it could be killed'
@@ -430,7 +430,7 @@ def test_no_process_outlives_a_killed_one(many, tmp_path):
 
     words = command(many, tmp_path / 'store', 2)
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not finished(tmp_path / '.store.partial' / 'log.jsonl'):
+    while not finished(tmp_path / '.store.protloc-partial' / 'log.jsonl'):
         time.sleep(0.002)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -525,7 +525,7 @@ def test_long_settings_are_told_in_short(many, tmp_path, change):
 def test_two_at_once(many, tmp_path):
     path = tmp_path / 'store'
     first = subprocess.Popen(command(many, path, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not finished(tmp_path / '.store.partial' / 'log.jsonl'):
+    while not finished(tmp_path / '.store.protloc-partial' / 'log.jsonl'):
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command(many, path, 1), capture_output=True, text=True)

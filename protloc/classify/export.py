@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .backbone import Classifier
 from .predict import load_classifier
 from .thresholds import read_thresholds
-from ..core import InputError, atomic_path, lookup
+from ..core import InputError, lookup
+from ..files import atomic_path
 
 # %% auto #0
 __all__ = ['EXPORTS', 'Predictor', 'open_exported', 'export_classifier']

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbone import Classifier
-from ..core import InputError, write_json
+from ..core import InputError
 from ..data.fields import FieldConfig
 from ..data.kind import ImageKind
 from ..data.loading import in_order
 from ..data.store import ImageStore
+from ..files import write_json
 from ..training import load_weights, save_weights, this_process
 
 # %% auto #0

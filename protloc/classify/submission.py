@@ -17,9 +17,10 @@ import pandas as pd
 
 from .backbone import Classifier
 from .predict import probabilities, reading_of
-from ..core import InputError, atomic_path
+from ..core import InputError
 from ..data.prepare import prepare
 from ..data.readers.tables import write_table
+from ..files import atomic_path
 from ..labels import Vocabulary
 
 # %% auto #0

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve
 
-from ..core import InputError, lookup, write_json
+from ..core import InputError, lookup
 from ..data.kind import brief
 from ..data.readers.tables import read_table, write_table
+from ..files import write_json
 
 # %% auto #0
 __all__ = ['RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds']

@@ -26,7 +26,7 @@ from protloc.classify.backbone import (
 from .losses import build_criterion, check_head
 from .mixing import Strategy, build_strategy
 from .predict import load_classifier, probabilities, save_classifier
-from ..core import Config, InputError, atomic_path, claim_settings, derive_seed, lookup, sha256
+from ..core import Config, InputError, derive_seed, lookup, sha256
 from ..data.kind import ImageKind
 from protloc.data.loading import (
     PARTNER_KINDS,
@@ -38,6 +38,7 @@ from protloc.data.loading import (
     in_order,
 )
 from ..data.store import ImageStore
+from ..files import atomic_path, claim_settings
 from ..metrics import scores
 from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
 

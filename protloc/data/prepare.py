@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +20,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import InputError, interrupts_kept, lookup, read_config, remove, sha256
+from ..core import InputError, end_with, interrupts_kept, lookup, read_config, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
 from .kind import brief
 from .layouts import FolderConfig, labelled_fields, unlabelled_fields
@@ -31,6 +28,7 @@ from .readers.listing import describe_not_read
 from .readers.tables import write_table
 from .split import SPLITS, Fractions, assign_splits, group_labels, stratify
 from .store import ImageStore, ResumableWriter
+from ..files import remove
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -64,7 +62,7 @@ def ordered_map(
 def _begin_window(work, items, n):
     "Hand some items to the pool; yields their results"
     # an idle process leaves the pool after 5 s, so none is left over for long
-    with joblib.parallel_config('loky', initializer=_end_with, initargs=(os.getpid(),), idle_worker_timeout=5):
+    with joblib.parallel_config('loky', initializer=end_with, initargs=(os.getpid(),), idle_worker_timeout=5):
         parallel = joblib.Parallel(n, return_as='generator', pre_dispatch='all', batch_size=1)
         with interrupts_kept():
             return parallel(joblib.delayed(work)(item) for item in items)
@@ -83,18 +81,6 @@ def _finish_windows(windows):
     for window in windows:
         with contextlib.suppress(Exception, KeyboardInterrupt):
             deque(window, maxlen=0)
-
-# %% ../../nbs/04_data/09_prepare.ipynb #6c0c1968
-def _end_with(parent):
-    "Let this process end soon after its parent, however that ends, and leave Ctrl-C to it"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/04_data/09_prepare.ipynb #6b7daca9
 def _read_block(job):

@@ -17,11 +17,12 @@ import pandas as pd
 import pydantic
 
 from .. import __version__
-from ..core import Config, InputError, command_line, remove, sha256, write_json
+from ..core import Config, InputError, command_line, sha256
 from .duplicates import Likeness, join_groups, near_duplicates
 from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
 from .store import ImageStore
+from ..files import remove, write_json
 
 # %% auto #0
 __all__ = ['SplitConfig', 'reopen', 'table_as_written', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
@@ -93,7 +94,7 @@ def replace_table(
     new, aside = _beside(store)
     remove(new)
     remove(aside)
-    rewritten = shutil.ignore_patterns('table.csv', 'manifest.json', '.lock')
+    rewritten = shutil.ignore_patterns('table.csv', 'manifest.json')
     try:
         shutil.copytree(store.path, new, copy_function=_link, ignore=rewritten)
         write_table(table, new / 'table.csv')

@@ -22,18 +22,10 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from protloc.core import (
-    InputError,
-    atomic_path,
-    claim_settings,
-    command_line,
-    exclusive,
-    remove,
-    sha256,
-    write_json,
-)
+from ..core import InputError, command_line, sha256
 from .kind import ImageKind, brief
 from .readers.tables import read_table, with_numbers, write_table
+from ..files import atomic_path, claim_settings, exclusive, partial_of, remove, write_json
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -178,7 +170,7 @@ class ResumableWriter(StoreWriter):
     ):
         super().__init__(path, channels, vocab, size, made)
         self.settings = quotable(settings or {})
-        self.folder = self.path.parent / f'.{self.path.name}.partial'
+        self.folder = partial_of(self.path)
         self.done = []  # the notes of what a process before this one finished
 
     def commit(
@@ -195,9 +187,9 @@ class ResumableWriter(StoreWriter):
 @patch
 def __enter__(self: ResumableWriter) -> ResumableWriter:
     "Begin the store, or go on; raises `InputError` where it was begun with other settings or is being written"
-    self.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(self.folder))
+        stack.enter_context(exclusive(self.path))
+        self.folder.mkdir(exist_ok=True)
         self._claim()
         for name in ('images.npy', 'log.jsonl'):
             (self.folder / name).touch()
@@ -215,8 +207,7 @@ def _claim(self: ResumableWriter):
     noted = self.folder / 'settings.json'
     if not noted.exists():
         for path in self.folder.iterdir():
-            if path.name != '.lock':
-                remove(path)
+            remove(path)
     mend = f'repeat those settings, choose another name than {self.path}, or remove {self.folder} to begin again'
     claim_settings(noted, self.settings, mend)
 
@@ -251,7 +242,7 @@ def _close(self: ResumableWriter, kind, error, trace):
         with contextlib.suppress(OSError):
             file.close()
     if kind is None:
-        for name in ('log.jsonl', 'settings.json', '.lock'):
+        for name in ('log.jsonl', 'settings.json'):
             remove(self.folder / name)
         os.replace(self.folder, self.path)
     elif issubclass(kind, (InputError, OSError)):

@@ -20,10 +20,11 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core import Config, InputError, atomic_path, lookup, remove, rng_for, sha256
+from ..core import Config, InputError, lookup, rng_for, sha256
 from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
+from ..files import atomic_path, partial_of, remove
 from ..labels import Vocabulary
 from ..training import this_process
 
@@ -346,7 +347,7 @@ def _make_fast(pipe, config, device):
 # %% ../../nbs/06_diffusion/04_generate.ipynb #60a049d7
 def _block_file(path, i):
     "The file of finished block i of the store at `path`"
-    return path.parent / f'.{path.name}.partial' / 'blocks' / f'{i:08d}.npz'
+    return partial_of(path) / 'blocks' / f'{i:08d}.npz'
 
 
 def _save_block(file, block):

@@ -19,12 +19,13 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import Config, InputError, atomic_path, claim_settings, derive_seed, rng_for, versions, write_json
+from ..core import Config, InputError, derive_seed, rng_for, versions
 from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
+from ..files import atomic_path, claim_settings, write_json
 from ..plots import show_cells
 from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 

@@ -16,12 +16,13 @@ import yaml
 from ..classify.backbone import check_size
 from ..classify.mixing import STRATEGIES, build_strategy
 from ..classify.train import ClassifierConfig, check_partners, check_strategy
-from ..core import Config, InputError, lookup, read_config, read_yaml
+from ..core import Config, InputError, lookup, read_config
 from ..data.fields import FieldConfig
 from ..data.layouts import FolderConfig
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
+from ..files import read_yaml
 
 # %% auto #0
 __all__ = ['DEFAULT_ARMS', 'SECTIONS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets',

@@ -19,10 +19,10 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core import atomic_path
 from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
+from ..files import atomic_path
 from ..metrics import METRICS
 from ..plots import details, preformatted, show_cells, show_intervals
 from .verdict import VERDICT_COLOURS, Study, write_results

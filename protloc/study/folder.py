@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import InputError, atomic_path, read_yaml, write_json
+from ..core import InputError
 from ..data.readers.tables import read_table, with_numbers, write_table
 from ..data.store import ImageStore
+from ..files import atomic_path, read_yaml, write_json
 
 # %% auto #0
 __all__ = ['NAMES', 'RunFolder']

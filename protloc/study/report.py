@@ -14,7 +14,7 @@ import nbconvert
 import nbformat
 import papermill
 
-from ..core import write_text
+from ..files import write_text
 from .folder import RunFolder
 from .verdict import Study, write_results
 

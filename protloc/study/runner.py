@@ -18,16 +18,7 @@ from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
-from protloc.core import (
-    InputError,
-    claim_settings,
-    derive_seed,
-    exclusive,
-    interrupts_kept,
-    remove,
-    versions,
-    write_json,
-)
+from ..core import InputError, derive_seed, interrupts_kept, versions
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
@@ -35,6 +26,7 @@ from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
+from ..files import claim_settings, exclusive, partial_of, remove, write_json
 from .arms import ArmConfig, PrepareConfig, StudyConfig
 from .folder import RunFolder
 
@@ -45,7 +37,7 @@ __all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 
 # %% ../../nbs/09_study/03_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):
     "Raise `InputError` where a folder holds files and no study; what a killed beginning leaves is none"
-    leftovers = {'.lock', f'.{run.config.name}.partial', f'.{run.versions.name}.partial', run.versions.name}
+    leftovers = {partial_of(run.config).name, partial_of(run.versions).name, run.versions.name}
     if run.config.exists() and not run.config.stat().st_size:
         leftovers.add(run.config.name)
     if not run.path.exists() or leftovers.issuperset(path.name for path in run.path.iterdir()):
@@ -277,7 +269,7 @@ def _left_as_found(run, was_there):
     try:
         yield
     except InputError:
-        notes = {run.config.name, run.versions.name, '.lock'}
+        notes = {run.config.name, run.versions.name}
         if notes.issuperset(path.name for path in run.path.iterdir()):
             for name in notes:
                 remove(run.path / name)

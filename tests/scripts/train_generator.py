@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 
-from protloc.core import read_config, read_yaml
+from protloc.core import read_config
 from protloc.data.store import ImageStore
 from protloc.diffusion.train import GeneratorConfig, TrainingImages, train_generator
+from protloc.files import read_yaml
 
 store, settings, out, killed_at = sys.argv[1:]
 read_batch = TrainingImages.__getitem__

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...core import InputError, atomic_path
+from ...core import InputError
+from ...files import atomic_path
 
 # %% auto #0
 __all__ = ['OTHER_FILES', 'SEPARATORS', 'check_separator', 'read_table', 'with_numbers', 'write_table']
