@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy as np
 import pydantic
 
 # %% auto #0
-__all__ = ['InputError', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error', 'Config', 'read_config',
+__all__ = ['InputError', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error', 'has_control', 'Config', 'read_config',
            'interrupts_kept', 'end_with', 'derive_seed', 'rng_for', 'versions', 'command_line', 'command_again',
            'sha256']
 
@@ -117,9 +118,16 @@ def describe_os_error(
     return f'{one_line(error.filename)} cannot be read or written: {one_line(error.strerror)}: {mend}'
 
 # %% ../nbs/00_core.ipynb #3b64579a
+def has_control(
+    text: str,
+) -> bool:
+    "Whether a text has control characters, line breaks, or bytes that were no letters"
+    return any(unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') for letter in text)
+
+
 def _check_texts(value, depth=0):
     "Raise `InputError` for control characters in texts, however deep in lists and mappings"
-    if isinstance(value, str) and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+    if isinstance(value, str) and has_control(value):
         raise InputError(f'{shown(value)} holds a control character, such as a line break: remove it')
     if isinstance(value, Mapping):
         value = [part for pair in value.items() for part in pair]

@@ -19,7 +19,7 @@ import filelock
 import numpy as np
 import yaml
 
-from .core import InputError, command_line, describe_os_error, one_line, shown
+from .core import InputError, command_line, describe_os_error, has_control, one_line, shown
 
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
@@ -190,8 +190,8 @@ def check_name(
     reason = ''
     if not name.strip() or name != name.strip():
         reason = 'is empty, or begins or ends with a space'
-    elif not name.isprintable():
-        reason = 'has a character that cannot be printed'
+    elif has_control(name):
+        reason = 'has a control character'
     elif set(name) & set('/\\:*?"<>|'):
         reason = 'has one of the characters / \\ : * ? " < > |'
     elif name.startswith('.') or name.endswith('.'):

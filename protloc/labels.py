@@ -13,12 +13,15 @@ from functools import cached_property
 import numpy as np
 from fastcore.basics import patch
 
-from .core import InputError, nearest
+from .core import InputError, has_control, nearest, one_line, shown
 
 # %% auto #0
-__all__ = ['HPA', 'STAINS', 'STAIN_MEANING', 'Vocabulary']
+__all__ = ['LONGEST_NAME', 'HPA', 'STAINS', 'STAIN_MEANING', 'Vocabulary']
 
 # %% ../nbs/01_labels.ipynb #bb9e17e4
+LONGEST_NAME = 200  # of a class, in letters
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     "Named classes in a fixed order"
@@ -32,10 +35,11 @@ class Vocabulary:
         if not self.names:
             raise InputError('a vocabulary needs at least one class')
         for name in self.names:
-            if not isinstance(name, str) or not name:
-                raise InputError(f'a class name is a text that is not empty, not {name!r}')
+            if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or has_control(name):
+                rule = f'a class name is a text of 1 to {LONGEST_NAME} letters without control characters'
+                raise InputError(f'{rule}, not {shown(name)}')
         if len(set(self.names)) != len(self.names):
-            raise InputError(f'a class name occurs twice among {self.names}')
+            raise InputError(f'a class name occurs twice among {one_line(", ".join(self.names), 600)}')
 
     def __len__(self):
         return len(self.names)
@@ -108,7 +112,7 @@ def number_of(
     except TypeError:
         number = -1
     if number < 0:
-        raise InputError(f'a class is a name or a number from 0 to {len(self) - 1}, not {label!r}')
+        raise InputError(f'a class is a name or a number from 0 to {len(self) - 1}, not {shown(label)}')
     self._check_not_a_name(number)
     return self._checked_number(number)
 
@@ -118,21 +122,21 @@ def _number_of_name(self: Vocabulary, name):
     "A text is a name, also where it is made of digits"
     if name in self.numbers:
         return self.numbers[name]
-    if name.isdecimal() and not self._named_numbers:
+    if name.isdecimal() and len(name) < 20 and not self._named_numbers:
         mend = f'as a position it must be a number from 0 to {len(self) - 1}'
         if int(name) < len(self):
             mend = f"write '{self.names[int(name)]}', or the number {int(name)}, not a text"
-        raise InputError(f"there is no class named '{name}': {mend}")
+        raise InputError(f"there is no class named {shown(name)}: {mend}")
     near = nearest(name, self.names)
-    hint = f": did you mean '{near}'?" if near else f' among {", ".join(self.names)}'
-    raise InputError(f"there is no class '{name}'{hint}")
+    hint = f": did you mean '{near}'?" if near else f' among {one_line(", ".join(self.names), 600)}'
+    raise InputError(f"there is no class {shown(name)}{hint}")
 
 
 @patch
 def _checked_number(self: Vocabulary, number):
     if number < len(self):
         return number
-    raise InputError(f'there is no class number {number}: this vocabulary has 0 to {len(self) - 1}')
+    raise InputError(f'there is no class number {shown(number)}: this vocabulary has 0 to {len(self) - 1}')
 
 # %% ../nbs/01_labels.ipynb #2110fd8c
 @patch
@@ -247,9 +251,9 @@ def encode(
     "A `Target` string -> multi-hot; raises `InputError` for anything that is not a class number"
     row = np.zeros(len(self), np.float32)
     for word in str(target).split():
-        if not word.isdecimal():
+        if not (word.isdecimal() and word.isascii() and len(word) < 20):
             raise InputError(
-                f"'{word}' is not a class number: write numbers from 0 to {len(self) - 1}, with spaces between"
+                f"{shown(word)} is not a class number: write numbers from 0 to {len(self) - 1}, with spaces between"
             )
         row[self._checked_number(int(word))] = 1
     return row

@@ -16,9 +16,9 @@ from protloc.labels import Vocabulary
 settings.register_profile('protloc', max_examples=60, deadline=None, derandomize=True)
 settings.load_profile('protloc')
 
-letters = st.characters(exclude_categories=['Cs'])
+letters = st.characters(exclude_categories=['Cc', 'Cs', 'Zl', 'Zp'])
 names = st.lists(st.text(letters, min_size=1, max_size=8), min_size=1, max_size=30, unique=True)
-words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs']), min_size=1, max_size=6)
+words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs', 'Zl', 'Zp']), min_size=1, max_size=6)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ...core import InputError
-from ...files import atomic_path
+from ...files import atomic_path, read_bytes
 
 # %% auto #0
 __all__ = ['OTHER_FILES', 'SEPARATORS', 'check_separator', 'read_table', 'with_numbers', 'write_table']
@@ -27,18 +27,6 @@ OTHER_FILES = {
     b'PK\x03\x04': 'a workbook or a zip file',
     b'\x1f\x8b': 'a compressed file',
 }
-
-
-def _bytes_of(path):
-    "A file's bytes without a byte order mark; raises `InputError` where there is no such file"
-    try:
-        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except FileNotFoundError:
-        raise InputError(f'there is no file {path}') from None
-    except IsADirectoryError:
-        raise InputError(f'{path} is a folder: name a CSV file') from None
-    except OSError as e:
-        raise InputError(f'{path} cannot be read: {e.strerror}') from None
 
 # %% ../../../nbs/04_data/00_readers/00_tables.ipynb #81d97320
 def _lines(text):
@@ -54,7 +42,7 @@ def _shown(text):
 
 def _text_of(path):
     "The text of a file; raises `InputError` where it is not UTF-8"
-    data = _bytes_of(path)
+    data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
     mend = "save it as CSV in UTF-8 ('CSV UTF-8' in Excel)"
     for start, what in OTHER_FILES.items():
         if data.startswith(start):
