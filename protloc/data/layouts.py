@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pydantic
 
-from ..core import Config, InputError, lookup, sha256
+from ..core import Config, InputError, lookup, sha256, shown
 from .kind import brief
 from .readers.images import READERS, channel_names, ending_of, read_image
 from protloc.data.readers.listing import (
@@ -92,12 +92,14 @@ def _check_rows(path, table, vocab, without='the Target is empty'):
     for line, id, target in zip(table.index, table.Id, table.Target, strict=True):
         if not id.strip():
             raise InputError(f'{path}, line {line}: the Id is missing')
+        if id.startswith('/') or '..' in id.split('/'):
+            raise InputError(f'{path}, line {line}: the Id {shown(id)} leads out of the folder: name an image in it')
         try:
             labels = vocab.encode(target)
         except InputError as e:
-            raise InputError(f"{path}, line {line} (Id '{id}'): {e}") from None
+            raise InputError(f"{path}, line {line} (Id {shown(id)}): {e}") from None
         if not labels.any():
-            raise InputError(f"{path}, line {line} (Id '{id}'): {without}")
+            raise InputError(f"{path}, line {line} (Id {shown(id)}): {without}")
     repeated = table.Id[table.Id.duplicated()]
     if len(repeated):
         raise InputError(f"{path}, line {repeated.index[0]}: Id '{repeated.iloc[0]}' occurs twice")
