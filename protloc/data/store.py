@@ -27,7 +27,18 @@ from .. import __version__
 from ..core import Config, InputError, command_line, one_line, read_config, sha256
 from .kind import ImageKind, brief
 from .readers.tables import read_table, with_numbers, write_table
-from ..files import CHANGED, claim_settings, exclusive, partial_of, read_array, read_json, remove, write_json
+from protloc.files import (
+    CHANGED,
+    claim_settings,
+    exclusive,
+    is_held,
+    partial_of,
+    read_array,
+    read_json,
+    remove,
+    sweep,
+    write_json,
+)
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -73,7 +84,8 @@ def _check_free(self: StoreWriter):
     "Raise `InputError` where the store is there already; what a killed end has left in it goes"
     if not os.path.lexists(self.path):
         return
-    if (self.path / 'manifest.json').exists():
+    if (self.path / 'manifest.json').exists() and not is_held(self.path):
+        sweep(self.path)
         for name in NOTES:
             remove(self.path / name)
     raise InputError(f'{self.path} exists already: choose another name or remove it first')
