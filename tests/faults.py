@@ -36,6 +36,7 @@ from trial import Case, Tries, call, can_make_devices, in_child, printed_to, run
 
 CHOSEN = 900  # cases in the tests
 SEED = 14  # of the choice
+SLOW_CHOSEN = 6  # strata of cases that take seconds, among them
 
 PRESET = {
     'about': 'a study of seconds',
@@ -121,7 +122,7 @@ def copies_of(words):
 # -- inputs
 
 
-def make_inputs(home):
+def make_inputs(home, with_run=True):
     "All inputs, small; in a process of its own"
     home.mkdir(parents=True)
     (home / 'preset.yaml').write_text(yaml.safe_dump(PRESET, sort_keys=False))
@@ -145,7 +146,10 @@ def make_inputs(home):
         'run preset.yaml --out run',
     ]
     for command in commands:
-        good(command, home)
+        if with_run or not command.startswith('run'):
+            good(command, home)
+    if not with_run:
+        return
     shutil.copytree(home / 'run', home / 'half')
     for name in ('report.html', 'report.ipynb', 'results', 'figures', 'classifiers/concat'):
         wrong.removed(home / 'half' / name)
@@ -228,13 +232,13 @@ def files_read(words, home, root):
         # a library in another language opens weights by itself
         found = [path for path in there if path in opened or path.endswith(f'{os.sep}classifier.safetensors')
                  or path.endswith('model.safetensors')]  # fmt: skip
-        used = {match for match in re.findall(r'\{(?:home|work)\}/(\w+)', words)}
+        used = set(re.findall(r'(\{(?:home|work)\})/(\w+)', words))
         kept = []
         for path in found:
             for folder, mark in ((tries.home, '{home}'), (tries.work, '{work}')):
                 if path.startswith(f'{folder}{os.sep}'):
                     name = os.path.relpath(path, folder)
-                    if Path(name).parts[0].split('.')[0] in used:
+                    if (mark, Path(name).parts[0].split('.')[0]) in used:
                         kept.append(f'{mark}/{name}')
         noted.write_text(json.dumps(kept))
 
@@ -330,7 +334,7 @@ def output_paths(words, is_file):
     yield 'a file', '{work}/odd/file', purpose
     yield 'a folder', '{work}/odd/folder', ''
     for what, value in odd_paths().items():
-        yield what, value, ''
+        yield what, value, 'folders that are missing are made' if what == 'below a dangling link' else ''
     for what, value in STRANGE.items():
         yield what, value, '' if 'letters' in what else 'a file may be named so'
     taken = dict.fromkeys(re.findall(r'\{home\}/[\w.]+', words))
@@ -439,16 +443,26 @@ FINE_TEXTS = {  # (parameter, what) -> why it is no mistake; * for all
     ('exclude', '*'): 'a pattern may fit nothing',
     ('split', 'empty'): 'all images',
     ('match', 'star'): 'a pattern that fits all',
-    ('classes', 'number'): '',
-    ('threshold', 'number'): '',
-    ('mask_ending', 'blank'): '',
 }
 WRONG_PAIRS = ('nan nan', '0.9 0.1', '-1 2', 'abc 1', '1e400 0', '0 1000000000000', '0 0', ' ')
 
 
+def as_sentences_have(value):
+    "Parts of a value by which a sentence may name it"
+    if not value:
+        return ['. ', 'empty', "''"]  # the path '' is this folder
+    if len(value) >= 60:
+        return [value.replace('{work}/', '')[:20]]
+    parts = {value.replace('{work}/', '').replace('{home}/', ''), os.path.basename(value), value.split('/')[-1]}
+    parts |= {text.encode('ascii', 'backslashreplace').decode() for text in parts}
+    parts |= {repr(text)[1:-1] for text in parts} | {value.replace('_', '') if value[0].isdigit() else value}
+    parts |= {part for text in parts for part in text.split('/')} | {'nowhere'}
+    return [text for text in parts if text.isprintable() and (len(text) > 2 or not text.isalnum())]
+
+
 def option_cases():
     for command, declared in commands().items():
-        if command not in COMMANDS:
+        if command not in COMMANDS:  # a new one
             yield Case('option', f'{command} (new)', 'no good call is known: add one to COMMANDS', [command, '--nothing'])
             continue
         kinds = kinds_of(command)
@@ -461,26 +475,19 @@ def option_cases():
             is_argument = parameter.param_type_name == 'argument'
             label = parameter.name.upper() if is_argument else parameter.opts[0]
             named = {label, parameter.name, parameter.name.replace('_', '-'), parameter.name.replace('_', ' ')}
+            named |= {parameter.name.rstrip('s')}
 
-            def case(what, values, fine='', spoil=odd, group='option'):
-                shown = {value.replace('{work}/', '').replace('{home}/', '') for value in values if len(value) < 60}
-                shown |= {os.path.basename(value) for value in values if len(value) < 200}
-                shown |= {text.split('/')[0] for text in shown}
-                shown = {text for text in shown if len(text) > 2 and text.isprintable()}
-                if any(value == '' or len(value) >= 60 or not value.isprintable() for value in values):
-                    shown |= {'nnnn', 'empty', 'folder', 'file'} if {'path'} & tags else set()
+            def case(what, values, fine='', spoil=odd):
+                shown = {part for value in values for part in as_sentences_have(value)}
                 words = with_value(command, parameter, values)
                 return Case(
                     'option', f'{command} {label}', what, words, tuple(named | shown), fine, copies, '', spoil, slow=slow
                 )
 
             kind = base_type(kinds[parameter.name])
-            tags = {'path'} if kind is Path or RIGHT.get(parameter.name) else set()
             if kind is bool:
-                yield case('a value', ['maybe'], spoil=None) if False else Case(
-                    'option', f'{command} {label}', 'a value', [*split_words(COMMANDS[command]), f'{label}=maybe'],
-                    tuple(named), '', copies, slow=slow,
-                )  # fmt: skip
+                words = [*split_words(COMMANDS[command]), f'{label}=maybe']
+                yield Case('option', f'{command} {label}', 'a value', words, tuple(named), '', copies, slow=slow)
             elif isinstance(kind, tuple):
                 for pair in WRONG_PAIRS:
                     yield case(f'numbers {pair}', pair.split(' '), spoil=None)
@@ -618,24 +625,36 @@ def write_preset(text):
     return spoil
 
 
+def setting_case(name, key, field, what, value, text):
+    "A setting given by --set, in a preset's file, or to the command of its section: each by its turn"
+    names = {field, name, *name.split('.')[-2:], field.replace('_', ' '), *([text] if 2 < len(text) < 60 else [])}
+    section, _, rest = name.partition('.')
+    ways = 3 if rest and section in ('generator', 'classifier') else 2
+    way = draw_of(f'{name} {what}') % ways
+    words = split_words(setting_call(name))
+    if way == 0:
+        return Case('setting', name, what, [*words, '--set', f'{key}={value}'], tuple(names))
+    if way == 1:
+        words = [word.replace('{home}/preset.yaml', '{work}/preset.yaml') for word in words]
+        spoil = write_preset(as_yaml(key, value))
+        return Case('setting', name, f'{what}, in a file', words, (*names, 'preset.yaml'), spoil=spoil)
+    words = [*split_words(COMMANDS[f'train-{section}']), '--set', f'{rest}={value}']
+    return Case('setting', name, f'{what}, of its command', words, tuple(names))
+
+
+def draw_of(text):
+    "A number that depends on a text alone"
+    return int.from_bytes(hashlib.sha256(f'{SEED}/{text}'.encode('utf-8', 'replace')).digest()[:4], 'big')
+
+
 def setting_cases():
     for name, kind, field, form in settings():
         key = 'arms' if name.startswith('arms.') else name
-        names = tuple({field, name, *name.split('.')[-2:], field.replace('_', ' ')})
         for what, text in values_for(kind, field):
             if wrong.allows(kind, field, text):
                 continue
             value = form.replace('{}', text, 1) if form != '{}' else text
-            words = split_words(setting_call(name))
-            yield Case('setting', name, what, [*words, '--set', f'{key}={value}'], names)
-            from_file = [word.replace('{home}/preset.yaml', '{work}/preset.yaml') for word in words]
-            spoil = write_preset(as_yaml(key, value))
-            names_of_file = (*names, 'preset.yaml')
-            yield Case('setting', name, f'{what}, in a file', from_file, names_of_file, spoil=spoil)
-            section, _, rest = name.partition('.')
-            if rest and section in ('generator', 'classifier'):
-                call_of_section = split_words(COMMANDS[f'train-{section}'])
-                yield Case('setting', name, f'{what}, of its command', [*call_of_section, '--set', f'{rest}={value}'], names)
+            yield setting_case(name, key, field, what, value, text)
     for what, text in (
         ('no equals', 'seeds'), ('no name', '=5'), ('empty', ''), ('a part of a number', 'seeds.a.b=5'), ('points', '..=5'),
         ('an unknown setting', 'seedz=5'), ('an unknown part', 'classifier.lop.steps=5'), ('a line break', 'a\nb=5'),
@@ -667,30 +686,57 @@ def yaml_cases():
 # -- cases of files
 
 NO_CHECKSUM = 'a text that people may edit has no checksum'
+TEXT = r'(?<!table)\.(csv|json|jsonl|yaml)$'
 FINE_FILES = [  # (file, what) as patterns -> why it may be fine
-    (r'(?<!table)\.(csv|json|jsonl|yaml)$', r'a byte flipped|an early byte flipped|cut by a byte', NO_CHECKSUM),
+    (TEXT, r'a byte flipped|an early byte flipped|cut by a byte', NO_CHECKSUM),
     (r'\.png$', r'a byte flipped|cut by a byte|100 bytes more|an early byte flipped', 'an image may be whole after all'),
     (r'\.png$', 'colours', 'an image whose channels are equal is one of grey values'),
     (r'\.png$', 'black', 'an image may be black'),
     (r'\.png$', 'a TIFF of floats', 'formats are recognised by content'),
     (r'\.safetensors$', 'a byte flipped|an early byte flipped', 'weights have no checksum'),
-    (r'\.safetensors$', 'halves', 'weights may be kept in halves'),
+    (r'\.safetensors$', 'halves|whole numbers', 'weights are converted'),
     (r'manifest\.json$', r'made\b.*', 'a note that is shown and not used'),
-    (r'\.csv$', 'a column twice', 'columns that nobody asks for are let be'),
+    (r'(challenge|plan|thresholds).*\.csv$', 'a column twice', 'columns that nobody asks for are let be'),
     (r'(challenge|plan).*\.csv$', 'a row less|a row twice|the columns renamed', 'a shorter table is a table'),
     (r'\.yaml$', 'empty|comment alone|byte order mark|CRLF', 'settings have defaults'),
-    (r'(README\.md|samples\.png)$', '.*', 'it is for people alone'),
-    (r'run/|half/', '.*', 'the stage that wrote it is finished'),
+    (r'(README\.md|samples\.png|log\.jsonl)$', '.*', 'it is for people alone'),
+    (r'lock$', '.*', 'a lock holds a note for people'),
+    (r'pipeline/.*\.json$', r'_\w+ .*', 'a note of diffusers'),
+    (r'pipeline/.*config\.json$', r'.* gone', 'diffusers fills in what is missing'),
+    (r'training\.json$', r'(config|store|versions|images|made)\b.*', 'a note of how it was trained'),
+    (r'run/|half/', '.*', 'the stage that wrote it may be finished'),
+    (r'\{work\}/(classifier|generator)', '.*', 'what is finished need not be read again'),
+    (r'\{work\}/(drawing|preparing)', 'removed', 'it begins again'),
 ]
+OF_SLOW = ('removed', 'empty', 'cut in half', 'noise', 'JSON list', 'no rows', 'NaN', 'objects', 'the header alone', 'a pipe')
 
 
 def file_fine(file, what):
-    return next((reason for pattern, spoiled, reason in FINE_FILES
-                 if re.search(pattern, file) and re.fullmatch(spoiled, what)), '')  # fmt: skip
+    found = (reason for pattern, spoiled, reason in FINE_FILES if re.search(pattern, file) and re.fullmatch(spoiled, what))
+    return next(found, '')
+
+
+def spoilings_of(path, command, is_first):
+    "The ways to spoil a file that are tried in this call"
+    by_key = re.compile(r'.* (gone|is .*)')
+    shapes = set(wrong.yaml_shapes(b''))
+    for what, spoil in wrong.spoilings(path):
+        if command in SLOW and what not in OF_SLOW:
+            continue
+        if path.suffix in ('.yaml', '.yml') and (what in shapes - set(wrong.ANY) or by_key.fullmatch(what) and not is_first):
+            continue
+        # what another call has shown for this file need not be shown again
+        if by_key.fullmatch(what) and (not is_first or path.name == 'preset.yaml'):
+            continue
+        # a run has many files that are alike
+        if by_key.fullmatch(what) and re.search(r'/(run|half)/', str(path)) and draw_of(f'{path.name} {what}') % 8:
+            continue
+        yield what, spoil
 
 
 def file_cases(tries):
     calls = {name: words for name, words in (COMMANDS | FURTHER).items() if name not in ('presets', 'simulate')}
+    shown = set()
     for name, words in calls.items():
         read = files_read(words, tries.home, tries.root)
         if read is None:
@@ -699,38 +745,32 @@ def file_cases(tries):
         command = words.split(' ')[0]
         copies = copies_of(words)
         grows = bool(copies) and command != 'split'
-        for file in dict.fromkeys([*read, *alike(read)]):
+        for file in read:
             path = tries.home / file[7:]
             names = (path.name, *path.relative_to(tries.home).parts)
-            # of many images, one of each folder is enough
-            for what, spoil in wrong.spoilings(path):
-                fine = file_fine(file, what)
-                slow = command in SLOW or name == 'run, finished'
+            stratum = f'{name}: {file[7:]}'
+            for what, spoil in spoilings_of(path, command, file[7:] not in shown):
                 yield Case(
-                    'file', f'{name}: {file[7:]}', what, split_words(words), names, fine, copies, file, spoil, grows, slow
-                )
-            fine = 'images alone are written to it' if False else ''
-        for root in dict.fromkeys('/'.join(file.split('/')[:2]) for file in read):
+                    'file', stratum, what, split_words(words), names, file_fine(file, what), copies, file, spoil, grows,
+                    command in SLOW,
+                )  # fmt: skip
+            if command not in SLOW:
+                shown.add(file[7:])
+        for root in dict.fromkeys('/'.join(file.split('/')[:2]) for file in read if file.count('/') > 1):
             for what in ('removed', 'a link to itself', 'a dangling link', 'a pipe'):
-                if '.' not in root[7:]:
-                    names = (root[7:],)
-                    spoil = wrong.ANY[what]
-                    yield Case(
-                        'file', f'{name}: {root[7:]}', what, split_words(words), names, '', copies, root, spoil, grows
-                    )
-
-
-def alike(read):
-    "Nothing yet"
-    return []
+                fine = 'it begins again' if root.startswith('{work}') and what == 'removed' and grows else ''
+                yield Case(
+                    'file', f'{name}: {root[7:]}', what, split_words(words), (root[7:], 'nowhere'), fine, copies, root,
+                    wrong.ANY[what], grows, command in SLOW,
+                )  # fmt: skip
 
 
 def thinned(cases):
     "Of files that are alike, such as the images of a folder, the first one"
     seen = {}
     for case in cases:
-        alike_name = re.sub(r'[a-z]\d+_(red|green|blue|yellow)\.png', '*.png', case.stratum)
-        first = seen.setdefault(alike_name, case.stratum)
+        alike = re.sub(r'[a-z]\d+_(red|green|blue|yellow)\.png', '*.png', case.stratum)
+        first = seen.setdefault(alike, case.stratum)
         if first == case.stratum:
             yield case
 
@@ -749,16 +789,22 @@ def choose(cases, count=CHOSEN, seed=SEED):
     for case in cases:
         strata[case.group, case.stratum].append(case)
     for members in strata.values():
-        members.sort(key=lambda case: hashlib.sha256(f'{seed}/{case.name}'.encode('utf-8', 'replace')).digest())
-        # one that may take seconds is enough
-        slow = [case for case in members if case.slow and case.fine]
-        members[:] = [case for case in members if case not in slow[1:]]
+        members.sort(key=lambda case: draw_of(f'{seed} {case.name}'))
+    slow = sorted(stratum for stratum, members in strata.items() if all(case.slow for case in members))
+    for stratum in slow:
+        members = strata.pop(stratum)
+        # what takes seconds is tried for a few strata
+        if slow.index(stratum) % max(1, len(slow) // SLOW_CHOSEN) == 0:
+            strata['slow', ''] += members[:1]
+    for stratum in strata:
+        if stratum[0] != 'slow':
+            strata[stratum] = [case for case in strata[stratum] if not case.slow]
     chosen = []
     turn = 0
     while len(chosen) < count and any(len(members) > turn for members in strata.values()):
-        chosen += [members[turn] for members in strata.values() if len(members) > turn]
+        chosen += [members[turn] for key, members in strata.items() if len(members) > turn and key[0] != 'slow']
         turn += 1
-    return chosen
+    return [*chosen[:count], *strata.get(('slow', ''), [])]
 
 
 # -- as a program
@@ -830,11 +876,11 @@ def prepare_tries(root):
         import torch
 
         torch.set_num_threads(1)
-        make_inputs(tries.pristine)
+        make_inputs(tries.home)
 
     if in_child(make):
         raise RuntimeError('the inputs could not be made')
-    tries.restore_first()
+    tries.keep_all()
     return tries
 
 

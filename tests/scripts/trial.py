@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SECONDS = 20  # that a refusal may take
-HARD_SECONDS = 40  # until the process is killed that did not hear the alarm
+HARD_SECONDS = 25  # until the process is killed that did not hear the alarm
 MEMORY = 6 << 30  # bytes of address space that a case may take
 LONGEST = 1000  # letters of a sentence
 DEBRIS = re.compile(r'^\..*|.*partial.*|.*\.lock$|.*-lock$|.*\.tmp$|^tmp.*|.*aside.*', re.IGNORECASE)
@@ -209,10 +209,9 @@ class Tries:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
 
-    def restore_first(self):
-        "The inputs in their place, for the first time"
-        self.home.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.pristine, self.home, symlinks=True)
+    def keep_all(self):
+        "A copy of the inputs, to be put in their place where they are hurt"
+        shutil.copytree(self.home, self.pristine, symlinks=True)
         self.clear()
 
     def restore(self):
