@@ -116,6 +116,15 @@ def changes(before, after, known=None):
     return hurt, [path for path in after if path not in before]
 
 
+def is_debris(path, tmp=None):
+    "Whether a new path is something unfinished, a lock, or left in the folder for temporary files"
+    name = os.path.basename(path)
+    # a library of ONNX Runtime notes its session there, and PyTorch's compiler makes a folder for its cache
+    if name == '.ses' or 'torchinductor' in path:
+        return False
+    return bool(DEBRIS.match(name)) or tmp is not None and path.startswith(str(tmp))
+
+
 # -- running a case
 
 
@@ -328,8 +337,8 @@ class Tries:
 
     def judge_folders(self, case, result, hurt, new):
         "What is wrong with the folders"
-        tmp = list(look(self.tmp))
-        debris = [path for path in new if DEBRIS.match(os.path.basename(path))] + tmp
+        tmp = [path for path in look(self.tmp) if is_debris(path, self.tmp)]
+        debris = [path for path in new if is_debris(path)] + tmp
         if result.trained or result.code not in (0, 2):
             debris = []
         written_over = [path for path in hurt if not (result.code != 2 and self.may_write(path, case))]
