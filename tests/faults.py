@@ -29,10 +29,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent / 'scripts'), str(Path(__file__).parent.parent)]
 
 import numpy as np
-import wrong
 import yaml
 from PIL import Image
-from trial import Case, Tries, call, can_make_devices, in_child, printed_to, run_cases
+
+import wrong
+from trial import Case, Tries, call, can_make_devices, content, in_child, printed_to, run_cases
 
 CHOSEN = 850  # cases in the tests
 SEED = 14  # of the choice
@@ -116,7 +117,9 @@ SLOW = ('report',)  # commands that take seconds where nothing is wrong
 
 def copies_of(words):
     "The inputs that a call also writes"
-    return tuple(dict.fromkeys(re.findall(r'\{work\}/(store|run|half|drawing|preparing|classifier|generator)(?![\w.])', words)))
+    return tuple(
+        dict.fromkeys(re.findall(r'\{work\}/(store|run|half|drawing|preparing|classifier|generator)(?![\w.])', words))
+    )
 
 
 # -- inputs
@@ -207,7 +210,7 @@ def stopped_midway(command, home, name):
 
 
 def files_read(words, home, root):
-    "The files of the inputs that a good call opens, as it names them"
+    "The files of the inputs that a good call opens, as it names them; what it must leave where it continues a store"
     tries = Tries(root)
     noted = root / 'read'
 
@@ -240,10 +243,16 @@ def files_read(words, home, root):
                     name = os.path.relpath(path, folder)
                     if (mark, Path(name).parts[0].split('.')[0]) in used:
                         kept.append(f'{mark}/{name}')
-        noted.write_text(json.dumps(kept))
+        ends = re.findall(r'\{work\}/(?:drawing|preparing)/out', words)
+        right = {
+            f'{end}/{file}': content(tries.filled(f'{end}/{file}'))
+            for end in ends
+            for file in ('images.npy', 'table.csv')
+        }
+        noted.write_text(json.dumps((kept, right)))
 
     if in_child(watch):
-        return None
+        return None, {}
     return json.loads(noted.read_text())
 
 
@@ -462,44 +471,44 @@ def as_sentences_have(value):
 
 def option_cases():
     for command, declared in commands().items():
-        if command not in COMMANDS:  # a new one
-            yield Case('option', f'{command} (new)', 'no good call is known: add one to COMMANDS', [command, '--nothing'])
+        if command not in COMMANDS:
+            what = 'no good call is known: add one to COMMANDS'
+            yield Case('option', f'{command} (new)', what, [command, '--nothing'])
             continue
-        kinds = kinds_of(command)
-        copies = copies_of(COMMANDS[command])
-        slow = command in SLOW
-        yield from call_cases(command, declared, copies)
+        yield from call_cases(command, declared, copies_of(COMMANDS[command]))
         for parameter in declared.params:
-            if parameter.name == 'help':
-                continue
-            is_argument = parameter.param_type_name == 'argument'
-            label = parameter.name.upper() if is_argument else parameter.opts[0]
-            named = {label, parameter.name, parameter.name.replace('_', '-'), parameter.name.replace('_', ' ')}
-            named |= {parameter.name.rstrip('s')}
-
-            def case(what, values, fine='', spoil=odd):
-                shown = {part for value in values for part in as_sentences_have(value)}
-                words = with_value(command, parameter, values)
-                return Case(
-                    'option', f'{command} {label}', what, words, tuple(named | shown), fine, copies, '', spoil, slow=slow
-                )
-
-            kind = base_type(kinds[parameter.name])
-            if kind is bool:
-                words = [*split_words(COMMANDS[command]), f'{label}=maybe']
-                yield Case('option', f'{command} {label}', 'a value', words, tuple(named), '', copies, slow=slow)
-            elif isinstance(kind, tuple):
-                for pair in WRONG_PAIRS:
-                    yield case(f'numbers {pair}', pair.split(' '), spoil=None)
-            elif kind in (int, float):
-                yield from number_cases(parameter, kind, case)
-            elif kind is Path:
-                yield from path_cases(command, parameter, case)
-            else:
-                yield from text_cases(command, parameter, case)
+            if parameter.name != 'help':
+                yield from parameter_cases(command, parameter)
 
 
-def number_cases(parameter, kind, case):
+def parameter_cases(command, parameter):
+    "A good call with one parameter given otherwise, in all ways that its type has"
+    name = parameter.name
+    label = name.upper() if parameter.param_type_name == 'argument' else parameter.opts[0]
+    named = {label, name, name.replace('_', '-'), name.replace('_', ' '), name.rstrip('s')}
+    always = dict(copies=copies_of(COMMANDS[command]), slow=command in SLOW)
+
+    def case(what, values, fine='', spoil=odd):
+        shown = {part for value in values for part in as_sentences_have(value)}
+        words = with_value(command, parameter, values)
+        return Case('option', f'{command} {label}', what, words, tuple(named | shown), fine=fine, spoil=spoil, **always)
+
+    kind = base_type(kinds_of(command)[name])
+    if kind is bool:
+        words = [*split_words(COMMANDS[command]), f'{label}=maybe']
+        yield Case('option', f'{command} {label}', 'a value', words, tuple(named), **always)
+    elif isinstance(kind, tuple):
+        for pair in WRONG_PAIRS:
+            yield case(f'numbers {pair}', pair.split(' '), spoil=None)
+    elif kind in (int, float):
+        yield from number_cases(parameter, case)
+    elif kind is Path:
+        yield from path_cases(command, parameter, case)
+    else:
+        yield from text_cases(parameter, case)
+
+
+def number_cases(parameter, case):
     for text, reason in wrong.NUMBERS.items():
         what = text if len(text) < 30 else f'{len(text)} digits'
         fine = FINE_NUMBERS.get((parameter.name, text), '')
@@ -530,10 +539,10 @@ def path_cases(command, parameter, case):
         yield case(what, [value], fine)
 
 
-def text_cases(command, parameter, case):
+def text_cases(parameter, case):
     for what, value in wrong.TEXTS.items():
         fine = FINE_TEXTS.get((parameter.name, what), FINE_TEXTS.get((parameter.name, '*'), ''))
-        yield case(what, [value], fine or FINE_TEXTS.get(('*', what), '' if what != 'empty' else ''), None)
+        yield case(what, [value], fine or FINE_TEXTS.get(('*', what), ''), None)
     default = parameter.default
     if isinstance(default, str) and default.lower() != default.upper():
         yield case('another case', [default.swapcase()], 'letters of either case may be meant', None)
@@ -593,13 +602,15 @@ def settings():
 
     yield from ((name, kind, field, '{}') for name, kind, field in wrong.fields_of(StudyConfig))
     for field in ArmConfig.model_fields:
-        beside = 'strategy: concat' if field == 'name' else 'name: other' + (', strategy: concat' * (field != 'strategy'))
+        beside = (
+            'strategy: concat' if field == 'name' else 'name: other' + (', strategy: concat' * (field != 'strategy'))
+        )
         yield f'arms.{field}', ArmConfig, field, f'[real, {{{beside}, {field}: {{}}}}]'
 
 
 def setting_call(name):
     "The call of `run` that reads a setting"
-    if name.startswith('data.prepare') or name == 'data.folder':
+    if name.startswith('data.prepare'):
         return COMMANDS['run'] + ' --data {home}/challenge'
     return COMMANDS['run'] + ('' if name.startswith('data') else ' --data {home}/store')
 
@@ -656,7 +667,8 @@ def setting_cases():
             value = form.replace('{}', text, 1) if form != '{}' else text
             yield setting_case(name, key, field, what, value, text)
     for what, text in (
-        ('no equals', 'seeds'), ('no name', '=5'), ('empty', ''), ('a part of a number', 'seeds.a.b=5'), ('points', '..=5'),
+        ('no equals', 'seeds'), ('no name', '=5'), ('empty', ''), ('a part of a number', 'seeds.a.b=5'),
+        ('points', '..=5'),
         ('an unknown setting', 'seedz=5'), ('an unknown part', 'classifier.lop.steps=5'), ('a line break', 'a\nb=5'),
         ('a long name', f'{"a." * 3000}b=1'), ('a surrogate', 'a\udcff=5'), ('a part of a list', 'arms.0=real'),
     ):  # fmt: skip
@@ -678,7 +690,13 @@ def yaml_cases():
             def spoil(work, text=text):
                 (work / 'preset.yaml').write_bytes(text)
 
-            only_others = command != 'run' and what in ('unknown section', '5 MB', 'huge number', 'timestamp', '5 MB of keys')
+            only_others = command != 'run' and what in (
+                'unknown section',
+                '5 MB',
+                'huge number',
+                'timestamp',
+                '5 MB of keys',
+            )
             fine = fine or ('a section of another command' if only_others else '')
             yield Case('yaml', f'preset of {command}', what, words, ('preset', 'yaml'), fine, spoil=spoil)
 
@@ -689,7 +707,11 @@ NO_CHECKSUM = 'a text that people may edit has no checksum'
 TEXT = r'(?<!table)\.(csv|json|jsonl|yaml)$'
 FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (TEXT, r'a byte flipped|an early byte flipped|cut by a byte', NO_CHECKSUM),
-    (r'\.png$', r'a byte flipped|cut by a byte|100 bytes more|an early byte flipped', 'an image may be whole after all'),
+    (
+        r'\.png$',
+        r'a byte flipped|cut by a byte|100 bytes more|an early byte flipped',
+        'an image may be whole after all',
+    ),
     (r'\.png$', 'colours', 'an image whose channels are equal is one of grey values'),
     (r'\.png$', 'black', 'an image may be black'),
     (r'\.png$', 'a TIFF of floats', 'formats are recognised by content'),
@@ -703,16 +725,30 @@ FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (r'lock$', '.*', 'a lock holds a note for people'),
     (r'pipeline/.*\.json$', r'_\w+ .*', 'a note of diffusers'),
     (r'pipeline/.*config\.json$', r'.* gone', 'diffusers fills in what is missing'),
+    (r'training\.json$', 'removed|a dangling link|a link to itself|a pipe', 'older generators have none'),
     (r'training\.json$', r'(config|store|versions|images|made)\b.*', 'a note of how it was trained'),
     (r'run/|half/', '.*', 'the stage that wrote it may be finished'),
     (r'\{work\}/(classifier|generator)', '.*', 'what is finished need not be read again'),
-    (r'\{work\}/(drawing|preparing)', 'removed', 'it begins again'),
+    (r'\{work\}/(drawing|preparing)', '.*', 'it may begin again, if it ends in the same images'),
 ]
-OF_SLOW = ('removed', 'empty', 'cut in half', 'noise', 'JSON list', 'no rows', 'NaN', 'objects', 'the header alone', 'a pipe')
+OF_SLOW = (
+    'removed',
+    'empty',
+    'cut in half',
+    'noise',
+    'JSON list',
+    'no rows',
+    'NaN',
+    'objects',
+    'the header alone',
+    'a pipe',
+)
 
 
 def file_fine(file, what):
-    found = (reason for pattern, spoiled, reason in FINE_FILES if re.search(pattern, file) and re.fullmatch(spoiled, what))
+    found = (
+        reason for pattern, spoiled, reason in FINE_FILES if re.search(pattern, file) and re.fullmatch(spoiled, what)
+    )
     return next(found, '')
 
 
@@ -729,7 +765,9 @@ def spoilings_of(path, command, is_first):
     for what, spoil in wrong.spoilings(path):
         if command in SLOW and what not in OF_SLOW:
             continue
-        if path.suffix in ('.yaml', '.yml') and (what in shapes - set(wrong.ANY) or by_key.fullmatch(what) and not is_first):
+        if path.suffix in ('.yaml', '.yml') and (
+            what in shapes - set(wrong.ANY) or by_key.fullmatch(what) and not is_first
+        ):
             continue
         # what another call has shown for this file need not be shown again
         if by_key.fullmatch(what) and (not is_first or path.name == 'preset.yaml'):
@@ -744,9 +782,11 @@ def file_cases(tries):
     calls = {name: words for name, words in (COMMANDS | FURTHER).items() if name not in ('presets', 'simulate')}
     shown = set()
     for name, words in calls.items():
-        read = of_run(tries.home) if name in SLOW else files_read(words, tries.home, tries.root)
+        read, right = (of_run(tries.home), {}) if name in SLOW else files_read(words, tries.home, tries.root)
         if read is None:
-            yield Case('file', name, 'the good call fails', split_words(words), fine='it is good', copies=copies_of(words))
+            yield Case(
+                'file', name, 'the good call fails', split_words(words), fine='it is good', copies=copies_of(words)
+            )
             continue
         command = words.split(' ')[0]
         copies = copies_of(words)
@@ -758,16 +798,19 @@ def file_cases(tries):
             for what, spoil in spoilings_of(path, command, file[7:] not in shown):
                 yield Case(
                     'file', stratum, what, split_words(words), names, file_fine(file, what), copies, file, spoil, grows,
-                    command in SLOW,
+                    right, command in SLOW,
                 )  # fmt: skip
             if command not in SLOW:
                 shown.add(file[7:])
         for root in dict.fromkeys('/'.join(file.split('/')[:2]) for file in read if file.count('/') > 1):
             for what in ('removed', 'a link to itself', 'a dangling link', 'a pipe'):
-                fine = 'it begins again' if root.startswith('{work}') and what == 'removed' and grows else ''
+                again = (
+                    root.startswith('{work}') and grows and (what == 'removed' or what == 'a dangling link' and right)
+                )
+                fine = 'it begins again, and makes folders that are missing' if again else ''
                 yield Case(
                     'file', f'{name}: {root[7:]}', what, split_words(words), (root[7:], 'nowhere'), fine, copies, root,
-                    wrong.ANY[what], grows, command in SLOW,
+                    wrong.ANY[what], grows, right, command in SLOW,
                 )  # fmt: skip
 
 
@@ -819,7 +862,7 @@ def choose(cases, count=CHOSEN, seed=SEED):
 def table_of(cases, results):
     "Counts by group"
     kinds = ('traceback', 'hang', 'died', 'taken', 'exit code', 'usage', 'no sentence', 'several lines', 'long',
-             'unprintable', 'unnamed', 'input hurt', 'left over')  # fmt: skip
+             'unprintable', 'unnamed', 'input hurt', 'left over', 'wrong result')  # fmt: skip
     rows = collections.defaultdict(collections.Counter)
     for place, case in enumerate(cases):
         result = results[place]
@@ -852,12 +895,17 @@ def group_of(case):
 def write_report(path, cases, results):
     with open(path, 'w', newline='', errors='backslashreplace') as file:
         out = csv.writer(file)
-        out.writerow(('group', 'part', 'stratum', 'case', 'faults', 'code', 'seconds', 'sentence', 'detail', 'fine', 'words'))
+        out.writerow(
+            ('group', 'part', 'stratum', 'case', 'faults', 'code', 'seconds', 'sentence', 'detail', 'fine', 'words')
+        )
         for place, case in enumerate(cases):
             result = results[place]
-            words = ' '.join(word if len(word) < 200 else f'{word[:60]}... ({len(word)} letters)' for word in case.words)
+            words = ' '.join(
+                word if len(word) < 200 else f'{word[:60]}... ({len(word)} letters)' for word in case.words
+            )
             out.writerow((case.group, group_of(case), case.stratum, case.what, '+'.join(result.faults), result.code,
-                          f'{result.seconds:.3f}', result.sentence[:1200], result.detail, case.fine, repr(words)))  # fmt: skip
+                          f'{result.seconds:.3f}', result.sentence[:1200], result.detail, case.fine,
+                          repr(words)))  # fmt: skip
 
 
 def tracebacks(cases, results):
@@ -866,7 +914,9 @@ def tracebacks(cases, results):
     for place, case in enumerate(cases):
         result = results[place]
         if 'traceback' in result.faults:
-            parts = re.match(r'(\S+) at (.*?:\d+ \S+|): ?(.*)', result.detail) or re.match(r'(.*)( at .*)()', result.detail)
+            parts = re.match(r'(\S+) at (.*?:\d+ \S+|): ?(.*)', result.detail) or re.match(
+                r'(.*)( at .*)()', result.detail
+            )
             key = (parts[1], parts[2]) if parts else (result.detail[:80], '')
             kinds[key].append((case.name, result.detail))
     ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))

@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / 'scripts'), str(Path(__file__).parent.parent)]
 
 from faults import COMMANDS, copies_of, draw_of, make_inputs, split_words, warm_up
+
 from trial import Tries, call, in_child, is_debris, look, printed_to
 
 KILLED = 137
@@ -42,7 +43,8 @@ WRITING = {
     'split': COMMANDS['split'],
     'info': COMMANDS['info'],
     'train-generator': COMMANDS['train-generator'],
-    'generate': 'generate {home}/generator {work}/out --like {home}/store --images 6 --num-inference-steps 1 --batch-size 2',
+    'generate': 'generate {home}/generator {work}/out --like {home}/store --images 6 --num-inference-steps 1'
+    ' --batch-size 2',
     'train-classifier': COMMANDS['train-classifier'],
     'thresholds': COMMANDS['thresholds'],
     'predict': COMMANDS['predict'] + ' --probabilities {work}/probabilities.csv',
@@ -259,9 +261,10 @@ def tree(folder):
             found[name] = 'folder'
         elif TIMED_FILES.search(name):
             found[name] = 'a file with times'
-        elif zipfile.is_zipfile(path):  # of TorchScript: only the room between its members differs
+        elif zipfile.is_zipfile(path):  # of TorchScript: without the lines of the caller, and the number of the file
             with zipfile.ZipFile(path) as archive:
-                found[name] = {member: archive.read(member) for member in archive.namelist()}
+                members = [each for each in archive.namelist() if not each.endswith(('.debug_pkl', 'serialization_id'))]
+                found[name] = {member: archive.read(member) for member in members}
         elif path.name == 'README.md':  # of a generator
             found[name] = re.sub(r'\| images_per_second \|.*', '', path.read_text())
         elif path.suffix in ('.jsonl', '.json'):
@@ -320,7 +323,9 @@ def table_of(rows, subjects):
                       sum(bool(row.human) for row in found), sum(bool(row.differ) for row in found)))  # fmt: skip
     lines.append(('all', *(sum(line[n] for line in lines[1:]) for n in range(1, len(head)))))
     widths = [max(len(str(line[n])) for line in lines) for n in range(len(head))]
-    return '\n'.join('  '.join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return '\n'.join(
+        '  '.join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
 
 
 def main():
@@ -352,7 +357,9 @@ def main():
             if subject.debris:
                 rows.append(Killed(name, 0, 'never', '', True, tuple(subject.debris)))
             if subject.steady:
-                rows.append(Killed(name, 0, 'never', 'two runs that were left alone', False, differ=tuple(subject.steady)))
+                rows.append(
+                    Killed(name, 0, 'never', 'two runs that were left alone', False, differ=tuple(subject.steady))
+                )
             count = None if asked.all else CHOSEN[name]
             if asked.most is not None:
                 count = asked.most
@@ -367,9 +374,12 @@ def main():
     if asked.report:
         with open(asked.report, 'w', newline='', errors='backslashreplace') as file:
             out = csv.writer(file)
-            out.writerow(('command', 'number', 'moment', 'event', 'good', 'equal', 'whole', 'debris', 'human', 'differ'))
+            out.writerow(
+                ('command', 'number', 'moment', 'event', 'good', 'equal', 'whole', 'debris', 'human', 'differ')
+            )
             for row in rows:
-                out.writerow((row.command, row.number, row.moment, row.event, int(row.good), int(row.equal), int(row.whole),
+                out.writerow((row.command, row.number, row.moment, row.event,
+                              int(row.good), int(row.equal), int(row.whole),
                               ' '.join(row.debris), row.human, ' '.join(row.differ)))  # fmt: skip
     print(table_of(rows, subjects))
     faulty = [row for row in rows if not row.good]

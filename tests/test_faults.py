@@ -11,6 +11,7 @@ from pathlib import Path
 
 import faults
 import pytest
+
 import wrong
 
 ALL = os.environ.get('PROTLOC_FAULTS') == 'all'
@@ -45,7 +46,10 @@ def test_bad_input(rows, group, part):
     here = [row for row in rows if (row['group'], row['part']) == (group, part)]
     assert here, f'no case of {group} {part} was tried'
     faulty = [row for row in here if row['faults']]
-    lines = [f'{row["faults"]:20} {row["stratum"]}: {row["case"]}: {(row["detail"] or row["sentence"])[:160]}' for row in faulty]
+    lines = [
+        f'{row["faults"]:20} {row["stratum"]}: {row["case"]}: {(row["detail"] or row["sentence"])[:160]}'
+        for row in faulty
+    ]
     assert not faulty, f'{len(faulty)} of {len(here)} cases:\n' + '\n'.join(lines)
 
 

@@ -42,6 +42,7 @@ class Case:
     target: str = ''  # the path of an input that is spoiled, with {home} or {work}
     spoil: Callable[[Path], None] | None = None  # spoil(path) does it; without a target it gets the case's own folder
     grows: bool = False  # what is refused may have been continued before that: only debris counts as left over
+    right: dict = field(default_factory=dict)  # file of the result -> SHA-256, where it is not refused
     slow: bool = False  # takes seconds where it is fine
 
     @property
@@ -85,7 +86,9 @@ def look(*folders):
                     if is_folder:
                         stack.append(entry.path)
                     seen[entry.path] = (
-                        ('folder',) if is_folder else (state.st_mode, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+                        ('folder',)
+                        if is_folder
+                        else (state.st_mode, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
                     )
     return seen
 
@@ -106,7 +109,7 @@ def content(path):
 
 
 def changes(before, after, known=None):
-    "Paths that are gone or changed, and paths that are new; a file that was written again with its content is as before"
+    "Paths that are gone or changed, and new ones; a file that was written again with its content is as before"
     hurt = []
     for path, state in before.items():
         if path not in after or after[path][0] != state[0]:
@@ -266,6 +269,11 @@ class Tries:
         after = look(self.home, self.work)
         hurt, new = changes(before, after, known)
         self.judge_folders(case, result, hurt, new)
+        if result.code == 0 and not result.trained:
+            for path, right in case.right.items():
+                if content(self.filled(path)) != right:
+                    result.faults.append('wrong result')
+                    result.detail += f' wrong: {path}'
         os.chdir(self.root)
         if in_home:
             self.bring_back(target)

@@ -357,9 +357,23 @@ def others(value):
         wrong = {'negative': -7, 'huge': 10**12, 'NaN': float('nan'), 'beyond floats': 10**400}
         return wrong | {'a text': 'abc', 'null': None, 'a list': [value], 'an object': {'a': 1}}
     if isinstance(value, str):
-        return {'a number': 5, 'null': None, 'a list': [value], 'another text': 'no-such', 'above': '../../x', 'control': 'a\r\n'}
+        return {
+            'a number': 5,
+            'null': None,
+            'a list': [value],
+            'another text': 'no-such',
+            'above': '../../x',
+            'control': 'a\r\n',
+        }
     if isinstance(value, list):
-        return {'a number': 5, 'null': None, 'empty': [], 'of null': [None], 'twice': [*value, *value], 'an object': {'a': 1}}
+        return {
+            'a number': 5,
+            'null': None,
+            'empty': [],
+            'of null': [None],
+            'twice': [*value, *value],
+            'an object': {'a': 1},
+        }
     if isinstance(value, dict):
         return {'a number': 5, 'null': None, 'a list': [1], 'empty': {}, 'a text': 'abc'}
     return {'a number': 5, 'a text': 'abc', 'a list': [1], 'an object': {'a': 1}}
@@ -414,8 +428,6 @@ def recoded(encoding):
         path.write_bytes(path.read_text().encode(encoding))
 
     return spoil
-
-
 
 
 def cells(position, value):
