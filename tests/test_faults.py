@@ -71,6 +71,7 @@ def test_every_command_is_known():
     assert set(faults.commands()) == set(faults.COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_choice_has_every_stratum_and_is_the_same_each_time():
     cases = [*faults.option_cases(), *faults.setting_cases(), *faults.yaml_cases()]
     chosen = faults.choose(cases, 300)
@@ -88,7 +89,7 @@ def test_wrong_values_are_wrong():
     assert not wrong.allows(LoopConfig, 'ema_decay', '1.5') and wrong.allows(LoopConfig, 'ema_decay', '0.5')
     assert not wrong.allows(LoopConfig, 'lr', '.nan') and not wrong.allows(LoopConfig, 'workers', '-1')
     assert ('lt 1', '1') in list(wrong.edges(LoopConfig, 'ema_decay'))
-    names = [name for name, _, _ in faults.settings()]
+    names = [name for name, *_ in faults.settings()]
     assert {'classifier.loop.lr', 'data.prepare.fractions.train', 'arms.name'} <= set(names)
 
 
