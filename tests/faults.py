@@ -889,7 +889,7 @@ def table_of(cases, results):
 def group_of(case):
     "The part of a group that is shown on one line, and tested as one"
     if case.group == 'setting':
-        return case.stratum.split('.')[0]
+        return re.split(r'[. ]', case.stratum)[0]
     return re.split(r'[ ,:]', case.stratum)[0] if case.group != 'yaml' else case.stratum.split()[-1]
 
 
