@@ -232,6 +232,7 @@ def atomic_path(
     "Write alone under a temporary name; rename on success, remove on any error; raises `InputError` as `exclusive`"
     path, partial = Path(path), partial_of(path)
     with contextlib.nullcontext() if is_held(path) else exclusive(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)
         try:
             yield partial
