@@ -29,7 +29,7 @@ import typer
 from . import __version__
 from .core import InputError, read_config
 from .ending import answered, command_name, ends_in, fitting, speak_any_terminal, stoppable
-from .files import check_outputs, exclusive
+from .files import check_outputs, exclusive, read_text
 
 # %% ../nbs/11_cli.ipynb #4fcc7f12
 app = typer.Typer(
@@ -236,6 +236,7 @@ def run(
     "Run a study from images to report; run it again to continue."
     from protloc.study.arms import study_config
     from protloc.study.folder import RunFolder
+    from protloc.study.rehearsal import rehearse
     from protloc.study.report import write_report
     from protloc.study.runner import run_study
 
@@ -252,13 +253,12 @@ def run(
     folder = RunFolder(out or Path('runs') / Path(preset).stem)
     outputs = {'--out': folder.path, 'OUT.bad.csv': f'{folder.path}.bad.csv'}
     _writes(outputs, PRESET=_file_of(preset), data=config.data.folder)
-    finished = folder.report.exists()
-    run_study(config, folder.path, jobs)
-    if finished:
+    run_study(config, folder.path, jobs, rehearse)
+    if folder.reported:
         print('This study is finished; remove its folder to run it again from the start.')
     else:
         write_report(folder.path)
-    print(folder.verdict.read_text())
+    print(read_text(folder.verdict))
     print(f'Report: {folder.report.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #61dc3621
