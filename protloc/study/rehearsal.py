@@ -31,7 +31,7 @@ from .verdict import Study, write_results
 from ..training import seeded
 
 # %% auto #0
-__all__ = ['FIRST', 'check_disk', 'check_drawing', 'check_training', 'first_rows', 'dummy_run', 'page_of_nothing', 'rehearse']
+__all__ = ['FIRST', 'check_disk', 'check_drawing', 'check_training', 'first_rows', 'dummy_run', 'page_in_process', 'rehearse']
 
 # %% ../../nbs/09_study/07_rehearsal.ipynb #3f5ebd42
 def check_disk(
@@ -138,7 +138,7 @@ def _write_dummy(run, arm, seed, store):
     write_text(run.classifier(arm, seed) / 'log.jsonl', '{"step": 1, "loss": 0.7, "val_macro_f1": 0.5}\n')
 
 # %% ../../nbs/09_study/07_rehearsal.ipynb #b4ce20f7
-def page_of_nothing(
+def page_in_process(
     run: RunFolder,  # of `dummy_run`
 ) -> str:  # a whole HTML page
     "The report's cells, run in this process"
@@ -178,6 +178,6 @@ def rehearse(
     try:
         dummy = dummy_run(config, real, folder)
         write_results(Study(dummy.path))
-        page_of_nothing(dummy)
+        page_in_process(dummy)
     finally:
         remove(folder)
