@@ -89,7 +89,7 @@ def lookup(
     near = nearest(name, table)
     hint = f": did you mean '{near}'?" if near else ':'
     known = f" known are {', '.join(sorted(map(str, table)))}" if not near or len(table) <= 8 else ''
-    raise InputError(f"there is no {kind} '{name}'{hint}{known}")
+    raise InputError(f'there is no {kind} {shown(name)}{hint}{known}')
 
 # %% ../nbs/00_core.ipynb #90624867
 _MENDS = {
