@@ -118,10 +118,12 @@ def describe_os_error(
 
 # %% ../nbs/00_core.ipynb #3b64579a
 def _check_texts(value, depth=0):
-    "Raise `InputError` for control characters in texts, however deep in lists and mappings"
+    "Raise `InputError` for control characters in texts, and names that are none, however deep in lists and mappings"
     if isinstance(value, str) and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
         raise InputError(f'{shown(value)} holds a control character, such as a line break: remove it')
     if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise InputError(f'{shown(value)} has a name that is no text: put it in quotation marks')
         value = [part for pair in value.items() for part in pair]
     if isinstance(value, list | tuple) and depth < 20:
         for part in value:

@@ -172,7 +172,7 @@ class RunSettings(Config):
 def read_settings(self: RunFolder) -> dict:
     "The study's settings as they were when it began; raises `InputError` where there is no study"
     if not self.config.exists():
-        raise InputError(f'{self.path} holds no study: run one with `protloc run`')
+        raise InputError(f'{self.path} holds no study, {self.config.name} is missing: run one with `protloc run`')
     settings = read_yaml(self.config)
     for name in ('about', 'seed', 'seeds', 'arms'):
         if name not in settings:
