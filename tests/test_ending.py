@@ -292,8 +292,11 @@ def test_settings_of_any_shape():
             read_config(StudyConfig, with_overrides(demo, [text]), 'demo')
 
 
-@pytest.mark.parametrize('text', ['data: 5', 'arms: [[1]]', 'arms: 5', 'arms: [{1: 2}]', 'generator: [1]', '1: 2',
-                                  'generate: x', 'arms: {real: 1}', 'seeds: &a [*a]', 'arms: [null]', 'true: 1'])  # fmt: skip
+PRESETS = ['data: 5', 'arms: [[1]]', 'arms: 5', 'arms: [{1: 2}]', 'generator: [1]', '1: 2', 'generate: x']
+PRESETS += ['arms: {real: 1}', 'seeds: &a [*a]', 'arms: [null]', 'true: 1']
+
+
+@pytest.mark.parametrize('text', PRESETS)
 def test_presets_of_any_shape(tmp_path, things, text):
     mine = tmp_path / 'mine.yaml'
     mine.write_text(text)
