@@ -584,7 +584,8 @@ def _read_series(path, tiff):
     axes, shape = whole.get_axes(squeeze=False), whole.get_shape(squeeze=False)
     _check_page(path, whole.keyframe)
     _check_axes(path, axes, shape)
-    check_size(path, *whole.keyframe.shape[:2], max(1, math.prod(shape) // math.prod(whole.keyframe.shape[:2])))
+    height, width = whole.keyframe.imagelength, whole.keyframe.imagewidth
+    check_size(path, height, width, math.prod(shape) // (height * width))
     end = whole.dataoffset + math.prod(shape) * whole.dtype.itemsize if whole.dataoffset else 0
     _check_stored(path, tiff, whole, end)
     _check_segments(path, tiff, whole)
