@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pydantic
 import tifffile
-from PIL import BmpImagePlugin, Image, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin
 
 from ..core import Config, InputError, lookup, one_line
 from protloc.data.readers.images import (

@@ -18,7 +18,7 @@ import pydantic
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import Config, InputError, lookup, one_line, read_config, sha256, shown
+from ..core import Config, InputError, lookup, one_line, read_config, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
 from .helpers import check_workers, ordered_map
 from .kind import brief
@@ -301,7 +301,7 @@ def _store_settings(folder, folder_config, config, depths, **others) -> dict:
         depths=list(depths),
         **folder_config.model_dump(exclude={'max_megapixels'}),
         **config.model_dump(),
-        **{name: getattr(value, 'names', value) for name, value in others.items()},
+        **others,
     )
 
 # %% ../../nbs/04_data/09_prepare.ipynb #a6f0c8bd
@@ -382,7 +382,7 @@ def prepare(
         config,
         depths,
         labelled=labelled,
-        classes=vocab,
+        classes=None if vocab is None else vocab.names,
         seed=seed,
         fractions=fractions and fractions.model_dump(),
     )
