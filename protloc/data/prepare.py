@@ -133,7 +133,7 @@ def _keep_unchanged(writer, fields, stamps, config, depths, workers):
         named = f'{one_line(fields.table.Id[first])}: ' if first < len(fields.table) else ''
         print(
             f'{len(changed)} of the {len(changes)} fields that were read before are others now (the first:'
-            f' {named}{changes[first]}): all from the {first + 1}th on are read again',
+            f' {named}{changes[first]}): all from field {first + 1} on are read again',
             file=sys.stderr,
         )
         writer.cut(first)
