@@ -6,16 +6,16 @@
 __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN', 'KNOWN_BY', 'RENAMED', 'Overwrite', 'Seed',
            'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'MOST_IMAGES',
            'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields', 'Tile',
-           'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'Fit', 'Enlarge', 'MaskEnding',
-           'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare', 'TestShare',
-           'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance', 'Similarity',
-           'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale', 'GuidanceRescale',
-           'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit', 'Scorer',
-           'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption', 'Synthetic',
-           'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit', 'ValSplit',
-           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets', 'report',
-           'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier', 'evaluate',
-           'thresholds', 'predict', 'export']
+           'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge',
+           'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare',
+           'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance',
+           'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale',
+           'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit',
+           'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption',
+           'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit',
+           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets',
+           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
+           'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -395,6 +395,16 @@ GroupFrom = Annotated[
     ),
 ]
 
+# %% ../nbs/11_cli.ipynb #06ffc6b2
+MaxMegapixels = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=100_000,
+        help='Megapixels of the largest channel that is decoded; larger images are refused by what their headers say.',
+    ),
+]
+
 # %% ../nbs/11_cli.ipynb #c669f2e2
 Fit = Annotated[
     str,
@@ -458,6 +468,7 @@ def prepare(
     labels: Labels = '',
     match: Match = None,
     exclude: Exclude = None,
+    max_megapixels: MaxMegapixels = 400,
     group_from: GroupFrom = '',
     train: TrainShare = None,
     val: ValShare = None,
@@ -482,6 +493,7 @@ def prepare(
     ends_in(out)
     of_folder = dict(layout=layout, labels=labels, group_from=group_from)
     of_folder |= dict(channels=_names(channels), match=match or (), exclude=exclude or ())
+    of_folder['max_megapixels'] = max_megapixels
     of_fields = dict(size=size, tile=tile, fit=fit, enlarge=enlarge, mask_ending=mask_ending, nucleus=nucleus)
     of_fields |= dict(percentiles=_pair(percentiles), normalise=normalise, min_foreground=min_foreground)
     shares = _given(train=train, val=val, test=test)
@@ -970,6 +982,7 @@ def predict(
     labels: ImageTable = '',
     match: Match = None,
     exclude: Exclude = None,
+    max_megapixels: MaxMegapixels = 400,
     skip_bad: SkipBad = False,
     workers: Workers = -1,
     overwrite: Overwrite = False,
@@ -993,7 +1006,7 @@ def predict(
         check_table(probabilities)
     models, card = load_classifiers([classifier, *(also or [])])
     limits = read_thresholds(threshold, card['classes'])
-    files = dict(labels=labels, match=match or (), exclude=exclude or ())
+    files = dict(labels=labels, match=match or (), exclude=exclude or (), max_megapixels=max_megapixels)
     predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, **files)
     if probabilities:
         write_probabilities(predicted, probabilities)

@@ -24,7 +24,7 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
            'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of',
-           'atomic_path', 'is_held', 'exclusive', 'sweep', 'write_text', 'write_json', 'check_outputs',
+           'atomic_path', 'is_held', 'exclusive', 'sweep', 'write_text', 'write_json', 'check_outputs', 'check_room',
            'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
@@ -340,6 +340,20 @@ def check_outputs(
                 how = 'is the same as' if here == taken else 'contains' if here in taken.parents else 'lies in'
                 raise InputError(f'{path} ({name}) {how} {other}, which is not to be changed: choose another place')
         there[name] = here
+
+# %% ../nbs/00_files.ipynb #7dab09d6
+def check_room(
+    path: str | Path,  # the output
+    needed: float,  # bytes
+    mend: str = 'free some space, or choose a folder on another disk',
+):
+    "Raise `InputError` where the disk of an output has no room for it"
+    place = Path(os.path.realpath(path))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(f'{path} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: {mend}')
 
 # %% ../nbs/00_files.ipynb #898ebb8f
 def first_difference(

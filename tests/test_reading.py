@@ -443,7 +443,7 @@ def test_joblib_works_after_reading():
     "A study prepares images and then trains with joblib in one process"
     import joblib
 
-    from protloc.data.prepare import ordered_map
+    from protloc.data.helpers import ordered_map
 
     assert list(ordered_map(abs, range(-5, 0), 2)) == [5, 4, 3, 2, 1]
     assert joblib.Parallel(2)(joblib.delayed(abs)(i) for i in range(-5, 0)) == [5, 4, 3, 2, 1]
@@ -454,7 +454,7 @@ def test_no_process_outlives_the_reading():
     "Whether it is read to the end, given up or ended by an error"
     import psutil
 
-    from protloc.data.prepare import ordered_map
+    from protloc.data.helpers import ordered_map
 
     def pool():
         mine = psutil.Process().children(recursive=True)
@@ -473,7 +473,7 @@ def test_no_process_outlives_the_reading():
 
 @pytest.mark.slow
 def test_the_reading_waits_for_a_slow_writer():
-    from protloc.data.prepare import ordered_map
+    from protloc.data.helpers import ordered_map
 
     begun = []
 
@@ -505,15 +505,15 @@ def test_other_settings_are_refused(many, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('change', ['classes', 'fields', 'protloc'])
+@pytest.mark.parametrize('change', ['exclude', 'protloc'])
 def test_long_settings_are_told_in_short(many, tmp_path, change):
-    "Of a class list and of a label table the sentence says what they are, and no more"
+    "Of a long list the sentence says what it is, and no more; what the folder decides is no setting"
     import json
 
     path = tmp_path / 'store'
     partial = kill_at(10, command(many, path, 1), path)
     noted = json.loads((partial / 'settings.json').read_text())
-    assert noted['fields'].startswith('300, hash ') and noted['classes'].startswith('28 (Nucleoplasm, ')
+    assert noted['size'] == 64 and not {'fields', 'layout'}.intersection(filter(noted.get, noted))
     (partial / 'settings.json').write_text(json.dumps(noted | {change: 'other ones'}))
     done = subprocess.run(command(many, path, 1), capture_output=True, text=True)
     said = done.stderr.strip().splitlines()[-1]

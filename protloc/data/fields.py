@@ -7,21 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
 import pydantic
 import tifffile
-from PIL import Image
+from PIL import BmpImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin
 
-from ..core import Config, InputError, lookup
-from .readers.images import channel_names, read_channel, read_image
+from ..core import Config, InputError, lookup, one_line
+from protloc.data.readers.images import (
+    MEGAPIXELS,
+    allowed,
+    channel_names,
+    check_regular,
+    check_size,
+    read_channel,
+    read_image,
+)
 from ..labels import STAINS
 
 # %% auto #0
-__all__ = ['FITS', 'read_field', 'to_bytes', 'read_mask', 'black_outside', 'tiles_of', 'resize_area', 'otsu', 'FieldConfig',
-           'field_images']
+__all__ = ['FITS', 'Percent', 'read_field', 'to_bytes', 'read_mask', 'black_outside', 'tiles_of', 'resize_area', 'otsu',
+           'FieldConfig', 'field_images']
 
 # %% ../../nbs/04_data/01_fields.ipynb #e27f2738
 def read_field(
@@ -29,16 +37,17 @@ def read_field(
     channels=STAINS,  # in the order of the array
     stacked: bool = False,  # all channels are in one file
     own: Sequence[str] = (),  # what the files themselves call the channels, where they do
+    max_megapixels: int = MEGAPIXELS,  # of a channel; a larger one is refused before it is decoded
 ) -> np.ndarray:  # (C, H, W) of an unsigned type
-    "All channels of a field; raises `InputError` where they differ in size or depth"
+    "All channels of a field; raises `InputError` where they differ in size or depth, or are too large"
     paths = [Path(path) for path in paths]
     if stacked:
-        return _read_stack(paths[0], channels, own)
-    first = read_channel(paths[0])
+        return _read_stack(paths[0], channels, own, max_megapixels)
+    first = read_channel(paths[0], None, max_megapixels)
     field = np.empty((len(paths), *first.shape), first.dtype)
     field[0] = first
     for path, plane in zip(paths[1:], field[1:], strict=True):
-        channel = read_channel(path, plane)
+        channel = read_channel(path, plane, max_megapixels)
         _check_alike(path, channel, paths[0], first)
         # a plane that the decoder has not filled itself
         if not np.may_share_memory(channel, plane):
@@ -57,9 +66,9 @@ def _check_alike(path, channel, first_path, first):
         )
 
 # %% ../../nbs/04_data/01_fields.ipynb #3fd3db48
-def _read_stack(path, channels, own):
+def _read_stack(path, channels, own, max_megapixels):
     "All channels from one file, in the order of their names if the file has them"
-    planes = read_image(path)
+    planes = read_image(path, None, max_megapixels)
     if len(planes) != len(channels):
         raise InputError(
             f'{path} has {len(planes)} channels, {len(channels)} are expected ({", ".join(channels)}): export all'
@@ -90,21 +99,49 @@ def to_bytes(
     stretched = (field - low) * (255 / np.maximum(high - low, 1e-9)) * (high > low)
     return np.rint(stretched.clip(0, 255)).astype(np.uint8)
 
+# %% ../../nbs/04_data/01_fields.ipynb #b78802a5
+_PICTURES = {  # first bytes -> class; `Image.open` would refuse large ones whatever is allowed
+    b'\x89PNG': PngImagePlugin.PngImageFile,
+    b'\xff\xd8\xff': JpegImagePlugin.JpegImageFile,
+    b'BM': BmpImagePlugin.BmpImageFile,
+    b'\0\0\0\x0cjP': Jpeg2KImagePlugin.Jpeg2KImageFile,
+    b'\xff\x4f\xff\x51': Jpeg2KImagePlugin.Jpeg2KImageFile,
+}
+
+
+def _mask_pixels(path):
+    "What a mask's file holds; raises all that decoders raise"
+    check_regular(path)
+    if path.suffix.lower() in ('.tif', '.tiff'):
+        with tifffile.TiffFile(path) as tiff:
+            height, width = tiff.pages.first.imagelength, tiff.pages.first.imagewidth
+            check_size(path, height, width, tiff.series[0].size // (height * width))
+            return tiff.asarray()
+    with open(path, 'rb') as file:
+        head = file.read(12)
+        file.seek(0)
+        kind = next((kind for magic, kind in _PICTURES.items() if head.startswith(magic)), None)
+        if kind is None:
+            raise ValueError('it is no PNG, TIFF, JPEG, BMP or JPEG 2000')
+        image = kind(file)
+        check_size(path, *image.size[::-1])
+        return np.asarray(image)
+
 # %% ../../nbs/04_data/01_fields.ipynb #1b442360
 def read_mask(
     path: str | Path,  # an image file
+    max_megapixels: int = MEGAPIXELS,  # a larger mask is refused before it is decoded
 ) -> np.ndarray:  # (H, W) bool, True inside
-    "The mask of a field; raises `InputError` where it is missing, damaged or not one plane"
+    "The mask of a field; raises `InputError` where it is missing, damaged, too large or not one plane"
     try:
-        if Path(path).suffix.lower() in ('.tif', '.tiff'):
-            mask = tifffile.imread(path)
-        else:
-            with Image.open(path) as image:
-                mask = np.asarray(image)
+        with allowed(max_megapixels):
+            mask = _mask_pixels(Path(path))
     except FileNotFoundError:
         raise InputError(f'{path} is missing: every field needs its mask, in the folder of the image') from None
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f'{path} cannot be read as a mask: {" ".join(str(error).split())}') from None
+        raise InputError(f'{path} cannot be read as a mask: {one_line(error)}') from None
     if mask.ndim != 2:
         raise InputError(f'{path} is no mask: it has the shape {mask.shape}, a mask is one gray plane')
     return mask != 0
@@ -194,18 +231,24 @@ def otsu(
     return int(np.nan_to_num(between).argmax())
 
 # %% ../../nbs/04_data/01_fields.ipynb #4d57c43d
+Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
+
+
 class FieldConfig(Config):
     "How a field becomes images"
 
-    size: int = pydantic.Field(128, ge=1)  # height and width of the stored images in pixels
+    size: int = pydantic.Field(128, ge=1, le=65_536)  # height and width of the stored images in pixels
     # cut fields into tiles of this many pixels; None for whole fields, see `fit`
-    tile: int | None = pydantic.Field(None, ge=1)
+    tile: int | None = pydantic.Field(None, ge=1, le=65_536)
     # how a field that is not square becomes so: crop (its largest centred square), pad (with black) or stretch
     fit: Literal['crop', 'pad', 'stretch'] = 'crop'
     enlarge: bool = False  # enlarge images that are smaller than `size`, instead of refusing them
     # ending of the name of a mask beside an image, before the file's ending, e.g. '_Mask'; black outside, '' for none
     mask_ending: str = ''
-    percentiles: tuple[float, float] = (0.1, 99.9)  # of a channel; become 0 and 255 where a field has more than 8 bits
+    percentiles: tuple[Percent, Percent] = (
+        0.1,
+        99.9,
+    )  # of a channel; become 0 and 255 where a field has more than 8 bits
     normalise: bool = False  # stretch 8-bit images by the percentiles too
     min_foreground: float = pydantic.Field(0, ge=0, le=1)  # least share of nuclear pixels; tiles with less are dropped
     nucleus: str = 'blue'  # the channel of the nuclei

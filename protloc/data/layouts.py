@@ -15,9 +15,16 @@ import numpy as np
 import pandas as pd
 import pydantic
 
-from ..core import Config, InputError, lookup, sha256, shown
+from ..core import Config, InputError, lookup, one_line, sha256, shown
 from .kind import brief
-from .readers.images import READERS, channel_names, ending_of, read_image
+from protloc.data.readers.images import (
+    MEGAPIXELS,
+    MOST_MEGAPIXELS,
+    READERS,
+    channel_names,
+    ending_of,
+    read_image,
+)
 from protloc.data.readers.listing import (
     Listing,
     check_unlike,
@@ -152,6 +159,8 @@ class FolderConfig(Config):
     # what stays together in one split: a column of the label table, or a regular expression with one group, for the
     # name of the field; a field, or the plate folder that it lies in, unless given
     group_from: str = ''
+    # of a channel, width times height; a larger image is refused before it is decoded
+    max_megapixels: int = pydantic.Field(MEGAPIXELS, ge=1, le=MOST_MEGAPIXELS)
 
     @pydantic.field_validator('layout')
     def _known_layout(cls, layout):
@@ -182,6 +191,7 @@ class Fields:
     own: tuple[str, ...] = ()  # what the first image itself calls its channels, where they are in one file
     not_read: tuple[str, ...] = ()  # paths of files that are left aside
     notes: tuple[str, ...] = ()  # what else the user should know, sentences
+    max_megapixels: int = MEGAPIXELS  # as in `FolderConfig`
 
     def __repr__(self):
         endings = '/'.join(sorted({ending_of(files[0]) for files in self.table.Files if files}))
@@ -504,13 +514,15 @@ def _finished(listing, layout, config, vocab, table, stacked, masks, mask_ending
     aside = [name for name in (*listing.images, *listing.others, *listing.excluded) if name not in used]
     channels, own = _channels(listing.folder, config, table.Files) if stacked else (config.channels or STAINS, ())
     notes = (*notes, *_empty_note(listing))
-    return Fields(layout, listing.folder, table, channels, vocab, stacked, own, tuple(aside), notes)
+    return Fields(
+        layout, listing.folder, table, channels, vocab, stacked, own, tuple(aside), notes, config.max_megapixels
+    )
 
 
 def _channels(folder, config, files):
     "The channels' names, and what the files themselves call them"
     try:
-        numbered, own = own_channels(folder, files)
+        numbered, own = own_channels(folder, files, config.max_megapixels)
     except InputError:
         if not config.channels:
             raise
@@ -538,8 +550,10 @@ def groups_from(
     columns = f'a column of {path} ({", ".join(table.columns)})' if path else 'a column (there is no label table)'
     try:
         expression = re.compile(how)
-    except re.error as error:
-        raise InputError(f"--group-from '{how}' is neither {columns} nor a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            f'--group-from {shown(how)} is neither {columns} nor a regular expression: {one_line(error)}'
+        ) from None
     if expression.groups != 1:
         raise InputError(
             f"--group-from '{how}' is not {columns}; a regular expression needs one (group) in brackets,"
@@ -558,13 +572,14 @@ def groups_from(
 def own_channels(
     folder: Path,  # what paths are relative to
     files,  # for each field its files, of which the first has all channels
+    max_megapixels: int = MEGAPIXELS,  # as in `FolderConfig`
     tries: int = 20,  # files that may be unreadable
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # numbers as names; the file's own names, () where it has none
     "The channels of the first image that can be read; raises `InputError` with the reason where none can"
     reasons = []
     for path in [folder / names[0] for names in files if names][:tries]:
         try:
-            numbered = tuple(f'channel{i}' for i in range(len(read_image(path))))
+            numbered = tuple(f'channel{i}' for i in range(len(read_image(path, None, max_megapixels))))
             names = channel_names(path)
             return numbered, names if len(set(names)) == len(numbered) else ()
         except InputError as error:

@@ -5,82 +5,49 @@
 # %% ../../nbs/04_data/09_prepare.ipynb #b61d76a2
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
+import pydantic
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import InputError, end_with, interrupts_kept, lookup, read_config, sha256
+from ..core import Config, InputError, lookup, one_line, read_config, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
+from .helpers import check_workers, ordered_map
 from .kind import brief
 from .layouts import FolderConfig, labelled_fields, unlabelled_fields
 from .readers.listing import describe_not_read
 from .readers.tables import write_table
 from .split import SPLITS, Fractions, assign_splits, group_labels, stratify
 from .store import ImageStore, ResumableWriter
-from ..files import remove
+from ..files import check_room, partial_of, remove
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['ordered_map', 'prepare']
+__all__ = ['BAD_COLUMNS', 'check_bad_list', 'Drawing', 'prepare']
 
-# %% ../../nbs/04_data/09_prepare.ipynb #1f1bcfc9
-def ordered_map(
-    work,  # called with each item
-    items,  # to work on
-    workers: int = -1,  # processes; -1 for one a core, 1 for none besides this one
-):  # yields `work(item)` in the order of the items
-    "`map` over processes that run at most two items each ahead"
-    n = joblib.effective_n_jobs(workers)
-    if n == 1:
-        yield from map(work, items)
-        return
-    items = iter(items)
-    unread = deque()
-    try:
-        # two windows fit into the pool's own queue, so that it can be stopped at any moment
-        while window := list(islice(items, n)):
-            unread.append(_begin_window(work, window, n))
-            if len(unread) == 2:
-                yield from _results(unread)
-        while unread:
-            yield from _results(unread)
-    finally:
-        _finish_windows(unread)
-
-# %% ../../nbs/04_data/09_prepare.ipynb #a4c985d9
-def _begin_window(work, items, n):
-    "Hand some items to the pool; yields their results"
-    # an idle process leaves the pool after 5 s, so none is left over for long
-    with joblib.parallel_config('loky', initializer=end_with, initargs=(os.getpid(),), idle_worker_timeout=5):
-        parallel = joblib.Parallel(n, return_as='generator', pre_dispatch='all', batch_size=1)
-        with interrupts_kept():
-            return parallel(joblib.delayed(work)(item) for item in items)
-
-# %% ../../nbs/04_data/09_prepare.ipynb #335b685e
-def _results(windows):
-    "The results of the first window, which is left out afterwards"
-    # `yield from` would close the window, and with it joblib's pool, when the reader stops early
-    for result in windows[0]:
-        yield result
-    windows.popleft()
-
-
-def _finish_windows(windows):
-    "Let the pool finish what nobody reads any more: joblib could only kill the processes, with a traceback of its own"
-    for window in windows:
-        with contextlib.suppress(Exception, KeyboardInterrupt):
-            deque(window, maxlen=0)
+# %% ../../nbs/04_data/09_prepare.ipynb #b8f5d65f
+def _stamp(folder, names):
+    "A hash of the names, sizes and times of some files, and of what lies in those that are folders"
+    stamps = []
+    for name in names:
+        path = os.path.join(folder, name)
+        inside = os.walk(path) if name.lower().endswith('.zarr') else ()
+        files = sorted(os.path.join(place, file) for place, _, files in inside for file in files)
+        for file in (path, *files):
+            try:
+                status = os.stat(file)
+                stamps.append((os.path.relpath(file, folder) if files else name, status.st_size, status.st_mtime_ns))
+            except OSError as error:
+                stamps.append((name, error.errno))
+    return sha256(repr(stamps))[:16]
 
 # %% ../../nbs/04_data/09_prepare.ipynb #6b7daca9
 def _read_block(job):
@@ -88,15 +55,20 @@ def _read_block(job):
     fields, rows, config, depths = job
 
     def read(id, names, mask):
+        files = [*names, mask] if mask else [*names]
+        stamp = _stamp(fields.folder, files)
         try:
             field = _read_checked(fields, id, names, depths)
-            inside = read_mask(fields.folder / mask) if mask else None
+            inside = read_mask(fields.folder / mask, fields.max_megapixels) if mask else None
             images, dropped = field_images(field, fields.channels, config, inside)
+            if _stamp(fields.folder, files) != stamp:
+                raise InputError('it was changed while it was read: wait until nobody writes there')
             pixels = sha256(b''.join(image.tobytes() for image in images.values()))[:16]
-            return images, dict(dropped=dropped, depth=str(field.dtype), pixels=pixels)
+            return images, dict(dropped=dropped, depth=str(field.dtype), pixels=pixels, files=stamp)
         except InputError as e:
-            told = not names or any(str(fields.folder / name) in str(e) for name in (*names, mask or names[0]))
-            return {}, dict(bad=str(e) if told else f'{fields.folder / names[0]}: {e}')
+            reason = one_line(e, 1000)
+            told = not names or any(one_line(fields.folder / name, 1000) in reason for name in files)
+            return {}, dict(bad=reason if told else f'{one_line(fields.folder / names[0], 1000)}: {reason}')
 
     return [read(*row) for row in rows]
 
@@ -105,7 +77,8 @@ def _read_checked(fields, id, names, depths):
     "A field; raises `InputError` where it has no file, or a depth that is not wanted"
     if not names:
         raise InputError(f'no image of {id} is in {fields.folder}: put it there, or leave out its row')
-    field = read_field([fields.folder / name for name in names], fields.channels, fields.stacked, fields.own)
+    paths = [fields.folder / name for name in names]
+    field = read_field(paths, fields.channels, fields.stacked, fields.own, fields.max_megapixels)
     if depths and str(field.dtype) not in depths:
         raise InputError(
             f'{fields.folder / names[0]} is {field.dtype}, but {" or ".join(depths)} is needed: export it so'
@@ -113,24 +86,73 @@ def _read_checked(fields, id, names, depths):
     return field
 
 # %% ../../nbs/04_data/09_prepare.ipynb #cd9b67e2
-def _blocks(fields, config, depths, first, each=8):
-    "Jobs for the fields from `first` on; the table is not sent along"
+def _blocks(fields, config, depths, which, each=8):
+    "Jobs for some fields, by their numbers; the table is not sent along"
     rows = list(zip(fields.table.Id, fields.table.Files, fields.table.Mask, strict=True))
     fields = replace(fields, table=None, not_read=())
-    for i in range(first, len(rows), each):
-        yield fields, rows[i : i + each], config, depths
+    for i in range(0, len(which), each):
+        yield fields, [rows[k] for k in which[i : i + each]], config, depths
+
+# %% ../../nbs/04_data/09_prepare.ipynb #b5d2b955
+def _row_stamps(fields, splits):
+    "For each field a hash of all that decides its rows and pixels, besides its files and the settings"
+    alike = (fields.channels, fields.stacked, fields.own)
+    table = fields.table
+    rows = zip(table.Id, table.Target, table.Group, splits, table.Files, table.Mask, strict=True)
+    return [sha256(repr((alike, *map(str, row))))[:16] for row in rows]
+
+
+def _check_notes(notes, fields, stamps):
+    "Why each note does not hold any more, '' where it does; of those that hold and are bad it is not asked"
+    table = fields.table
+    for i, note in enumerate(notes):
+        if i >= len(table):
+            yield 'its field is not there any more'
+        elif note.get('row') != stamps[i]:
+            yield 'its place, labels, group, split or channels are others'
+        elif 'bad' in note:
+            yield ''
+        else:
+            files = [name for name in (*table.Files[i], table.Mask[i]) if name]
+            yield '' if note.get('files') == _stamp(fields.folder, files) else 'its files changed since they were read'
+
+# %% ../../nbs/04_data/09_prepare.ipynb #689c1bc8
+def _keep_unchanged(writer, fields, stamps, config, depths, workers):
+    "Cut an open store off at the first field that is another one now, and say so on stderr"
+    changes = list(_check_notes(writer.done, fields, stamps))
+    bad = [i for i, note in enumerate(writer.done) if not changes[i] and 'bad' in note]
+    blocks = ordered_map(_read_block, _blocks(fields, config, depths, bad), workers)
+    for i, (_, note) in zip(bad, (result for block in blocks for result in block), strict=True):
+        if 'bad' in note:
+            writer.done[i]['bad'] = note['bad']
+        else:
+            changes[i] = 'it could not be read then, and can be now'
+    changed = [i for i, change in enumerate(changes) if change]
+    if changed:
+        first = changed[0]
+        named = f'{one_line(fields.table.Id[first])}: ' if first < len(fields.table) else ''
+        print(
+            f'{len(changed)} of the {len(changes)} fields that were read before are others now (the first:'
+            f' {named}{changes[first]}): all from field {first + 1} on are read again',
+            file=sys.stderr,
+        )
+        writer.cut(first)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #4c36d11e
 def _read_all(writer, fields, splits, config, depths, workers) -> list:
     "Read what is left to read into an open store; the notes of all fields"
+    stamps = _row_stamps(fields, splits)
+    _keep_unchanged(writer, fields, stamps, config, depths, workers)
     notes = writer.done
     first = len(notes)
-    blocks = ordered_map(_read_block, _blocks(fields, config, depths, first), workers)
+    which = range(first, len(stamps))
+    blocks = ordered_map(_read_block, _blocks(fields, config, depths, which), workers)
     results = (result for block in blocks for result in block)
     columns = [fields.table[name][first:] for name in ('Id', 'Target', 'Group')]
-    rows = zip(*columns, splits[first:], results, strict=True)
+    rows = zip(*columns, splits[first:], stamps[first:], results, strict=True)
     bar = tqdm(rows, total=len(fields.table), initial=first, desc='prepare', unit='field')
-    for id, target, group, split, (images, note) in bar:
+    for id, target, group, split, stamp, (images, note) in bar:
+        note['row'] = stamp
         for suffix, image in images.items():
             writer.add(image, id=id + suffix, target=target, group=group, split=split, source='real')
         writer.commit(**note)
@@ -188,13 +210,34 @@ def _with_val(own, labels, groups, fractions, seed):
     splits[train] = np.array(['train', 'val'])[stratify(labels_of_groups, [1 - share, share], seed)][numbers]
     return splits
 
+# %% ../../nbs/04_data/09_prepare.ipynb #937c2d7c
+BAD_COLUMNS = ('Id', 'reason')
+
+
+def check_bad_list(
+    path: str | Path,  # where bad fields would be listed
+):
+    "Raise `InputError` where something lies that is no list of bad fields"
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    header = b''
+    if path.is_file() and not path.is_symlink():
+        with open(path, 'rb') as file:
+            header = file.readline(100)
+    if header.strip() != ','.join(BAD_COLUMNS).encode():
+        raise InputError(
+            f'{path} is where bad fields would be listed, and is no such list: move it, or choose another output'
+        )
+
 # %% ../../nbs/04_data/09_prepare.ipynb #3ea7fe8c
 def _list_bad(fields, notes, path, skip_bad) -> int:
     "List the fields that cannot be used, and count them; raises `InputError` unless they may be left out"
     bad = [(id, note['bad']) for id, note in zip(fields.table.Id, notes, strict=True) if 'bad' in note]
+    check_bad_list(path)
     remove(path)
     if bad:
-        write_table(pd.DataFrame(bad, columns=['Id', 'reason']), path)
+        write_table(pd.DataFrame(bad, columns=list(BAD_COLUMNS)), path)
     if bad and not (skip_bad and len(bad) < len(notes)):
         raise InputError(
             f'{len(bad)} of {len(notes)} fields cannot be used, see {path} (the first: {bad[0][1]});'
@@ -212,8 +255,8 @@ def _warn_of_lost(fields, splits, notes):
         members = columns.explode().dropna() if bad.any() else pd.Series(dtype=str)
         left = set(members[~bad[members.index]])
         for name in sorted(set(members) - left):
-            shown = fields.vocab.names[int(name)] if what == 'class' else name
-            print(f"warning: no field of the {what} '{shown}' can be used: none is in the store", file=sys.stderr)
+            named = fields.vocab.names[int(name)] if what == 'class' else name
+            print(f"warning: no field of the {what} '{named}' can be used: none is in the store", file=sys.stderr)
 
 # %% ../../nbs/04_data/09_prepare.ipynb #9d11ee7c
 def _account(fields, notes, bad) -> dict:
@@ -250,21 +293,25 @@ def _warn(fields, notes, config):
         )
 
 # %% ../../nbs/04_data/09_prepare.ipynb #cc5307d1
-def _store_settings(made, fields, splits, size) -> dict:
-    "All that decides the store, short enough to be quoted where it differs"
+def _store_settings(folder, folder_config, config, depths, **others) -> dict:
+    "All that the user decides about the store; what the folder decides is noted field by field"
     return dict(
-        made,
         protloc=__version__,
-        size=size,
-        channels=fields.channels,
-        classes=fields.vocab.names,
-        fields=f'{len(fields.table)}, hash {sha256(fields.table.to_csv() + ",".join(splits))[:12]}',
+        folder=str(Path(folder).resolve()),
+        depths=list(depths),
+        **folder_config.model_dump(exclude={'max_megapixels'}),
+        **config.model_dump(),
+        **others,
     )
 
 # %% ../../nbs/04_data/09_prepare.ipynb #a6f0c8bd
 def _provenance(folder, fields, folder_config, fractions, seed, config):
     "How the images came to be, for the manifest"
-    given = {name: value for name, value in folder_config.model_dump().items() if value and name != 'channels'}
+    given = {
+        name: value
+        for name, value in folder_config.model_dump().items()
+        if value and name not in ('channels', 'max_megapixels')
+    }
     return dict(
         kind='prepared',
         folder=str(Path(folder).resolve()),
@@ -289,6 +336,21 @@ def _plan(folder, folder_config, vocab, labelled, config, fractions, seed):
             print(line, file=sys.stderr)
     return fields, _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
 
+# %% ../../nbs/04_data/09_prepare.ipynb #45bd9173
+class Drawing(Config):
+    "What chance decides in `prepare`"
+
+    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)  # of the split
+
+
+def _check_disk(path, fields, config):
+    "Raise `InputError` where the images that there will be at least have no room on the disk"
+    if not config.min_foreground:
+        there = partial_of(path) / 'images.npy'
+        written = there.stat().st_size if there.exists() else 0
+        needed = len(fields.table) * len(fields.channels) * config.size**2
+        check_room(path, needed - written, 'free some space, choose a folder on another disk, or a smaller --size')
+
 # %% ../../nbs/04_data/09_prepare.ipynb #0b5cb3ca
 def prepare(
     folder: str | Path,  # in one of the layouts; without labels also a folder of images
@@ -310,14 +372,28 @@ def prepare(
     of_folder = {name: options.pop(name) for name in FolderConfig.model_fields if name in options}
     config = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
     folder_config = read_config(FolderConfig, of_folder, 'prepare')
+    read_config(Drawing, dict(seed=seed), 'prepare')
+    check_workers(workers)
+    bad_list = Path(bad_list or f'{Path(path)}.bad.csv')
+    check_bad_list(bad_list)
+    settings = _store_settings(
+        folder,
+        folder_config,
+        config,
+        depths,
+        labelled=labelled,
+        classes=None if vocab is None else vocab.names,
+        seed=seed,
+        fractions=fractions and fractions.model_dump(),
+    )
     fields, splits = _plan(folder, folder_config, vocab, labelled, config, fractions, seed)
     if fields.layout != 'tree':
         fractions = fractions or Fractions()
     made = _provenance(folder, fields, folder_config, fractions, seed, config)
-    settings = _store_settings(made, fields, splits, size)
+    _check_disk(path, fields, config)
     with ResumableWriter(path, fields.channels, fields.vocab, size, made, settings) as writer:
         notes = _read_all(writer, fields, splits, config, depths, workers)
-        bad = _list_bad(fields, notes, Path(bad_list or f'{writer.path}.bad.csv'), skip_bad)
+        bad = _list_bad(fields, notes, bad_list, skip_bad)
         if not writer.rows:
             least = f'{config.min_foreground:.0%}'
             raise InputError(

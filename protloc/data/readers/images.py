@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import io
-import json
 import logging
 import math
 import os
 import re
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -26,26 +27,71 @@ import tifffile
 from PIL import BmpImagePlugin, JpegImagePlugin
 
 from ...core import InputError
+from ...files import read_json
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'STRAY', 'AXES', 'GRAYS', 'LISTENER', 'BIOIO', 'read_image',
-           'read_channel', 'ending_of', 'channel_names']
+__all__ = ['MEGAPIXELS', 'MOST_MEGAPIXELS', 'PLANES', 'PICTURES', 'TIFF', 'OTHERS', 'READERS', 'STRAY', 'AXES', 'GRAYS',
+           'LISTENER', 'BIOIO', 'allowed', 'check_size', 'read_image', 'read_channel', 'check_regular', 'ending_of',
+           'channel_names']
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #190e51a3
+MEGAPIXELS = 400  # of a plane, unless the user allows more; 20,000 x 20,000 pixels
+MOST_MEGAPIXELS = 100_000  # that can be allowed
+PLANES = 8  # all planes of a file may have so many times the pixels of the largest plane
+_ALLOWED = contextvars.ContextVar('megapixels', default=MEGAPIXELS)
+
+
+@contextlib.contextmanager
+def allowed(
+    megapixels: int,  # of a plane
+):
+    "Inside the block, readers refuse larger images"
+    token = _ALLOWED.set(megapixels)
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #0f69707d
+def check_size(
+    path: Path,  # for the message
+    height: int,
+    width: int,
+    planes: int = 1,
+):
+    "Raise `InputError` for an image that is larger than allowed; for a reader to call before it decodes"
+    most = _ALLOWED.get()
+    size = f'{path} is {width} x {height} pixels'
+    if planes > 1:
+        size = f'{path} has {planes} planes of {width} x {height} pixels'
+    needed = max(math.ceil(height * width / 1e6), math.ceil(planes * height * width / 1e6 / PLANES))
+    if needed > MOST_MEGAPIXELS:
+        raise InputError(f'{size}, more than can be read: it is damaged, or has to be cut into smaller fields')
+    if needed > most:
+        limit = f'{most:,} megapixels' + f' for each of {PLANES} planes' * (planes > 1)
+        raise InputError(
+            f'{size}, more than {limit}: cut it into smaller fields, or allow it with --max-megapixels {needed}'
+        )
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #60aef6e2
 def read_image(
     path: str | Path,  # an image file, or a folder of a format that is one
     out: np.ndarray | None = None,  # (H, W), where a gray PNG of this size and depth is put
+    max_megapixels: int = MEGAPIXELS,  # of a plane; a larger image is refused before it is decoded
 ) -> np.ndarray:  # (C, H, W) of an unsigned type
-    "All planes of an image; raises `InputError` for a file that is missing, damaged, incomplete or something else"
-    return _read(Path(path), out, part=False)
+    "All planes; raises `InputError` for a file that is missing, damaged, incomplete, too large or something else"
+    with allowed(max_megapixels):
+        return _read(Path(path), out, part=False)
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #8b292d94
 def read_channel(
     path: str | Path,  # an image file; may be one of an OME set, of which it holds one channel
     out: np.ndarray | None = None,  # (H, W), as in `read_image`
+    max_megapixels: int = MEGAPIXELS,  # as in `read_image`
 ) -> np.ndarray:  # (H, W) of an unsigned type
     "One channel of a field; raises `InputError` for an image of several"
-    planes = _read(Path(path), out, part=True)
+    with allowed(max_megapixels):
+        planes = _read(Path(path), out, part=True)
     if len(planes) == 3 and _is_one_stain(Path(path), planes):
         return _stain(planes)
     if len(planes) > 1:
@@ -57,6 +103,7 @@ def read_channel(
 def _read(path, out, part):
     "The planes of a file, checked; `part`: it may be one of a set"
     with _reasons(path):
+        check_regular(path)
         read = READERS.get(ending_of(path).lower(), _read_picture)
         planes = _read_picture(path, out, part) if read is _read_picture else read(path, out)
     if planes.dtype.kind != 'u' or planes.itemsize > 4:
@@ -64,7 +111,13 @@ def _read(path, out, part):
     return planes.astype(planes.dtype.newbyteorder('='), copy=False)
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #c876ee1f
-MAX_PIXELS = 10**9  # width times height; more is taken for a damaged header, or must be cut into parts
+def check_regular(
+    path: Path,
+):
+    "Raise `InputError` for a pipe or a device, for which a reader would wait without end"
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f'{path} is a pipe or a device, not an image file: remove it, or leave it out with --exclude')
 
 
 @contextlib.contextmanager
@@ -154,15 +207,19 @@ def _read_picture(path, out, part=False):
             raise _no_image(path, head)
         file.seek(0)
         if read is not None:
+            _check_bytes(path, os.fstat(file.fileno()).st_size)
             return read(path, file.read(), out)
         # tifffile reads many small pieces
         return _read_tiff(path, io.BufferedReader(file), part)
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #864cb1cd
-def _check_size(path, height, width):
-    "Raise `InputError` for more pixels than a field can have"
-    if height * width > MAX_PIXELS:
-        raise InputError(f'{path} is {width} x {height} pixels, more than {MAX_PIXELS:,}: cut it into smaller fields')
+def _check_bytes(path, size):
+    "Raise `InputError` for a file that is larger than an image without compression could be"
+    if size > 2**24 + 8 * 10**6 * _ALLOWED.get():
+        raise InputError(
+            f'{path} has {size / 1e9:.1f} GB, more than an image of {_ALLOWED.get():,} megapixels can have: it is'
+            ' damaged, or has to be cut into smaller fields, or allowed with --max-megapixels'
+        )
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #17c345b7
 READERS: dict[str, Callable] = dict.fromkeys(  # ending of the file's name -> read(path, out)
@@ -184,7 +241,7 @@ def _read_png(path, data, out):
     "(C, H, W) of a PNG, decoded into `out` where it fits"
     chunks = _png_chunks(path, data)
     width, height, bits, colour_type = struct.unpack_from('>IIBB', data, 16)
-    _check_size(path, height, width)
+    check_size(path, height, width)
     if colour_type in (4, 6) or 'tRNS' in chunks:
         what = {0: 'gray', 2: 'RGB', 3: 'a palette image', 4: 'gray'}.get(colour_type)
         what = f'{what} with transparency' if what else 'RGBA'
@@ -230,7 +287,7 @@ def _read_jpeg(path, data, out):
     "(C, H, W) of a JPEG, gray or RGB"
     try:
         image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
-        _check_size(path, *image.size[::-1])
+        check_size(path, *image.size[::-1])
         if getattr(image, 'n_frames', 1) > 1:
             raise InputError(f'{path} holds {image.n_frames} images: save each image as a file')
         if image.mode not in ('L', 'RGB'):
@@ -252,7 +309,7 @@ def _read_bmp(path, data, out):
     "(C, H, W) of a BMP of 8 bits, gray or RGB; of 32 bits the fourth byte means nothing"
     try:
         image = BmpImagePlugin.BmpImageFile(io.BytesIO(data))
-        _check_size(path, *image.size[::-1])
+        check_size(path, *image.size[::-1])
         header = struct.unpack_from('<I', data, 14)[0]
         bits = struct.unpack_from('<H', data, 24 if header == 12 else 28)[0]
         if bits not in (8, 24, 32):
@@ -280,7 +337,7 @@ def _read_jp2(path, data, out):
     if start < 0 or len(data) < start + 51:
         raise _cut_off(path, f'{len(data)} bytes')
     width, height, left, top = struct.unpack_from('>4I', data, start + 8)
-    _check_size(path, height - top, width - left)
+    check_size(path, height - top, width - left)
     n = struct.unpack_from('>H', data, start + 40)[0]
     samples = {data[i : i + 3] for i in range(start + 42, start + 42 + 3 * n, 3)}
     colours = re.search(rb'colr\x01..(.{4})', data[:start], re.DOTALL)
@@ -403,7 +460,9 @@ def _colours(page):
 def _check_page(path, page):
     "Raise `InputError` unless a TIFF page is gray or RGB, of 8 bits or more"
     name = _colours(page)
-    _check_size(path, page.imagelength, page.imagewidth)
+    check_size(path, page.imagelength, page.imagewidth)
+    if page.is_tiled:
+        check_size(path, page.tilelength * page.tiledepth, page.tilewidth)
     # 7 is JPEG, which is decoded to RGB
     is_rgb = name == 'RGB' or name == 'YCBCR' and page.compression == 7 and page.planarconfig == 1
     transparent = {int(kind) for kind in page.extrasamples} & {1, 2}
@@ -472,6 +531,32 @@ def _check_stored(path, tiff, pages, end=0):
     if end > tiff.filehandle.size:
         raise _cut_off(path, f'{tiff.filehandle.size} bytes of at least {end}')
 
+# %% ../../../nbs/04_data/00_readers/01_images.ipynb #9522a4b9
+def _stated_size(data):
+    "Height and width that the beginning of a JPEG, PNG or JPEG 2000 states; (0, 0) where it does not"
+    siz = data.find(b'\xff\x4f\xff\x51')
+    if data.startswith(b'\x89PNG') and len(data) >= 24:
+        return struct.unpack_from('>II', data, 16)[::-1]
+    if siz >= 0 and len(data) >= siz + 24:
+        width, height, left, top = struct.unpack_from('>4I', data, siz + 8)
+        return height - top, width - left
+    start = 2
+    while data.startswith(b'\xff\xd8') and start + 9 < len(data) and data[start] == 0xFF:
+        kind, length = struct.unpack_from('>BH', data, start + 1)
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from('>HH', data, start + 5)
+        start += length + 2
+    return 0, 0
+
+
+def _check_segments(path, tiff, pages):
+    "Raise `InputError` for a strip or tile that states a larger size than allowed"
+    for page in pages:
+        if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS or page.compression in (6, 7):
+            for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+                tiff.filehandle.seek(offset)
+                check_size(path, *_stated_size(tiff.filehandle.read(min(count, 2**20))))
+
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #e5c6c433
 def _read_tiff(path, file, part):
     "(C, H, W) of a TIFF; `part`: it may be one of an OME set, of which it holds one page"
@@ -499,8 +584,11 @@ def _read_series(path, tiff):
     axes, shape = whole.get_axes(squeeze=False), whole.get_shape(squeeze=False)
     _check_page(path, whole.keyframe)
     _check_axes(path, axes, shape)
+    height, width = whole.keyframe.imagelength, whole.keyframe.imagewidth
+    check_size(path, height, width, math.prod(shape) // (height * width))
     end = whole.dataoffset + math.prod(shape) * whole.dtype.itemsize if whole.dataoffset else 0
     _check_stored(path, tiff, whole, end)
+    _check_segments(path, tiff, whole)
     pixels = whole.asarray(squeeze=False)
     if pixels.shape != shape:
         raise _cut_off(path, f'its metadata say {shape}, it holds {pixels.shape}')
@@ -606,7 +694,9 @@ def _read_ome(path, tiff, part):
         raise InputError(f'{path} has pages of different sizes or kinds: save one image a file')
     axes = f'C{pages[0].axes}'
     _check_axes(path, axes, (len(pages), *pages[0].shape))
+    check_size(path, pages[0].imagelength, pages[0].imagewidth, len(pages) * pages[0].samplesperpixel)
     _check_stored(path, tiff, pages)
+    _check_segments(path, tiff, pages)
     pixels = np.empty((len(pages), *pages[0].shape), pages[0].dtype)
     for page, plane in zip(pages, pixels, strict=True):
         page.asarray(out=plane)
@@ -627,12 +717,13 @@ def _read_bioio(path, out):
     image = _open_bioio(path)
     axes = image.dims.order
     sizes = dict(zip(axes, image.dims.shape, strict=True))
-    _check_size(path, sizes['Y'], sizes['X'])
+    check_size(path, sizes['Y'], sizes['X'])
     samples = sizes.get('S', 1)
     if samples not in (1, 3):
         raise InputError(f'{path} has {samples} samples a pixel, not gray or RGB: export it without transparency')
     # before a stack of gigabytes is read
     _check_axes(path, axes, image.dims.shape)
+    check_size(path, sizes['Y'], sizes['X'], math.prod(image.dims.shape) // (sizes['Y'] * sizes['X'] or 1))
     planes = _to_planes(axes, np.asarray(image.data))
     is_blue_first = samples == 3 and ending_of(path).lower() == '.czi'
     return planes[::-1] if is_blue_first else planes
@@ -668,7 +759,7 @@ def _zarr_image(path):
     metadata = next((path / name for name in ('zarr.json', '.zattrs') if (path / name).is_file()), None)
     if metadata is None:
         raise InputError(f'{path} is no OME-Zarr: it has no zarr.json and no .zattrs')
-    attributes = json.loads(metadata.read_text(encoding='utf-8'))
+    attributes = read_json(metadata, 'copy or download it again')
     attributes = attributes.get('attributes', attributes)
     attributes = attributes | attributes.get('ome', {})
     if 'plate' in attributes:
@@ -682,7 +773,17 @@ def _zarr_image(path):
     chunks = (p for p in path.rglob('*') if p.name not in ('zarr.json', '.zattrs', '.zgroup', '.zarray', '.zmetadata'))
     if not any(p.is_file() for p in chunks):
         raise _cut_off(path, 'it holds no pixels')
+    _check_chunks(path)
     return path
+
+
+def _check_chunks(path):
+    "Raise `InputError` for a Zarr whose chunks are larger than allowed"
+    for metadata in (file for name in ('.zarray', 'zarr.json') for file in path.glob(f'*/{name}')):
+        array = read_json(metadata, 'copy or download it again')
+        grid = array.get('chunk_grid', {})
+        chunk = array.get('chunks') or grid.get('configuration', {}).get('chunk_shape') or (1,)
+        check_size(path, math.prod(chunk[:-1]), chunk[-1])
 
 # %% ../../../nbs/04_data/00_readers/01_images.ipynb #752667bf
 READERS.update(dict.fromkeys(BIOIO, _read_bioio))
@@ -696,6 +797,7 @@ def channel_names(
     "What a file calls its channels, without reading pixels; raises `InputError` where it cannot be opened"
     path = Path(path)
     with _reasons(path):
+        check_regular(path)
         names = _bioio_names(path) if ending_of(path).lower() in BIOIO else _tiff_names(path)
     names = tuple(str(name).strip() for name in names)
     is_made_up = any(re.fullmatch(r'(Channel|C):\d+(:\d+)*', name) for name in names)

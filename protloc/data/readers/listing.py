@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ...core import InputError
+from ...core import InputError, describe_os_error
 from .images import ending_of
 
 # %% auto #0
@@ -62,7 +62,7 @@ def _walk(folder):
     "Paths of files and of empty folders, sorted folder by folder; a folder that is one image counts as a file"
 
     def refuse(error):
-        raise InputError(f'{error.filename} cannot be listed: {error.strerror}')
+        raise InputError(describe_os_error(error))
 
     files = []
     empty = []

@@ -5,24 +5,28 @@
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #b64f11f3
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from importlib.resources import as_file, files
+from typing import Annotated
 
 import numpy as np
-from joblib import Parallel, delayed
+import pydantic
 from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['TRAIN_LINES', 'TEST_LINES', 'class_numbers', 'hpa_sets', 'label_set_probabilities', 'draw_label_sets', 'plan_images',
-           'simulate_store', 'oracle_store']
+           'Simulation', 'simulate_store', 'oracle_store']
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #f00e7724
-from ...core import InputError, derive_seed, interrupts_kept, rng_for
+from ...core import Config, InputError, derive_seed, read_config, rng_for, shown
+from ..helpers import check_workers, ordered_map
 from ..readers.tables import read_table
 from .cells import CellLine
 from .organelles import SIMULATED
 from .photographs import check_picture, simulate_cell
 from ..store import ImageStore, StoreWriter
+from ...files import check_room
 from ...labels import STAINS, Vocabulary
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #bfe5be09
@@ -33,7 +37,8 @@ def class_numbers(
     if classes is None:
         return list(range(len(SIMULATED)))
     classes = [k.strip() if isinstance(k, str) else k for k in classes]
-    numbers = [SIMULATED.number_of(int(k) if isinstance(k, str) and k.isdecimal() else k) for k in classes]
+    # a text of many digits is no number that Python would read, and no class either
+    numbers = [SIMULATED.number_of(int(k) if re.fullmatch(r'\d{1,9}', str(k)) else k) for k in classes]
     Vocabulary([SIMULATED.names[k] for k in numbers])  # raises where a class occurs twice
     return numbers
 
@@ -132,8 +137,9 @@ def plan_images(
     return plan
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #c46f5b74
-def _batch(plan, seed, size, shift, cells):
+def _batch(job):
     "Simulate some planned images"
+    plan, seed, size, shift, cells = job
     images = []
     for row in plan:
         line = CellLine.draw(row['cell_line'], shift if row['split'] == 'test' else 0.0)
@@ -144,16 +150,13 @@ def _batch(plan, seed, size, shift, cells):
 def _batches(plan, workers, *settings):
     "Planned images and their pictures, 50 at a time"
     batches = [plan[i : i + 50] for i in range(0, len(plan), 50)]
-    if workers == 1:
-        pictures = (_batch(batch, *settings) for batch in batches)
-    else:
-        with interrupts_kept():
-            pictures = Parallel(workers, return_as='generator')(delayed(_batch)(batch, *settings) for batch in batches)
-    return zip(batches, pictures, strict=True)
+    return zip(batches, ordered_map(_batch, ((batch, *settings) for batch in batches), workers), strict=True)
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #17037930
 def _write(path, plan, classes, size, made, *, seed, shift=0.0, cells=1, workers=1, source='simulated'):
     "Simulate planned images into a store"
+    check_workers(workers)
+    check_room(path, len(plan) * len(STAINS) * size**2)
     vocab = Vocabulary([SIMULATED.names[k] for k in classes])
     place = {k: i for i, k in enumerate(classes)}
     with (
@@ -174,6 +177,18 @@ def _write(path, plan, classes, size, made, *, seed, shift=0.0, cells=1, workers
             bar.update(len(batch))
     return ImageStore(path)
 
+# %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #b85bae06
+class Simulation(Config):
+    "The numbers of a simulated data set, as in `simulate_store`"
+
+    counts: dict[str, Annotated[int, pydantic.Field(ge=0, le=10_000_000)]] = dict(train=2000, val=400, test=400)
+    size: int = pydantic.Field(32, ge=32, le=512)
+    temper: float = pydantic.Field(0.5, ge=0, le=10)
+    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)
+    shift: float = pydantic.Field(0.0, ge=0, le=1)
+    cells: int = pydantic.Field(1, ge=1, le=1000)
+    least: int | None = pydantic.Field(None, ge=1, le=10_000_000)
+
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #3d36743a
 def simulate_store(
     path,  # the store's folder; must not exist yet
@@ -193,9 +208,15 @@ def simulate_store(
     numbers = class_numbers(classes)
     check_picture(size, cells)
     if not 0 <= shift <= 1:
-        raise InputError(f'the shift of the test cell lines must be from 0 to 1, not {shift}')
+        raise InputError(f'the shift of the test cell lines must be from 0 to 1, not {shown(shift)}')
     cells = int(cells)
-    made = dict(kind='simulated', counts=counts, temper=temper, least=least, seed=seed, shift=shift, cells=cells)
+    given = dict(counts=counts, temper=temper, least=least, seed=seed, shift=shift, cells=cells)
+    read_config(Simulation, dict(given, size=size), 'simulate')
+    if not sum(counts.values()):
+        raise InputError('simulate: there would be no image: ask for some in train, val or test')
+    check_workers(workers)
+    check_room(path, sum(counts.values()) * len(STAINS) * size**2)
+    made = dict(kind='simulated', **given)
     plan = plan_images(counts, numbers, temper, seed, least)
     return _write(path, plan, numbers, size, made, seed=seed, shift=shift, cells=cells, workers=workers)
 
@@ -212,7 +233,8 @@ def oracle_store(
     if made.get('kind') != 'simulated':
         raise InputError(f'{real.path} holds no simulated cells, and only those have an oracle: leave the arm out')
     classes = class_numbers(list(real.vocab))
-    cells = made.get('cells', 1)
+    check_picture(real.size, made.get('cells', 1))
+    cells = int(made.get('cells', 1))
     rng = rng_for(seed, 'oracle')
     plan = []
     for i, row in enumerate(labels):

@@ -14,7 +14,7 @@ __all__ = ['MINIMUM_SHARE', 'CROSSTALK', 'DIVIDING_SHARE', 'TOUCHING_SHARE', 'MI
            'stains', 'photograph', 'draw_field', 'field_light', 'check_picture', 'simulate_cell']
 
 # %% ../../../nbs/04_data/04_simulate/03_photographs.ipynb #1caffc0b
-from ...core import InputError, rng_for
+from ...core import InputError, rng_for, shown
 from protloc.data.simulate.cells import (
     BRIDGE,
     JUNCTIONS,
@@ -235,9 +235,9 @@ def check_picture(
 ):
     "Raises `InputError` for a picture that cannot be drawn"
     if not 32 <= size <= 512:
-        raise InputError(f'a picture cannot be {size} pixels wide: choose a size from 32 to 512')
-    if cells != int(cells) or cells < 1:
-        raise InputError(f'a picture cannot show {cells} cells: choose a whole number from 1')
+        raise InputError(f'a picture cannot be {shown(size)} pixels wide: choose a size from 32 to 512')
+    if not 1 <= cells <= 1000 or cells != int(cells):
+        raise InputError(f'a picture cannot show {shown(cells)} cells: choose a whole number from 1 to 1000')
     most = int((size / MINIMUM_PIXELS) ** 2)
     if cells > most:
         raise InputError(
