@@ -9,6 +9,8 @@ import contextlib
 import io
 import json
 import math
+import os
+import re
 import time
 import uuid
 import warnings
@@ -36,9 +38,9 @@ from .files import atomic_path, remove, write_json, write_text
 
 # %% auto #0
 __all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded',
-           'power_of', 'PowerEMA', 'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint',
-           'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step',
-           'use_average', 'averaged', 'enough_memory', 'fit']
+           'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'load_weights', 'Run',
+           'save_checkpoint', 'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'device_batch',
+           'train_step', 'use_average', 'averaged', 'enough_memory', 'fit']
 
 # %% ../nbs/05_training.ipynb #6d74cbbb
 class StepsConfig(Config):
@@ -207,6 +209,24 @@ def moving_average(
     if config.ema_decay:
         return EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4, foreach=True)
 
+# %% ../nbs/05_training.ipynb #9fc6ac55
+@contextlib.contextmanager
+def disk_errors(
+    path: str | Path,  # a file or folder that is written inside the block
+):
+    "Inside the block a disk's error names the path; raises `OSError` for one that safetensors tells in its own way"
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except safetensors.SafetensorError as error:
+        number = re.search(r'os error (\d+)', str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
 # %% ../nbs/05_training.ipynb #2c0911db
 def save_weights(
     model: nn.Module,  # on any device
@@ -216,7 +236,7 @@ def save_weights(
     "Write a model's weights atomically"
     kept = {name: w for name, w in model.state_dict().items() if not without or without not in name}
     weights = {name: w.detach().cpu().contiguous() for name, w in kept.items()}
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial, disk_errors(path):
         partial.write_bytes(safetensors.torch.save(weights))
 
 # %% ../nbs/05_training.ipynb #73bfd904
@@ -271,7 +291,7 @@ def save_checkpoint(
         ema=run.ema and run.ema.state_dict(),
         scaler=run.scaler and run.scaler.state_dict(),
     )
-    with atomic_path(newest) as partial:
+    with atomic_path(newest) as partial, disk_errors(newest):
         partial.mkdir()
         save_weights(run.model, partial / 'model.safetensors')
         buffer = io.BytesIO()  # torch.save tells no OSError where the disk is full
