@@ -974,7 +974,7 @@ def thresholds(
     rows = images.rows(split)
     _ends_in(path)
     predicted = probabilities(models, images, rows, progress='thresholds', tta=tta)
-    chosen = choose_thresholds(predicted, images.labels[rows], path, card['classes'], rule)
+    chosen = choose_thresholds(predicted, images.labels[rows], path, card['classes'], rule, overwrite=True)
     print(chosen.round(3).to_string(), f'\nThresholds: {path.resolve()}')
 
 # %% ../nbs/10_cli.ipynb #557e8ea8
@@ -1026,7 +1026,7 @@ def predict(
     files = dict(labels=labels, match=match or (), exclude=exclude or ())
     predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, **files)
     if probabilities:
-        write_probabilities(predicted, probabilities)
+        write_probabilities(predicted, probabilities, overwrite=True)
     write_table(submission(predicted, limits), out)
     print(f'Predictions: {out.resolve()}')
 
@@ -1043,7 +1043,7 @@ def export(
     from protloc.classify.export import export_classifier
 
     _ends_in(out)
-    export_classifier(classifier, out, kind)
+    export_classifier(classifier, out, kind, overwrite=True)
     print(f'Exported: {out.resolve()}')
 
 # %% ../nbs/10_cli.ipynb #a4c97a74
