@@ -951,7 +951,7 @@ def thresholds(
     rows = images.rows(split)
     ends_in(path)
     predicted = probabilities(models, images, rows, progress='thresholds', tta=tta)
-    chosen = choose_thresholds(predicted, images.labels[rows], path, card['classes'], rule)
+    chosen = choose_thresholds(predicted, images.labels[rows], path, card['classes'], rule, overwrite=True)
     print(chosen.round(3).to_string(), f'\nThresholds: {path.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #557e8ea8
@@ -1009,7 +1009,7 @@ def predict(
     files = dict(labels=labels, match=match or (), exclude=exclude or (), max_megapixels=max_megapixels)
     predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, **files)
     if probabilities:
-        write_probabilities(predicted, probabilities)
+        write_probabilities(predicted, probabilities, overwrite=True)
     write_table(submission(predicted, limits), out)
     print(f'Predictions: {out.resolve()}')
 
@@ -1028,8 +1028,13 @@ def export(
     _hold(out, overwrite=overwrite)
     from protloc.classify.export import export_classifier
 
+<<<<<<< HEAD
     ends_in(out)
     export_classifier(classifier, out, kind)
+=======
+    _ends_in(out)
+    export_classifier(classifier, out, kind, overwrite=True)
+>>>>>>> classify16
     print(f'Exported: {out.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #357711d6

@@ -36,7 +36,12 @@ def decide(
     labels: np.ndarray,  # (N, K) multi-hot
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
 ) -> Decisions:
-    "Probabilities and labels -> decisions and truth; raises `InputError` where their shapes differ"
+    "Probabilities and labels -> decisions and truth; raises `InputError` where they differ in shape, or are none"
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise InputError(
+            'some probabilities are no numbers from 0 to 1: the classifier that gave them is damaged,'
+            ' or its training diverged: train it again, at a lower learning rate'
+        )
     if probabilities.shape != labels.shape:
         raise InputError(f'{probabilities.shape} probabilities cannot be compared with {labels.shape} labels')
     truth, predicted = (np.pad(yes, ((0, 0), (0, 1))) for yes in (labels > 0.5, probabilities > threshold))

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import json
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pydantic
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,17 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from ..core import InputError, lookup
+from ..core import Config, InputError, lookup, one_line, read_config
+from ..data.fields import FieldConfig
+from ..files import check_file, read_json
+from ..labels import Vocabulary
+from ..training import check_finite
 
 # %% auto #0
-__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool', 'with_pooling',
-           'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine', 'Classifier',
-           'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'load_pretrained', 'standardise']
+__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool',
+           'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
+           'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'ClassifierCard', 'read_card',
+           'load_pretrained', 'standardise']
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7a5b3acf
 def resnet10(
@@ -410,19 +417,46 @@ def _imagenet(name):
         ) from None
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #0400c251
+UNREADABLE = (  # what safetensors, torch and its reader of pickles raise for bytes that are no weights
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    safetensors.SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
 def _read_file(path):
     "The weights in a .safetensors or .pth file"
+    check_file(path)
     try:
         if path.suffix == '.safetensors':
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, safetensors.SafetensorError, pickle.UnpicklingError):
+    except UNREADABLE:
         raise InputError(
             f'{path} cannot be read as weights: give a .safetensors or .pth file that holds a state dict'
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    plain = isinstance(state, dict) and all(
+        isinstance(name, str)
+        and isinstance(values, Tensor)
+        and values.layout == torch.strided
+        and not values.is_quantized
+        and values.device.type == 'cpu'
+        for name, values in state.items()
+    )
+    if not plain or not state:
         raise InputError(f'{path} holds no state dict: save `model.state_dict()` alone')
+    check_finite(state, path, 'give other weights')
     return state
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #4ca33090
@@ -505,11 +539,57 @@ def _check_backbone(its, mine, num_channels, folder):
             ' which are not those of these images: choose other weights'
         )
 
+# %% ../../nbs/07_classify/00_backbone.ipynb #c954add1
+class ClassifierCard(Config, extra='allow'):
+    "What classifier.json notes; earlier versions did not write all of it, and later ones may write more"
+
+    backbone: str = pydantic.Field(max_length=200)  # see `lookup_backbone`
+    pooling: str = pydantic.Field('avg', max_length=40)  # a name in `POOLINGS`
+    head: str = pydantic.Field('linear', max_length=40)  # a name in `HEADS`
+    channels: list[str] = pydantic.Field(min_length=1, max_length=1000)  # stains, in the order of the images
+    classes: list[str] = pydantic.Field(min_length=1, max_length=100_000)  # in the order of the answers
+    size: int = pydantic.Field(32, ge=1, le=65_536)  # edge of the images, px
+    fields: dict[str, Any] = {}  # settings of `FieldConfig` that the images were made with
+    depths: list[str] = pydantic.Field([], max_length=100)  # NumPy's names of the types that their files had
+
+    @pydantic.model_validator(mode='after')
+    def _possible(self):
+        check_size(self.backbone, self.size)
+        lookup('pooling', self.pooling, POOLINGS)
+        lookup('head', self.head, HEADS)
+        Vocabulary(tuple(self.classes))
+        known = {name: value for name, value in self.fields.items() if name in FieldConfig.model_fields}
+        read_config(FieldConfig, known, 'fields')
+        return self
+
+
+def read_card(
+    folder: str | Path,  # of a trained classifier
+) -> dict:  # of classifier.json
+    "What a classifier's card notes; raises `InputError` where it is missing, damaged or not as it must be"
+    path = Path(folder) / 'classifier.json'
+    noted = read_json(path, 'copy it again, or train again')
+    card = read_config(ClassifierCard, noted, str(path))
+    return {**noted, **card.model_dump(include=set(noted))}
+
+# %% ../../nbs/07_classify/00_backbone.ipynb #1bf495ac
+def _own_statistics(state, classifier, folder):
+    "Take over mean and deviation of the channels; raises `InputError` where they are missing or impossible"
+    for name in ('mean', 'std'):
+        values = state.get(name)
+        if (
+            values is None
+            or values.shape != getattr(classifier, name).shape
+            or name == 'std'
+            and not (values > 0).all()
+        ):
+            raise InputError(f'{folder} has no {name} of its channels that fits: copy it again, or train again')
+        getattr(classifier, name).copy_(values)
+
 # %% ../../nbs/07_classify/00_backbone.ipynb #96efb0fd
 def _from_classifier(classifier, folder, channels, classes):
     "Take over the backbone of a saved classifier, and its head where that means the same"
-    its = json.loads((folder / 'classifier.json').read_text())
-    its = {'pooling': 'avg', 'head': 'linear', **its}  # earlier versions did not write these
+    its = {'pooling': 'avg', 'head': 'linear', **read_card(folder)}  # earlier versions did not write these
     mine = {
         **classifier.card,
         'channels': [*channels] if channels else None,
@@ -522,13 +602,15 @@ def _from_classifier(classifier, folder, channels, classes):
         return {k.removeprefix(f'{module}.'): v for k, v in state.items() if k.startswith(f'{module}.')}
 
     _fit_backbone(classifier, weights_of('backbone'), folder)
-    classifier.mean.copy_(state['mean'])
-    classifier.std.copy_(state['std'])
+    _own_statistics(state, classifier, folder)
     differing = [k for k in ('pooling', 'head', 'classes') if mine[k] != its[k]]
     if differing:
         warnings.warn(f"the head of {folder} stays behind: its {' and '.join(differing)} differ", stacklevel=3)
-    else:
+        return
+    try:
         classifier.head.load_state_dict(weights_of('head'))
+    except RuntimeError as error:
+        raise InputError(f'{folder} has no head that fits its card ({one_line(error)}): copy it again') from None
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #a6077441
 def load_pretrained(

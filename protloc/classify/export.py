@@ -8,20 +8,23 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .backbone import Classifier
-from .predict import load_classifier
+from .predict import check_new, load_classifier
 from .thresholds import read_thresholds
-from ..core import InputError, lookup
-from ..files import atomic_path
+from ..core import InputError, lookup, one_line
+from ..files import atomic_path, read_bytes
+from ..training import disk_errors
 
 # %% auto #0
-__all__ = ['EXPORTS', 'Predictor', 'open_exported', 'export_classifier']
+__all__ = ['EXPORTS', 'UNREADABLE', 'Predictor', 'open_exported', 'export_classifier']
 
 # %% ../../nbs/07_classify/06_export.ipynb #f5438236
 class Predictor(nn.Module):
@@ -111,14 +114,35 @@ EXPORTS = {
 }
 
 # %% ../../nbs/07_classify/06_export.ipynb #6b4cafde
+# what torch and its formats raise for what is none of them
+UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError, EOFError)
+UNREADABLE += (zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+def _errors_of_onnxruntime():
+    "What onnxruntime raises; each of its errors is a kind of its own"
+    if not importlib.util.find_spec('onnxruntime'):
+        return ()
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    found = (getattr(errors, name, None) for name in ('InvalidProtobuf', 'InvalidGraph', 'InvalidArgument', 'Fail'))
+    return tuple(error for error in found if error)
+
+# %% ../../nbs/07_classify/06_export.ipynb #3851ed35
 def open_exported(
     path: str | Path,  # written by `export_classifier`
     kind: str = 'onnx',  # as it was written: 'onnx', 'torchscript' or 'export'
 ):  # predict(images (N, C, H, W) uint8 on the CPU) -> (N, K) in [0, 1]; the card, with thresholds
     "Open an exported classifier, to see what is in it"
     _, read = lookup('kind of export', kind, EXPORTS)
-    predict, card = read(Path(path).read_bytes())
-    return predict, json.loads(card)
+    content = read_bytes(path)
+    try:
+        predict, card = read(content)
+        return predict, json.loads(card)
+    except InputError:
+        raise
+    except (*UNREADABLE, *_errors_of_onnxruntime()) as error:
+        raise InputError(f'{path} is no classifier exported as {kind} ({one_line(error)}): export it again') from None
 
 # %% ../../nbs/07_classify/06_export.ipynb #6cde4d1b
 def _with_thresholds(card, folder):
@@ -138,9 +162,11 @@ def export_classifier(
     folder: str | Path,  # of a trained classifier; its thresholds.json goes along, where there is none they are .5
     path: str | Path,  # the file, usually .onnx, .pt or .pt2
     kind: str = 'onnx',  # 'onnx', 'torchscript' or 'export'
+    overwrite: bool = False,  # replace a file that is there
 ):
-    "Write a classifier as one file; raises `InputError` where a package is missing or the file predicts something else"
+    "Write a classifier as one file; raises `InputError` where it cannot, or the file predicts something else"
     write, read = lookup('kind of export', kind, EXPORTS)
+    check_new(path, overwrite)
     classifier, card = load_classifier(folder)
     card = _with_thresholds(card, folder)
     model = Predictor(classifier.cpu()).eval().requires_grad_(False)
@@ -156,5 +182,5 @@ def export_classifier(
             f"{kind} cannot express the backbone {card['backbone']}: its probabilities are off by {off:.2g},"
             ' choose another kind'
         )
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial, disk_errors(path):
         partial.write_bytes(content)

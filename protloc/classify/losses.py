@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from ..core import InputError, lookup, nearest
+from ..core import InputError, lookup, nearest, shown
 
 # %% auto #0
 __all__ = ['LARGEST_WEIGHT', 'CRITERIA', 'HARD_TARGETS_ONLY', 'RANGES', 'bce', 'positive_weights', 'focal', 'asymmetric',
@@ -71,10 +71,10 @@ def positive_weights(
         return _balanced(labels)
     try:
         weights = torch.as_tensor(weight, dtype=torch.float32)
-    except (TypeError, ValueError):
-        raise InputError(f'pos_weight must be a number, a number a class, or balanced, not {weight}') from None
-    if weights.dim() > 1 or not (weights > 0).all() or not weights.isfinite().all():
-        raise InputError(f'pos_weight must be above 0, one number or one a class, not {weight}')
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f'pos_weight must be a number, a number a class, or balanced, not {shown(weight)}') from None
+    if weights.dim() > 1 or not weights.numel() or not ((weights > 0) & (weights <= 1e6)).all():
+        raise InputError(f'pos_weight must be above 0, one number or one a class, not {shown(weight)}')
     if weights.dim() and labels is not None and len(weights) != labels.shape[1]:
         raise InputError(f'pos_weight has {len(weights)} numbers for {labels.shape[1]} classes: give one a class')
     return weights
@@ -159,7 +159,9 @@ def _check_range(name, option, value):
         return
     low, high = RANGES[option]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(f"{option} of the criterion '{name}' must be a number from {low} to {high:.4g}, not {value}")
+        raise InputError(
+            f"{option} of the criterion '{name}' must be a number from {low} to {high:.4g}, not {shown(value)}"
+        )
     if option == 'gamma' and 0 < value < 1:
         raise InputError(f'gamma must be 0, or 1 and more, not {value}')
     if option == 'alpha' and -1 < value < 0:

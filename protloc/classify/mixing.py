@@ -32,7 +32,9 @@ class Strategy(Config):
     makes_soft_targets: ClassVar[bool] = False  # whether targets lie between 0 and 1, which not every criterion takes
     needs_teacher: ClassVar[bool] = False  # whether a teacher's probabilities replace the synthetic labels
     aux_bn: bool = False  # synthetic images have BatchNorm statistics of their own
-    align: float = pydantic.Field(0.0, ge=0)  # weight of the distance between real and synthetic features; 0 for none
+    align: float = pydantic.Field(
+        0.0, ge=0, le=1e6
+    )  # weight of the distance between real and synthetic features; 0 for none
     alignment: Literal['coral', 'mmd'] = 'coral'  # which distance, see `ALIGNMENTS`
 
     @pydantic.model_validator(mode='after')
@@ -224,7 +226,7 @@ class Paired(Strategy):
     "A strategy that mixes a real with a synthetic image"
 
     mixes_pairs = True
-    alpha: float = pydantic.Field(0.3, gt=0)  # both parameters of the Beta distribution, see `mix_shares`
+    alpha: float = pydantic.Field(0.3, ge=0.001, le=1000)  # both parameters of the Beta distribution, see `mix_shares`
 
 # %% ../../nbs/07_classify/02_mixing.ipynb #cd8a3f20
 class MixLoss(Paired):
@@ -305,7 +307,9 @@ def cut_boxes(
 class CutMix(InputMixup):
     "Train on real images with a box of a synthetic one pasted in, labels by area (Yun et al. 2019)"
 
-    alpha: float = pydantic.Field(1.0, gt=0)  # both parameters of the Beta distribution; at 1 it is uniform
+    alpha: float = pydantic.Field(
+        1.0, ge=0.001, le=1000
+    )  # both parameters of the Beta distribution; at 1 it is uniform
 
     def mix(self, real, synthetic):
         (n, _, height, width), device = real[0].shape, real[0].device
@@ -356,7 +360,7 @@ class TailOnly(Concat):
     "Train on real images and on synthetic ones that show a rare class (Hemmat et al. 2023)"
 
     # classes with fewer real training images are rare: a number, or a share if under 1
-    below: float = pydantic.Field(0.02, gt=0)
+    below: float = pydantic.Field(0.02, gt=0, le=10_000_000)
 
     def usable_synthetic(self, real_labels, synthetic_labels):
         limit = self.below if self.below >= 1 else self.below * len(real_labels)

@@ -5,7 +5,7 @@
 # %% ../../nbs/07_classify/03_predict.ipynb #27b74255
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import Classifier
-from ..core import InputError
+from .backbone import Classifier, read_card
+from ..core import InputError, one_line
 from ..data.fields import FieldConfig
 from ..data.kind import ImageKind
 from ..data.loading import in_order
@@ -25,8 +25,8 @@ from ..files import write_json
 from ..training import load_weights, save_weights, this_process
 
 # %% auto #0
-__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'reading_of', 'contrast_note',
-           'load_classifiers']
+__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'check_new', 'load_classifier', 'reading_of',
+           'contrast_note', 'load_classifiers']
 
 # %% ../../nbs/07_classify/03_predict.ipynb #7b573045
 def _read_ahead(batches, device):
@@ -61,6 +61,8 @@ def map_batches(
     progress: str = '',  # text beside a progress bar; none where empty
 ) -> tuple[Tensor, ...]:  # each (n, ...) float32, on the CPU
     "Call a function on a store's images, its classifiers in eval mode; nothing waits for the device before the end"
+    if not len(rows) or batch_size < 1:
+        raise InputError(f'{len(rows)} images of {store.path}, {batch_size} at a time: one or more are needed')
     models = _as_list(classifiers)
     modes = [model.training for model in models]
     outputs = []
@@ -119,18 +121,33 @@ def save_classifier(
     save_weights(classifier, folder / 'classifier.safetensors', without='.aux.')
     write_json(folder / 'classifier.json', {**classifier.card, **images, 'fields': fields, 'depths': depths})
 
+# %% ../../nbs/07_classify/03_predict.ipynb #0882343e
+def check_new(
+    path: str | Path,  # to be written
+    overwrite: bool = False,  # a file there may be replaced; a folder never
+):
+    "Raise `InputError` for a path where something is already"
+    if os.path.isdir(path):
+        raise InputError(f'{one_line(path)} is a folder: name the file to write')
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f'{one_line(path)} is there already: choose another name, or remove it (or overwrite=True)')
+
 # %% ../../nbs/07_classify/03_predict.ipynb #8734254e
 def load_classifier(
     folder: str | Path,  # written by `save_classifier`
 ) -> tuple[Classifier, dict]:  # in eval mode; its card: what its inputs must be
-    "Open a saved classifier; raises `InputError` where there is none"
+    "Open a saved classifier; raises `InputError` where there is none, or a damaged one"
     folder = Path(folder)
     if not (folder / 'classifier.json').exists():
         raise InputError(f'{folder} holds no trained classifier: make one with `protloc train-classifier`')
-    card = json.loads((folder / 'classifier.json').read_text())
+    card = read_card(folder)
+    if 'size' not in card:
+        raise InputError(f'{folder}/classifier.json notes no size of its images: copy it again, or train again')
     options = {k: card[k] for k in ('size', 'pooling', 'head') if k in card}
     classifier = Classifier(card['backbone'], len(card['channels']), len(card['classes']), **options)
     load_weights(classifier, folder / 'classifier.safetensors')
+    if not (classifier.std > 0).all():
+        raise InputError(f'{folder} has a channel whose deviation is not above 0: copy it again, or train again')
     return classifier.to(this_process().device, memory_format=torch.channels_last).eval(), card
 
 # %% ../../nbs/07_classify/03_predict.ipynb #be671f63

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 from .backbone import Classifier
-from .predict import probabilities, reading_of
+from .predict import check_new, probabilities, reading_of
 from ..core import InputError
 from ..data.prepare import prepare
 from ..data.readers.tables import write_table
 from ..files import atomic_path
 from ..labels import Vocabulary
+from ..training import disk_errors
 
 # %% auto #0
 __all__ = ['predict_folder', 'submission', 'check_table', 'write_probabilities']
@@ -95,11 +96,13 @@ def check_table(
 def write_probabilities(
     predicted: pd.DataFrame,  # index Id, a column for each class
     path: str | Path,  # a .csv or .parquet file
+    overwrite: bool = False,  # replace a file that is there
 ):
-    "Write a table of probabilities; raises `InputError` where pyarrow is missing"
+    "Write a table of probabilities; raises `InputError` where pyarrow is missing, or a file is in the way"
     path = Path(path)
     check_table(path)
+    check_new(path, overwrite)
     if path.suffix != '.parquet':
         return write_table(predicted.reset_index(allow_duplicates=True), path, '%.6f')
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial, disk_errors(path):
         predicted.astype(np.float32).to_parquet(partial, engine='pyarrow')

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve
 
-from ..core import InputError, lookup
+from .predict import check_new
+from ..core import InputError, lookup, one_line, shown
 from ..data.kind import brief
 from ..data.readers.tables import read_table, write_table
-from ..files import write_json
+from ..files import read_text, write_json
 
 # %% auto #0
 __all__ = ['RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds']
@@ -66,11 +68,19 @@ def choose_thresholds(
     path: str | Path,  # a .json or .csv file, e.g. thresholds.json in the classifier's folder
     classes: Sequence[str],  # K names
     rule: str = 'f1',  # 'f1', or 'prevalence' for that of the labels
+    overwrite: bool = False,  # replace a file that is there; a classifier's own thresholds.json is replaced anyway
 ) -> pd.Series:  # index class
-    "Choose a threshold for each class and write them; raises `InputError` for an unknown rule"
+    "Choose a threshold for each class and write them; raises `InputError` for an unknown rule, or a file in the way"
     path = Path(path)
     if path.suffix not in ('.json', '.csv'):
         raise InputError(f'thresholds are written as .json or .csv, not as {path}')
+    own = path.name == 'thresholds.json' and (path.parent / 'classifier.json').is_file()
+    check_new(path, overwrite or own)
+    if not len(predicted) or predicted.shape != labels.shape or predicted.shape[1] != len(classes):
+        raise InputError(
+            f'{predicted.shape} probabilities, {labels.shape} labels and {len(classes)} classes do not fit together:'
+            ' give those of one or more images'
+        )
     chosen = lookup('rule for thresholds', rule, RULES)(predicted, labels)
     table = pd.Series(chosen, pd.Index(classes, name='class'), name='threshold')
     if path.suffix == '.csv':
@@ -83,9 +93,11 @@ def choose_thresholds(
 def _in_json(path):
     "Place, class and threshold of each entry of a JSON file"
     try:
-        entries = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=list)
-    except ValueError as e:
-        raise InputError(f'{path} is not a table of thresholds, nor JSON: {e}') from None
+        entries = json.loads(read_text(path), object_pairs_hook=list)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'{path} is not a table of thresholds, nor JSON: {one_line(error)}') from None
     if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
         raise InputError(f'{path} is not a table of thresholds: it must be JSON {{"class": number}}')
     return [('', *entry) for entry in entries]
@@ -98,21 +110,28 @@ def _in_csv(path):
     return [(f'line {line}: ', name, threshold) for line, name, threshold in columns]
 
 # %% ../../nbs/07_classify/04_thresholds.ipynb #40ea86b3
+def _as_number(threshold):
+    "A number as a message quotes it; nothing is longer than a line"
+    return one_line(shown(threshold) if isinstance(threshold, int) else threshold, 40)
+
+
 def _checked_threshold(name, threshold):
     "A threshold as a float; raises `InputError` where it is none"
     try:
         limit = float('' if isinstance(threshold, bool) else threshold)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"the threshold of '{name}' is {threshold!r}, not a number") from None
+        raise InputError(f"the threshold of '{name}' is {shown(threshold)}, not a number") from None
     if not 0 <= limit <= 1:
-        raise InputError(f"the threshold of '{name}' must lie between 0 and 1, not {threshold}")
+        raise InputError(f"the threshold of '{name}' must lie between 0 and 1, not {_as_number(threshold)}")
     return limit
 
 
 def _read_file(path):
     "Class -> threshold from a file; raises `InputError` naming the line or class of a mistake"
-    if not path.is_file():
-        raise InputError(f'there is no file {path}: give a number from 0 to 1, or a file of `choose_thresholds`')
+    if not os.path.lexists(path):
+        raise InputError(
+            f'there is no file {one_line(path)}: give a number from 0 to 1, or a file of `choose_thresholds`'
+        )
     table = {}
     for place, name, threshold in _in_json(path) if path.suffix == '.json' else _in_csv(path):
         try:
@@ -140,9 +159,11 @@ def read_thresholds(
 ) -> float | np.ndarray:  # one, or (K,)
     "What a class has to pass; raises `InputError` for another vocabulary and for numbers outside 0 to 1"
     try:
-        limits = float(str(threshold))
+        limits = float(threshold if isinstance(threshold, int | float) else str(threshold))
+    except OverflowError:
+        limits = np.inf
     except ValueError:
         limits = _read_limits(Path(threshold), classes)
     if not np.all((0 <= np.asarray(limits)) & (np.asarray(limits) <= 1)):
-        raise InputError(f'a threshold must lie between 0 and 1, not {threshold}')
+        raise InputError(f'a threshold must lie between 0 and 1, not {_as_number(threshold)}')
     return limits

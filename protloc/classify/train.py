@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -26,7 +26,7 @@ from protloc.classify.backbone import (
 from .losses import build_criterion, check_head
 from .mixing import Strategy, build_strategy
 from .predict import load_classifier, probabilities, save_classifier
-from ..core import Config, InputError, derive_seed, lookup, sha256
+from ..core import Config, InputError, derive_seed, lookup, sha256, shown
 from ..data.kind import ImageKind
 from protloc.data.loading import (
     PARTNER_KINDS,
@@ -38,27 +38,39 @@ from protloc.data.loading import (
     in_order,
 )
 from ..data.store import ImageStore
-from ..files import atomic_path, claim_settings
+from ..files import CHANGED, atomic_path, claim_settings, read_array
 from ..metrics import scores
-from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
+from protloc.training import (
+    RUNTIME,
+    LoopConfig,
+    check_loop,
+    fit,
+    fork_rng,
+    hold_folder,
+    load_weights,
+    seeded,
+    this_process,
+)
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'check_partners', 'choose_second_store', 'strategy_batches', 'check_labels', 'teacher_labels',
-           'build_classifier', 'check_strategy', 'check_teacher', 'train_classifier']
+           'build_classifier', 'check_strategy', 'check_teacher', 'check_weights', 'check_classifier',
+           'train_classifier']
 
 # %% ../../nbs/07_classify/07_train.ipynb #5878f8f8
 class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
 
-    backbone: str = 'resnet18'  # see `lookup_backbone`
-    weights: str = 'none'  # to start from: none, imagenet, a file, or the folder of a trained classifier
-    pooling: str = 'avg'  # a name in `POOLINGS`
-    head: str = 'linear'  # a name in `HEADS`
-    criterion: str = 'bce'  # a name in `CRITERIA`
-    criterion_options: dict = {}  # of that criterion
+    backbone: str = pydantic.Field('resnet18', max_length=200)  # see `lookup_backbone`
+    # to start from: none, imagenet, a file, or the folder of a trained classifier
+    weights: str = pydantic.Field('none', max_length=4096)
+    pooling: str = pydantic.Field('avg', max_length=40)  # a name in `POOLINGS`
+    head: str = pydantic.Field('linear', max_length=40)  # a name in `HEADS`
+    criterion: str = pydantic.Field('bce', max_length=40)  # a name in `CRITERIA`
+    criterion_options: dict[str, Any] = pydantic.Field({}, max_length=20)  # of that criterion
     augment: AugmentConfig = AugmentConfig()  # of training images, real and synthetic
     # how much more often images with rare classes are shown, real and synthetic, see `balance_weights`; 0 = no more
-    balance: float = pydantic.Field(0.0, ge=0)
+    balance: float = pydantic.Field(0.0, ge=0, le=10)
     keep: Literal['best', 'last'] = 'best'  # the weights with the best validation macro-F1, or the last ones
     loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50)  # length and rate
 
@@ -67,17 +79,17 @@ class ClassifierConfig(Config):
         lookup_backbone(self.backbone)
         lookup('pooling', self.pooling, POOLINGS)
         lookup('head', self.head, HEADS)
-        some_labels = np.eye(2, dtype=np.float32)
-        check_head(self.criterion_for(some_labels), HEADS[self.head](2, 2))
+        check_head(self.criterion_for(), HEADS[self.head](2, 2))
         return self
 
     def criterion_for(
         self,
-        labels: np.ndarray,  # (N, K) of the training images
+        labels: np.ndarray | None = None,  # (N, K) of the training images; where they are not known yet, None
     ):  # criterion(logits, targets) -> (N,)
-        "The criterion with its options"
-        balanced = self.criterion_options.get('pos_weight') == 'balanced'
-        return build_criterion(self.criterion, labels if balanced else None, **self.criterion_options)
+        "The criterion with its options; raises `InputError` for options that do not fit"
+        if labels is None and self.criterion_options.get('pos_weight') == 'balanced':
+            labels = np.eye(2, dtype=np.float32)
+        return build_criterion(self.criterion, labels, **self.criterion_options)
 
 # %% ../../nbs/07_classify/07_train.ipynb #6cefc388
 def check_partners(
@@ -89,8 +101,8 @@ def check_partners(
     lookup('kind of partner', partners, dict.fromkeys(PARTNER_KINDS))
     if partners != 'any' and 'synthetic' not in strategy.sources:
         raise InputError(f"the strategy '{type(strategy).__name__}' has no partners: leave out partners")
-    if ratio <= 0:
-        raise InputError(f'the ratio of synthetic to real images must be above 0, not {ratio}')
+    if not 0 < ratio <= 1000:
+        raise InputError(f'the ratio of synthetic to real images must be above 0, not {shown(ratio)}, and at most 1000')
     if ratio != 1 and (strategy.mixes_pairs or partners != 'any'):
         raise InputError(
             f'a ratio of {ratio} leaves images without a partner:'
@@ -181,15 +193,21 @@ def check_labels(
         warnings.warn(f"no training image shows {', '.join(never)}: the classifier will never name them", stacklevel=2)
 
 # %% ../../nbs/07_classify/07_train.ipynb #cae2dc94
+def _teacher_for(teacher, synthetic):
+    "Open a teacher; raises `InputError` where it is damaged, or was trained on other images"
+    model, card = load_classifier(teacher)
+    mend = 'choose a --teacher that was trained on images like these'
+    synthetic.kind.must_match(ImageKind.of(card, f'the teacher {teacher}'), mend=mend)
+    return model
+
+
 def teacher_labels(
     teacher: str | Path,  # folder of a trained classifier
     synthetic: ImageStore,  # images of the kind that it was trained on
     folder: str | Path,  # where its answers are kept
 ) -> Tensor:  # (M, K) probabilities for all images of the store
     "A teacher's probabilities for synthetic images; raises `InputError` where they are of another kind or vocabulary"
-    model, card = load_classifier(teacher)
-    mend = 'choose a --teacher that was trained on images like these'
-    synthetic.kind.must_match(ImageKind.of(card, f'the teacher {teacher}'), mend=mend)
+    model = _teacher_for(teacher, synthetic)
     weights = sha256(Path(teacher) / 'classifier.safetensors')[:16]
     images = synthetic.manifest['sha256']['images'][:16]
     path = Path(folder) / f'teacher-{weights}-{images}.npy'
@@ -197,7 +215,11 @@ def teacher_labels(
         if not path.exists():
             with atomic_path(path) as partial, open(partial, 'wb') as file:
                 np.save(file, probabilities(model, synthetic, synthetic.rows(), progress='teacher'))
-    return torch.from_numpy(np.load(path))
+    shape = (len(synthetic), len(synthetic.vocab))
+    answers = read_array(path, shape, 'f', mend='remove it, it is made again')
+    if not ((answers >= 0) & (answers <= 1)).all():
+        raise InputError(f'{path} holds what are no probabilities: {CHANGED}, remove it, it is made again')
+    return torch.from_numpy(answers)
 
 # %% ../../nbs/07_classify/07_train.ipynb #b3e277ca
 def build_classifier(
@@ -233,8 +255,7 @@ def check_strategy(
         raise InputError(
             f"the strategy '{name}' begins without real images, and patience might stop it there: leave out patience"
         )
-    some_labels = np.eye(2, dtype=np.float32)
-    if strategy.makes_soft_targets and not config.criterion_for(some_labels).takes_soft_targets:
+    if strategy.makes_soft_targets and not config.criterion_for().takes_soft_targets:
         raise InputError(
             f"the criterion '{config.criterion}' is defined for labels of 0 and 1 only,"
             f" and the strategy '{name}' makes soft ones:"
@@ -277,9 +298,17 @@ def _settings(real, synthetic, config, teacher, **others):
 
 
 def _claim(folder, settings):
-    "Note the settings of a run; raises `InputError` where it was begun with others"
+    "Note the settings of a run; raises `InputError` where it was begun with others, and something is kept of it"
     if this_process().is_main_process:
-        claim_settings(folder / 'settings.json', settings)
+        kept = (
+            'classifier.json',
+            'classifier.safetensors',
+            'last.safetensors',
+            'best.safetensors',
+            'checkpoints/step-*',
+        )
+        anew = not any(any(folder.glob(name)) for name in kept)
+        claim_settings(folder / 'settings.json', settings, anew=anew)
 
 # %% ../../nbs/07_classify/07_train.ipynb #d134859e
 def _fit(model, strategy, criterion, batches, real, folder, config, seed, name):
@@ -298,6 +327,71 @@ def _fit(model, strategy, criterion, batches, real, folder, config, seed, name):
     if this_process().is_main_process:
         save_classifier(model, folder, real)
 
+# %% ../../nbs/07_classify/07_train.ipynb #1630ff64
+def _check_sizes(config, strategy, ratio):
+    "Raise `InputError` where some process or micro-batch would get no image, or fewer than a penalty needs"
+    processes = this_process().num_processes
+    sizes = [config.loop.batch_size] if 'real' in strategy.sources else []
+    if 'synthetic' in strategy.sources:
+        sizes.append(max(round(config.loop.batch_size * ratio), 1))
+    for size in sizes:
+        if size < processes:
+            raise InputError(f'a step has {size} images for {processes} processes: raise batch_size')
+        for rank in range(processes):
+            own = (rank + 1) * size // processes - rank * size // processes
+            if own % config.loop.accumulate:
+                parts = config.loop.accumulate
+                raise InputError(f'accumulate: {parts} does not divide the {own} images that a process has in a step')
+            if strategy.align and strategy.alignment == 'coral' and own // config.loop.accumulate < 2:
+                raise InputError(
+                    'coral needs two images of each kind a step, micro-batch and process:'
+                    ' raise batch_size or the ratio, lower accumulate, or use alignment: mmd'
+                )
+
+
+def check_weights(
+    real: ImageStore,  # with a split 'train'
+    config: ClassifierConfig,
+):
+    "Raise `InputError` where the network does not take these images, or its initial weights do not fit"
+    shape = len(real.channels), len(real.vocab), real.size, config.pooling, config.head
+    if config.weights in ('none', 'imagenet'):
+        with torch.device('meta'), fork_rng():
+            Classifier(config.backbone, *shape)
+    if config.weights != 'none' and config.weights != 'imagenet':
+        with warnings.catch_warnings(), seeded(0, 'check'):
+            warnings.simplefilter('ignore')
+            load_pretrained(Classifier(config.backbone, *shape), config.weights, real.channels, real.vocab.names)
+
+# %% ../../nbs/07_classify/07_train.ipynb #34f48471
+def check_classifier(
+    real: ImageStore,  # with splits 'train' and 'val'
+    config: ClassifierConfig,
+    strategy_name: str = 'real',  # a name in `STRATEGIES`
+    partners: str = 'any',  # see `strategy_batches`
+    ratio: float = 1.0,  # synthetic images for each real one a step
+    seed: int = 0,
+    teacher: str | Path | None = None,  # folder of a classifier, which may not be trained yet
+    **options,  # of the strategy, e.g. alpha
+) -> Strategy:
+    "All that can be wrong before there are synthetic images; raises `InputError` for the first mistake"
+    strategy = build_strategy(strategy_name, **options)
+    check_teacher(strategy_name, strategy, teacher)
+    check_partners(strategy, partners, ratio)
+    check_strategy(config, strategy)
+    check_loop(config.loop, scored=True)
+    _check_sizes(config, strategy, ratio)
+    if not 0 <= seed < 2**63:
+        raise InputError(f'a seed is a whole number from 0 to 2**63 - 1, not {shown(seed)}')
+    config.criterion_for(real.labels[real.rows('train')])
+    if not real.labels[real.rows('val')].any():
+        raise InputError(
+            f"no image in the split 'val' of {real.path} has a label, so the best weights cannot be found:"
+            ' label some, or split the images again'
+        )
+    check_weights(real, config)
+    return strategy
+
 # %% ../../nbs/07_classify/07_train.ipynb #01607b7b
 def train_classifier(
     real: ImageStore,  # with splits 'train' and 'val'
@@ -313,22 +407,25 @@ def train_classifier(
 ) -> Classifier:  # with the weights that are kept, in eval mode
     "Train, continue or open a classifier; raises `InputError` where images are missing or do not fit"
     folder, config = Path(folder), config or ClassifierConfig()
-    strategy = build_strategy(strategy_name, **options)
-    check_teacher(strategy_name, strategy, teacher)
+    arm = dict(partners=partners, ratio=ratio, seed=seed)
+    strategy = check_classifier(real, config, strategy_name, teacher=teacher, **arm, **options)
     batches = strategy_batches(strategy, real, synthetic, config, seed, partners, ratio)
     criterion = config.criterion_for(real.labels[real.rows('train')])
-    check_strategy(config, strategy)
     check_labels(batches, real)
 
-    arm = dict(strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed)
-    settings = _settings(real, synthetic, config, teacher, **arm)
+    settings = _settings(real, synthetic, config, teacher, strategy=strategy_name, options=options, **arm)
     if (folder / 'classifier.json').exists():
         _claim(folder, settings)
         return load_classifier(folder)[0]
 
     model = build_classifier(real, config, strategy, seed)
     if strategy.needs_teacher:
-        batches.sources['synthetic'].labels = teacher_labels(teacher, synthetic, folder)
-    _claim(folder, settings)
-    _fit(model, strategy, criterion, batches, real, folder, config, seed, strategy_name)
+        _teacher_for(teacher, synthetic)
+    with hold_folder(folder):
+        _claim(folder, settings)
+        if (folder / 'classifier.json').exists():  # finished while this process waited
+            return load_classifier(folder)[0]
+        if strategy.needs_teacher:
+            batches.sources['synthetic'].labels = teacher_labels(teacher, synthetic, folder)
+        _fit(model, strategy, criterion, batches, real, folder, config, seed, strategy_name)
     return model.eval()

@@ -15,6 +15,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from ..classify.backbone import Classifier
 from ..classify.predict import map_batches
+from ..core import InputError, shown
 from ..data.store import ImageStore
 from .label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 from ..labels import Vocabulary
@@ -65,7 +66,9 @@ def knn_radius(
     points: Tensor,  # (n, F) features
     k: int = 3,  # neighbours
 ) -> Tensor:  # (n,)
-    "Distance of each point to its k-th nearest neighbour among the others"
+    "Distance of each point to its k-th nearest neighbour among the others; raises `InputError` for too few points"
+    if not 1 <= k < len(points):
+        raise InputError(f'{k} neighbours of an image need more than {len(points)} images: take more, or fewer blocks')
     return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
 
 # %% ../../nbs/08_evaluate/02_fidelity.ipynb #8cbf951c
@@ -101,6 +104,8 @@ def mean_interval(
     confidence: float = 0.95,  # share of such intervals that hold the truth
 ) -> tuple[float, float, float]:  # mean, low, high
     "Student's interval of the mean of independent blocks; NaN bounds for a single one"
+    if not len(values) or not 0 < confidence < 1:
+        raise InputError('an interval needs one block or more, and a confidence between 0 and 1')
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, np.nan, np.nan
@@ -133,7 +138,9 @@ def measure(
     vocab: Vocabulary,  # the classes of both
     blocks: int = 5,  # of synthetic images
 ) -> pd.DataFrame:  # a row a measure: mean, low, high
-    "Distances, precision, recall, coverage and label fidelity of synthetic images, over blocks of them"
+    "Distances, precision, recall, coverage and label fidelity, over blocks; raises `InputError` for too few images"
+    if not 1 <= blocks <= len(synthetic[0]):
+        raise InputError(f'{len(synthetic[0])} images cannot be cut into {shown(blocks)} blocks: make more images')
     rows_of_blocks = np.array_split(np.arange(len(synthetic[0])), blocks)
     each = pd.DataFrame(
         [_measure_block(real, [values[rows] for values in synthetic], vocab) for rows in rows_of_blocks]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..core import rng_for
+from ..core import InputError, rng_for, shown
 
 # %% auto #0
 __all__ = ['bootstrap_weights', 'weighted_f1', 'macro', 'difference_intervals']
@@ -22,7 +22,9 @@ def bootstrap_weights(
     draws: int = 1000,  # bootstrapped test sets
     seed: int = 0,  # the user's seed
 ) -> np.ndarray:  # (draws, N) float32, how often each image was drawn
-    "Resample whole groups with replacement"
+    "Resample whole groups with replacement; raises `InputError` where there is nothing to draw"
+    if not len(groups) or not 1 <= draws <= 1_000_000:
+        raise InputError(f'{shown(draws)} draws of {len(groups)} images: 1 to 1,000,000 of one or more are possible')
     names, member = np.unique(np.asarray(groups, str), return_inverse=True)
     evenly = np.full(len(names), 1 / len(names))
     times_drawn = rng_for(seed, 'bootstrap').multinomial(len(names), evenly, size=draws)
@@ -56,6 +58,8 @@ def difference_intervals(
     confidence: float = 0.95,  # share of such intervals that contain the true difference
 ) -> pd.DataFrame:  # one row per arm: difference, low, high, se (standard error), df (degrees of freedom)
     "Intervals of mean differences from seed spread (pooled over arms) and test-set variance"
+    if not 0 < confidence < 1:
+        raise InputError(f'confidence lies between 0 and 1, not at {shown(confidence)}')
     arms, seeds = differences.shape
     mean = differences.mean(1)
     if seeds < 2:
