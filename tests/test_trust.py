@@ -3,25 +3,28 @@
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from diffusers import DiffusionPipeline
+from markdown_it import MarkdownIt
 
 from protloc.classify.predict import load_classifier
-from protloc.classify.train import ClassifierConfig, teacher_labels, train_classifier
-from protloc.core import InputError
+from protloc.classify.train import ClassifierConfig, train_classifier
+from protloc.core import InputError, sha256
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.denoiser import UNetConfig
 from protloc.diffusion.generate import _read_block
 from protloc.diffusion.pipeline import LabelConditionedPipeline
-from protloc.diffusion.train import GeneratorConfig, open_pipeline, train_generator
+from protloc.diffusion.train import GeneratorConfig, model_card, open_pipeline, train_generator
 from protloc.files import parse_yaml, read_array
-from protloc.training import LoopConfig
+from protloc.labels import Vocabulary
+from protloc.training import LoopConfig, Run, load_checkpoint, save_checkpoint
 
 NAMES = ['Nucleoli', 'Cytosol']
 EVIL = 'protloc_evil'  # a module that is installed, and says so when it is imported
@@ -53,7 +56,8 @@ def marker(tmp_path, monkeypatch):
     "A file that is there as soon as something has run"
     marker = tmp_path / 'it_ran'
     code = f'import pathlib\npathlib.Path({str(marker)!r}).touch()\n'
-    code += 'class Evil:\n    def __init__(self, *a, **k): pass\n    from_pretrained = classmethod(lambda *a, **k: Evil())\n'
+    code += 'class Evil:\n    def __init__(self, *a, **k): pass\n'
+    code += '    from_pretrained = classmethod(lambda *a, **k: Evil())\n'
     (tmp_path / 'installed').mkdir()
     (tmp_path / 'installed' / f'{EVIL}.py').write_text(code)
     monkeypatch.syspath_prepend(tmp_path / 'installed')
@@ -109,9 +113,6 @@ INDEXES = {
     'label encoder': dict(label_encoder=[EVIL, 'Evil']),
     'scheduler': dict(scheduler=[EVIL, 'Evil']),
     'one more component': dict(safety=[EVIL, 'Evil']),
-    'a list of names': dict(classes=[EVIL, 'Evil']),
-    'channels': dict(channels=[EVIL, 'Evil']),
-    'conditions': dict(conditions=[EVIL, 'Evil']),
     'condition': dict(condition=[EVIL, 'Evil']),
     'signal': dict(signal=[EVIL, 'Evil']),
     'size': dict(patch_size=[EVIL, 'Evil']),
@@ -144,6 +145,16 @@ def test_a_generator_names_only_classes_of_protloc(case, folder, made, marker, t
         assert str(folder) in str(error.value) and '\n' not in str(error.value)
     code, _, err = protloc('generate', folder, tmp_path / 'drawn', '--like', made / 'store', '--set', 'images=2')
     assert code == 2 and one_sentence(err) and not (tmp_path / 'drawn').exists(), err
+
+
+@pytest.mark.parametrize('name', ['classes', 'channels', 'conditions'])
+def test_a_list_of_names_is_no_component(name, folder, marker):
+    put_code(folder)
+    change(folder / 'model_index.json', **{name: [EVIL, 'Evil']})
+    try:
+        assert list(open_pipeline(folder).config[name]) == [EVIL, 'Evil']
+    except InputError as error:
+        assert name == 'channels' and str(folder) in str(error)
 
 
 AUTO = {
@@ -205,8 +216,8 @@ def test_pickled_weights_of_a_classifier(made, marker, tmp_path, protloc):
         torch.save(trap(marker), folder / name)
     with pytest.raises(InputError, match=r'classifier\.safetensors'):
         load_classifier(folder)
-    code, _, err = protloc('predict', folder, made / 'store', tmp_path / 'out.csv')
-    assert code == 2 and one_sentence(err) and 'classifier.safetensors' in err and not (tmp_path / 'out.csv').exists()
+    code, _, err = protloc('evaluate', folder, made / 'store')
+    assert code == 2 and one_sentence(err) and 'classifier.safetensors' in err
 
 
 @pytest.mark.parametrize('name', ['w.pth', 'w.pt', 'w.bin', 'w.ckpt', 'w.safetensors', 'w.pkl', 'w'])
@@ -220,12 +231,73 @@ def test_pickled_weights_to_begin_with(name, legacy, made, marker, tmp_path, pro
     assert code == 2 and one_sentence(err) and str(file) in err, err
 
 
-def test_pickled_checkpoints(made, marker, tmp_path, protloc):
+def test_pickled_checkpoints(marker, tmp_path):
     "Whole by its own hashes, so that only the unpickling is left to refuse it"
-    from protloc.core import sha256
+    model = torch.nn.Linear(2, 2)
+    run = Run(model, torch.optim.SGD(model.parameters()), None, tmp_path / 'run')
+    save_checkpoint(run)
+    assert load_checkpoint(run)
+    (state,) = (tmp_path / 'run').rglob('state.pt')
+    torch.save(trap(marker), state)
+    change(state.parent / 'sha256.json', **{'state.pt': sha256(state)})
+    with pytest.raises(InputError, match='does not fit this training'):
+        load_checkpoint(run)
 
-    words = ['--set', 'backbone=resnet10', '--set', 'loop={steps: 4, batch_size: 8, checkpoint_seconds: 0}']
-    code, _, err = protloc('train-classifier', made / 'store', tmp_path / 'out', *words)
-    assert code == 0, err
-    checkpoints = list((tmp_path / 'out').rglob('state.pt'))
-    print(checkpoints, list((tmp_path / 'out').rglob('*')), sha256)
+
+def test_pickled_arrays(made, marker, tmp_path, protloc):
+    file, block = tmp_path / 'a.npy', tmp_path / 'b.npz'
+    np.save(file, np.array([trap(marker)] * 32, object), allow_pickle=True)
+    np.savez(block, images=np.array([trap(marker)], object), fidelity=np.zeros(1), reason=np.zeros(1))
+    with pytest.raises(InputError, match='is no array'):
+        read_array(file)
+    with pytest.raises(InputError, match='was damaged and has been removed'):
+        _read_block(block)
+    for name in ('images.npy', 'checksums.npy'):
+        store = shutil.copytree(made / 'store', tmp_path / name)
+        shutil.copyfile(file, store / name)
+        manifest = json.loads((store / 'manifest.json').read_text())
+        hashes = {**manifest['sha256'], name.split('.')[0]: sha256(file)}
+        change(store / 'manifest.json', sha256=hashes)
+        with pytest.raises(InputError, match=name):
+            ImageStore(store).images[0]
+        code, _, err = protloc('info', store, '--verify')
+        assert code == 2 and one_sentence(err) and name in err
+
+
+def test_yaml_makes_no_objects(marker, tmp_path, protloc):
+    mine = tmp_path / 'mine.yaml'
+    for tag in ('object/apply:os.system', 'object/new:os.system', 'name:os.system', f'module:{EVIL}'):
+        text = f'about: x.\ndata: !!python/{tag} ["touch {marker}"]\n'
+        with pytest.raises(InputError, match='is not valid YAML'):
+            parse_yaml(text, 'x')
+        mine.write_text(text)
+        code, _, err = protloc('run', mine, '--out', tmp_path / 'out')
+        assert code == 2 and one_sentence(err) and 'is not valid YAML' in err and not (tmp_path / 'out').exists(), err
+
+
+WORDS = ['<script>alert(1)</script>', 'a|b', '`x` ``y', '![x](javascript:1)', '---', '{braces} {0} {size}', '[a](b)']
+WORDS += ['<img src=x onerror=alert(1)>', '**b** ~~s~~', '&lt;script&gt;', 'back\\slash\\|', '```', '# head', "it's"]
+
+
+def test_names_stay_text_in_a_card():
+    labels = np.eye(len(WORDS), dtype=np.float32)
+    store = SimpleNamespace(
+        labels=labels,
+        rows=lambda split: np.arange(len(WORDS)),
+        size=32,
+        vocab=Vocabulary(WORDS),
+        channels=WORDS,
+        manifest=dict(sha256=dict(images='0' * 64)),
+    )
+    config = GeneratorConfig(condition='cell_line')
+    log = [dict(step=2, loss=0.5)]
+    card = model_card(torch.nn.Linear(2, 2), store, config, 0, log, WORDS, '![Images](samples.png)')
+    text = card.split('---\n', 2)[2]
+    page = BeautifulSoup(MarkdownIt('commonmark').enable(['table', 'strikethrough']).render(text), 'html.parser')
+    assert not page.find_all(['script', 'a', 's', 'strong', 'hr'])
+    assert [image['src'] for image in page.find_all('img')] == ['samples.png']
+    rows = [[cell.get_text() for cell in row.find_all('td')] for row in page.find('table').find_all('tr')[1:]]
+    assert rows == [[word, '1'] for word in WORDS]
+    text = page.get_text()
+    assert ', '.join(WORDS) in text and f'of each cell_line: {", ".join(WORDS)}' in text
+    assert repr(WORDS[0]) in page.find_all('code', class_='language-python')[0].get_text()
