@@ -574,8 +574,10 @@ def from_pretrained(
     stored = {name: stored_weights(folder / name, variant) for name in own}
     try:
         pipe = opened(folder, variant=variant, **options)
-    except InputError:
-        raise
+    except InputError as error:
+        if str(folder) in str(error):
+            raise
+        raise InputError(f'{folder} cannot be opened: {error}') from None
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         reason = one_line(error).split('. ')[0]
         raise InputError(f'{folder} cannot be opened: {reason}') from error
