@@ -1028,13 +1028,8 @@ def export(
     _hold(out, overwrite=overwrite)
     from protloc.classify.export import export_classifier
 
-<<<<<<< HEAD
     ends_in(out)
-    export_classifier(classifier, out, kind)
-=======
-    _ends_in(out)
     export_classifier(classifier, out, kind, overwrite=True)
->>>>>>> classify16
     print(f'Exported: {out.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #357711d6
