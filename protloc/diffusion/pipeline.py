@@ -578,7 +578,7 @@ def from_pretrained(
         if str(folder) in str(error):
             raise
         raise InputError(f'{folder} cannot be opened: {error}') from None
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = one_line(error).split('. ')[0]
         raise InputError(f'{folder} cannot be opened: {reason}') from error
     for name, names in stored.items():
