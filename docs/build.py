@@ -51,7 +51,7 @@ def toctrees(nbs: Path) -> str:
     for caption, patterns in NAVIGATION.items():
         notebooks = [path for pattern in patterns for path in sorted(nbs.glob(f'{pattern}.ipynb'))]
         trees.append(tree(caption, [page_of(path.relative_to(nbs)).as_posix() for path in notebooks]))
-    return '\n'.join([*trees, tree('Project', ['contributing', 'decisions/index', 'changelog'])])
+    return '\n'.join([*trees, tree('Project', ['promises', 'contributing', 'decisions/index', 'changelog', 'security'])])
 
 
 def write_pages(cfg, processed: Path, pages: Path):
@@ -82,6 +82,8 @@ def texts() -> dict[Path, Path]:
     return {
         ROOT / 'CONTRIBUTING.md': Path('contributing.md'),
         ROOT / 'CHANGELOG.md': Path('changelog.md'),
+        ROOT / 'SECURITY.md': Path('security.md'),
+        DOCS / 'promises.md': Path('promises.md'),
         **{path: Path('decisions') / path.name.replace('README', 'index') for path in decisions},
     }
 
