@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import typing
 import warnings
 from pathlib import Path
 
+import psutil
+import pydantic
 import pytest
 import safetensors.torch
 import torch
@@ -14,8 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisy_training import Noise, build, loss
 from protloc import training
+from protloc.classify.backbone import ClassifierCard
+from protloc.classify.mixing import STRATEGIES
+from protloc.classify.train import ClassifierConfig
 from protloc.core import InputError, sha256
-from protloc.training import RUNTIME, LoopConfig, accelerator_for, fit, train_step
+from protloc.training import RUNTIME, LogLine, LoopConfig, accelerator_for, fit, hold_folder, save_weights, train_step
 
 SCRIPTS = Path(__file__).parent / 'scripts'
 
@@ -401,3 +408,76 @@ def test_what_looks_at_a_score_needs_one(tmp_path):
 def test_two_processes_stop_together(tmp_path):
     "Each finds other scores; both go by the main one's. A step that leaves parameters out is possible"
     run_script('two_processes_stop.py', tmp_path, processes=2)
+
+
+@pytest.mark.slow
+def test_killed_at_every_change_of_files(tmp_path):
+    "Continued to the same bytes, with nothing left behind, and nobody had to help"
+    assert int(run_script('kill_at_events.py', tmp_path)) > 40
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_training(tmp_path):
+    "The second of two processes says who holds it; after a kill the lock holds nobody up"
+    command = [sys.executable, SCRIPTS / 'hold_a_folder.py', tmp_path / 'run']
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == 'held\n'
+    with pytest.raises(InputError, match=f'is being written by process {holder.pid} .*: wait for it'):
+        fit(build(), loss, Noise(), LoopConfig(steps=2, batch_size=16), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+    holder.kill()
+    holder.communicate()
+    fit(build(), loss, Noise(), LoopConfig(steps=2, batch_size=16), tmp_path / 'run')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['run']
+
+
+@pytest.mark.slow
+def test_loader_processes_end_with_a_killed_training(tmp_path):
+    command = [sys.executable, SCRIPTS / 'train_with_workers.py', tmp_path / 'run']
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert parent.stdout.readline() == 'begun\n'
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=4)[1]
+    with hold_folder(tmp_path / 'run'):
+        pass
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, monkeypatch):
+    config = LoopConfig(steps=8, batch_size=16, checkpoint_steps=2)
+    saved = []
+
+    def full(model, path, without=''):
+        saved.append(path)
+        if len(saved) == 3:
+            with training.disk_errors(path):
+                raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+        return save_weights(model, path, without)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(training, 'save_weights', full)
+        with pytest.raises(OSError, match='No space left') as caught:
+            fit(build(), loss, Noise(), config, tmp_path / 'cut')
+    assert caught.value.errno == 28 and caught.value.filename.endswith('model.safetensors')
+    assert [path.name for path in (tmp_path / 'cut' / 'checkpoints').iterdir()] == ['step-00000004']
+    fit(build(), loss, Noise(), config, tmp_path / 'cut')
+    fit(build(), loss, Noise(), config, tmp_path / 'whole')
+    assert sha256(tmp_path / 'cut' / 'last.safetensors') == sha256(tmp_path / 'whole' / 'last.safetensors')
+
+
+def numbers_of(kind):
+    "Names and field infos of all numbers in a settings class, also of optional ones"
+    for name, info in kind.model_fields.items():
+        inside = {info.annotation, *typing.get_args(info.annotation)}
+        if inside & {int, float}:
+            yield name, info
+
+
+@pytest.mark.parametrize('kind', [LoopConfig, LogLine, ClassifierConfig, ClassifierCard, *STRATEGIES.values()])
+def test_every_number_has_bounds_on_both_sides(kind):
+    assert issubclass(kind, pydantic.BaseModel)
+    for name, info in numbers_of(kind):
+        bounds = {limit for rule in info.metadata for limit in ('gt', 'ge', 'lt', 'le') if hasattr(rule, limit)}
+        assert bounds & {'gt', 'ge'} and bounds & {'lt', 'le'}, f'{kind.__name__}.{name} has bounds {bounds}'

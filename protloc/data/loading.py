@@ -10,7 +10,7 @@ import html
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import Config, InputError, rng_for
+from ..core import Config, InputError, end_with, rng_for
 from .store import ImageStore
 from ..labels import Vocabulary
 
@@ -394,6 +394,11 @@ def rows_at(
     return np.array([rows[int(u * len(rows))] for rows, u in zip(candidates, drawn, strict=True)])
 
 # %% ../../nbs/04_data/10_loading.ipynb #93f525b1
+def _end_worker(parent, worker):
+    "Let a loader's process end with the one that it helps; else it would hold that one's lock for seconds"
+    end_with(parent)
+
+
 def loader(
     batches,  # anything with `batches[step]`
     start: int,  # first step
@@ -404,7 +409,12 @@ def loader(
     "Iterate over a stretch of steps; raises `InputError` for a changed image, from a worker in one sentence too"
     try:
         yield from torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin_memory
+            batches,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=partial(_end_worker, os.getpid()),
         )
     except InputError as error:
         # torch puts the traceback of a worker before what it raised
