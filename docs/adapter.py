@@ -62,7 +62,8 @@ def adapt(nb: NotebookNode, module: str, symbols: Symbols, base_url: str, notebo
     where = f'Module `{module}`, made from [this notebook]({notebook_url})' if module else f'[Notebook]({notebook_url})'
     cells = [
         new_markdown_cell(
-            f"# {front['title']}\n\n{{.lead}}\n{symbols.linked(front['description'], module)}\n\n{{.where}}\n{where}"
+            f"# {as_text(front['title'])}\n\n{{.lead}}\n{symbols.linked(as_text(front['description']), module)}"
+            f'\n\n{{.where}}\n{where}'
         )
     ]
     for cell in [*nb.cells, None]:
@@ -99,6 +100,12 @@ def front_matter(nb: NotebookNode) -> dict[str, str]:
     if not (found.get('title') and found.get('description')):
         stop(f'a notebook needs a title cell, `# Title` and `> one sentence`; found {found}')
     return found
+
+
+def as_text(text: str) -> str:
+    "Without HTML, links and pictures, outside code: `<` and what would begin an address are letters"
+    escaped = {'<': '&lt;', '](': ']&#40;'}
+    return re.sub(r'(`[^`]*`)|(<|\]\()', lambda m: m[1] or escaped[m[2]], text)
 
 
 def without_fences(text: str) -> str:
@@ -175,7 +182,9 @@ def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
     "A Python-domain directive for one symbol"
 
     def say(text):
-        return symbols.linked(re.sub(r'(`[^`]*`)|(--[a-z][\w-]*)', lambda m: m[1] or f'`{m[2]}`', text), symbol.module)
+        return symbols.linked(
+            re.sub(r'(`[^`]*`)|(--[a-z][\w-]*)', lambda m: m[1] or f'`{m[2]}`', as_text(text)), symbol.module
+        )
 
     body = [say(symbol.about), table(symbol.fields, symbols, say)]
     body.append(
@@ -187,7 +196,8 @@ def directive(symbol: Symbol, symbols: Symbols, members: list[str]) -> str:
     else:
         head, options = symbol.name + symbol.signature, ''
     text = '\n\n'.join(part for part in [*body, *members] if part.strip())
-    fence = '`' * (4 if members else 3)
+    longest = max(map(len, re.findall('`+', text)), default=0)
+    fence = '`' * max(4 if members else 3, longest + 1 if longest > 2 else 0)
     return f'{fence}{{py:{symbol.kind}}} {head}\n:module: {symbol.module}\n{options}\n{text}\n{fence}\n'
 
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 
-from adapter import DocsError, Symbols, adapt, callouts
+from adapter import DocsError, Symbols, adapt, as_text, callouts, entry
 from api import Module, read_package
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +191,26 @@ def test_cell_options_and_outputs(symbols):
     error = new_output('error', ename='ValueError', evalue='', traceback=[])
     with pytest.raises(DocsError, match='ends in an error'):
         adapted(symbols, new_code_cell('x', outputs=[error]))
+
+
+PAYLOADS = ['<script>alert(1)</script>', '![x](javascript:1)', '[x](javascript:1)', '<img src=x onerror=alert(1)>']
+
+
+@pytest.mark.parametrize('word', [*PAYLOADS, 'a|b', '{braces}'])
+def test_docstrings_comments_and_titles_stay_text(word, tmp_path):
+    code = f'def f(\n    a: str = {word!r}, # {word}\n)->str: # {word}\n    {word!r}\n\n'
+    code += f'class C(Config):\n    {word!r}\n    field: str = {word!r} # {word}\n'
+    (tmp_path / 'm.py').write_text(code)
+    found = Module(tmp_path / 'm.py', 'm').symbols
+    for name in ('f', 'C'):
+        (body,) = [
+            line for line in entry(found[name], Symbols({'m': found}), 2, set()).split('```') if 'module:' in line
+        ]
+        page = BeautifulSoup(MarkdownIt().enable('table').render(body.split(':module: m')[1]), 'html.parser')
+        assert not page.find_all(['script', 'img', 'a']) and page.get_text().count(word) >= 3
+    head = MarkdownIt().render(f'# {as_text(word)}')
+    assert BeautifulSoup(head, 'html.parser').find('h1').get_text() == word
+    assert '<script' not in head and '<img' not in head and 'href' not in head
 
 
 @pytest.mark.slow
