@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import json
 import pickle
 import re
 import warnings
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,16 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from ..core import InputError, lookup
+from ..core import Config, InputError, lookup, read_config, shown
+from ..data.fields import FieldConfig
+from ..files import read_json
+from ..training import read_weights
 
 # %% auto #0
-__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool', 'with_pooling',
-           'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine', 'Classifier',
-           'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'load_pretrained', 'standardise']
+__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'DEPTHS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool',
+           'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
+           'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'ClassifierCard', 'read_card',
+           'load_pretrained', 'standardise']
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7a5b3acf
 def resnet10(
@@ -505,18 +509,63 @@ def _check_backbone(its, mine, num_channels, folder):
             ' which are not those of these images: choose other weights'
         )
 
+# %% ../../nbs/07_classify/00_backbone.ipynb #0d340ef5
+class ClassifierCard(Config):
+    "What a classifier says of itself; earlier versions said less, newer ones may say more"
+
+    model_config = pydantic.ConfigDict(extra='allow')
+
+    backbone: str
+    pooling: str = 'avg'
+    head: str = 'linear'
+    channels: tuple[str, ...] = pydantic.Field(min_length=1, max_length=1000)
+    classes: tuple[str, ...] = pydantic.Field(min_length=1, max_length=100_000)
+    size: int = pydantic.Field(32, ge=1, le=65_536)  # height and width of its images in pixels
+    fields: dict = {}  # how fields became images, some of `FieldConfig`
+    depths: tuple[str, ...] = ()  # dtypes of the fields
+
+    @pydantic.field_validator('channels', 'classes', 'depths')
+    @classmethod
+    def _once(cls, names):
+        if len(set(names)) < len(names):
+            raise ValueError(f'a name occurs twice among {shown(names)}')
+        return names
+
+    @pydantic.field_validator('depths')
+    @classmethod
+    def _known(cls, depths):
+        for depth in depths:
+            lookup('depth', depth, DEPTHS)
+        return depths
+
+
+DEPTHS = dict.fromkeys(('uint8', 'uint16', 'uint32'))
+
+# %% ../../nbs/07_classify/00_backbone.ipynb #78e544ee
+def read_card(
+    folder: str | Path,  # of a trained classifier
+) -> dict:  # as it was written
+    "The card of a classifier; raises `InputError` where it is missing, damaged or not as it must be"
+    path = Path(folder) / 'classifier.json'
+    card = read_json(path, 'copy the classifier again, or train it again')
+    read_config(ClassifierCard, card, str(path))
+    known = {name: value for name, value in card.get('fields', {}).items() if name in FieldConfig.model_fields}
+    read_config(FieldConfig, known, f'{path}: fields')
+    return card
+
 # %% ../../nbs/07_classify/00_backbone.ipynb #96efb0fd
 def _from_classifier(classifier, folder, channels, classes):
     "Take over the backbone of a saved classifier, and its head where that means the same"
-    its = json.loads((folder / 'classifier.json').read_text())
-    its = {'pooling': 'avg', 'head': 'linear', **its}  # earlier versions did not write these
+    its = {'pooling': 'avg', 'head': 'linear', **read_card(folder)}  # earlier versions did not write these
     mine = {
         **classifier.card,
         'channels': [*channels] if channels else None,
         'classes': [*classes] if classes else None,
     }
     _check_backbone(its, mine, len(classifier.mean), folder)
-    state = _read_file(folder / 'classifier.safetensors')
+    state = read_weights(folder / 'classifier.safetensors')
+    if not {'mean', 'std'} <= set(state) or not len(state['mean']) == len(state['std']) == len(its['channels']):
+        raise InputError(f'{folder}/classifier.safetensors does not fit classifier.json: copy the folder again')
 
     def weights_of(module):
         return {k.removeprefix(f'{module}.'): v for k, v in state.items() if k.startswith(f'{module}.')}

@@ -5,7 +5,7 @@
 # %% ../../nbs/07_classify/03_predict.ipynb #27b74255
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import Classifier
+from .backbone import Classifier, read_card
 from ..core import InputError
 from ..data.fields import FieldConfig
 from ..data.kind import ImageKind
@@ -125,9 +125,9 @@ def load_classifier(
 ) -> tuple[Classifier, dict]:  # in eval mode; its card: what its inputs must be
     "Open a saved classifier; raises `InputError` where there is none"
     folder = Path(folder)
-    if not (folder / 'classifier.json').exists():
+    if folder.is_dir() and not os.path.lexists(folder / 'classifier.json') or not os.path.lexists(folder):
         raise InputError(f'{folder} holds no trained classifier: make one with `protloc train-classifier`')
-    card = json.loads((folder / 'classifier.json').read_text())
+    card = read_card(folder)
     options = {k: card[k] for k in ('size', 'pooling', 'head') if k in card}
     classifier = Classifier(card['backbone'], len(card['channels']), len(card['classes']), **options)
     load_weights(classifier, folder / 'classifier.safetensors')

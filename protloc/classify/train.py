@@ -38,7 +38,7 @@ from protloc.data.loading import (
     in_order,
 )
 from ..data.store import ImageStore
-from ..files import atomic_path, claim_settings
+from ..files import atomic_path, claim_settings, read_array, sweep
 from ..metrics import scores
 from ..training import RUNTIME, LoopConfig, fit, load_weights, seeded, this_process
 
@@ -58,7 +58,7 @@ class ClassifierConfig(Config):
     criterion_options: dict = {}  # of that criterion
     augment: AugmentConfig = AugmentConfig()  # of training images, real and synthetic
     # how much more often images with rare classes are shown, real and synthetic, see `balance_weights`; 0 = no more
-    balance: float = pydantic.Field(0.0, ge=0)
+    balance: float = pydantic.Field(0.0, ge=0, le=4)
     keep: Literal['best', 'last'] = 'best'  # the weights with the best validation macro-F1, or the last ones
     loop: LoopConfig = LoopConfig(steps=2000, batch_size=64, lr=1e-3, warmup=50)  # length and rate
 
@@ -197,7 +197,7 @@ def teacher_labels(
         if not path.exists():
             with atomic_path(path) as partial, open(partial, 'wb') as file:
                 np.save(file, probabilities(model, synthetic, synthetic.rows(), progress='teacher'))
-    return torch.from_numpy(np.load(path))
+    return torch.from_numpy(np.array(read_array(path, (len(synthetic), len(card['classes'])), 'f', mend='remove it')))
 
 # %% ../../nbs/07_classify/07_train.ipynb #b3e277ca
 def build_classifier(
@@ -323,6 +323,8 @@ def train_classifier(
     arm = dict(strategy=strategy_name, options=options, partners=partners, ratio=ratio, seed=seed)
     settings = _settings(real, synthetic, config, teacher, **arm)
     if (folder / 'classifier.json').exists():
+        if this_process().is_main_process:
+            sweep(folder / 'classifier.json')
         _claim(folder, settings)
         return load_classifier(folder)[0]
 
