@@ -520,7 +520,7 @@ class ClassifierCard(Config):
     head: str = 'linear'
     channels: tuple[str, ...] = pydantic.Field(min_length=1, max_length=1000)
     classes: tuple[str, ...] = pydantic.Field(min_length=1, max_length=100_000)
-    size: int = pydantic.Field(32, ge=1, le=65_536)  # height and width of its images in pixels
+    size: int = pydantic.Field(ge=1, le=65_536)  # height and width of its images in pixels
     fields: dict = {}  # how fields became images, some of `FieldConfig`
     depths: tuple[str, ...] = ()  # dtypes of the fields
 
@@ -531,12 +531,14 @@ class ClassifierCard(Config):
             raise ValueError(f'a name occurs twice among {shown(names)}')
         return names
 
-    @pydantic.field_validator('depths')
-    @classmethod
-    def _known(cls, depths):
-        for depth in depths:
+    @pydantic.model_validator(mode='after')
+    def _known(self):
+        lookup_backbone(self.backbone)
+        lookup('pooling', self.pooling, POOLINGS)
+        lookup('head', self.head, HEADS)
+        for depth in self.depths:
             lookup('depth', depth, DEPTHS)
-        return depths
+        return self
 
 
 DEPTHS = dict.fromkeys(('uint8', 'uint16', 'uint32'))

@@ -574,9 +574,9 @@ def from_pretrained(
     stored = {name: stored_weights(folder / name, variant) for name in own}
     try:
         pipe = opened(folder, variant=variant, **options)
-    except InputError:
-        raise
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except InputError as error:
+        raise InputError(str(error) if str(folder) in str(error) else f'{folder}: {error}') from None
+    except (AttributeError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as error:
         reason = one_line(error).split('. ')[0]
         raise InputError(f'{folder} cannot be opened: {reason}') from error
     for name, names in stored.items():
