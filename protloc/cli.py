@@ -185,9 +185,10 @@ def _hold(*files, overwrite=False):
     there = [path for path in files if Path(path).exists()]
     # a process that was killed between its files has left its locks, and the same command writes all of them
     again = len(there) < len(files) and all(map(is_cut_off, there))
-    for path in there if not (overwrite or again) else ():
-        sweep(path)
-        raise InputError(f'{path} exists already: choose another name, or replace it with --overwrite')
+    if there and not (overwrite or again):
+        for path in there:
+            sweep(path)
+        raise InputError(f'{there[0]} exists already: choose another name, or replace it with --overwrite')
     for path in files:
         _HELD.enter_context(exclusive(path))
 
