@@ -51,7 +51,8 @@ def toctrees(nbs: Path) -> str:
     for caption, patterns in NAVIGATION.items():
         notebooks = [path for pattern in patterns for path in sorted(nbs.glob(f'{pattern}.ipynb'))]
         trees.append(tree(caption, [page_of(path.relative_to(nbs)).as_posix() for path in notebooks]))
-    return '\n'.join([*trees, tree('Project', ['promises', 'contributing', 'decisions/index', 'changelog', 'security'])])
+    project = ['promises', 'contributing', 'decisions/index', 'changelog', 'security']
+    return '\n'.join([*trees, tree('Project', project)])
 
 
 def write_pages(cfg, processed: Path, pages: Path):

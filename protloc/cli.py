@@ -29,7 +29,7 @@ import typer
 from . import __version__
 from .core import InputError, read_config
 from .ending import answered, command_name, ends_in, fitting, speak_any_terminal, stoppable
-from .files import check_outputs, exclusive, read_text
+from .files import check_outputs, exclusive, is_cut_off, read_text, sweep
 
 # %% ../nbs/11_cli.ipynb #4fcc7f12
 app = typer.Typer(
@@ -126,6 +126,12 @@ def _check_is(
             raise InputError(f'{path} is {found}, and {wants} wants {wanted} there{order}')
 
 
+def _check_ending(path, *endings):
+    "Raise `InputError` for a file to write that ends otherwise"
+    if Path(path).suffix not in endings:
+        raise InputError(f'{path} cannot be written: name a file that ends in {" or ".join(endings)}')
+
+
 def _check_file(*paths):
     "Raise `InputError` where a folder has the name of a file to write; None is let pass"
     for path in paths:
@@ -175,9 +181,15 @@ def _writes(
 
 def _hold(*files, overwrite=False):
     "Hold the files that a command writes, until it ends; raises `InputError` for one that exists; None is let pass"
-    for path in filter(None, files):
-        if Path(path).exists() and not overwrite:
-            raise InputError(f'{path} exists already: choose another name, or replace it with --overwrite')
+    files = [path for path in files if path]
+    there = [path for path in files if Path(path).exists()]
+    # a process that was killed between its files has left its locks, and the same command writes all of them
+    again = len(there) < len(files) and all(map(is_cut_off, there))
+    if there and not (overwrite or again):
+        for path in there:
+            sweep(path)
+        raise InputError(f'{there[0]} exists already: choose another name, or replace it with --overwrite')
+    for path in files:
         _HELD.enter_context(exclusive(path))
 
 # %% ../nbs/11_cli.ipynb #405a3513
@@ -941,6 +953,7 @@ def thresholds(
         raise InputError('these thresholds are not those of one classifier alone: name a file for them with --out')
     path = out or classifier / 'thresholds.json'
     _check_file(path)
+    _check_ending(path, '.json', '.csv')
     _writes({'--out': out}, CLASSIFIER=classifier, STORE=store, also=also)
     # those in the classifier's own folder belong to it, and are replaced
     _hold(path, overwrite=overwrite or not out)

@@ -125,17 +125,18 @@ def has_control(
     return any(unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') for letter in text)
 
 
-def _check_texts(value, depth=0):
+def _check_texts(value, where, depth=0):
     "Raise `InputError` for control characters in texts, and names that are none, however deep in lists and mappings"
     if isinstance(value, str) and has_control(value):
-        raise InputError(f'{shown(value)} holds a control character, such as a line break: remove it')
+        raise InputError(f"'{where}' is {shown(value)} and holds a control character, such as a line break: remove it")
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
-            raise InputError(f'{shown(value)} has a name that is no text: put it in quotation marks')
-        value = [part for pair in value.items() for part in pair]
-    if isinstance(value, list | tuple) and depth < 20:
-        for part in value:
-            _check_texts(part, depth + 1)
+            raise InputError(f"'{where}' is {shown(value)} and has a name that is no text: put it in quotation marks")
+        for name in value:
+            _check_texts(name, f'a name in {where}')
+    if isinstance(value, Mapping | list | tuple) and depth < 20:
+        for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_texts(part, f'{where}.{name}', depth + 1)
 
 
 class Config(pydantic.BaseModel):
@@ -147,8 +148,8 @@ class Config(pydantic.BaseModel):
 
     @pydantic.field_validator('*', mode='before')
     @classmethod
-    def _printable(cls, value):
-        _check_texts(value)
+    def _printable(cls, value, info):
+        _check_texts(value, info.field_name)
         return value
 
 # %% ../nbs/00_core.ipynb #33458b79
@@ -287,8 +288,10 @@ def command_again() -> str:  # quoted as a shell wants it
 def sha256(
     content: bytes | str | Path,  # bytes, a text, or the path of a file
 ) -> str:  # 64 hexadecimal digits
-    "The SHA-256 of some bytes, a text or a file"
+    "The SHA-256 of some bytes, a text or a file; raises `InputError` for a path of anything else"
     if isinstance(content, Path):
+        if content.exists() and not content.is_file():
+            raise InputError(f'{content} is a folder, a pipe or a device: name a regular file')
         with open(content, 'rb') as f:
             return hashlib.file_digest(f, 'sha256').hexdigest()
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

@@ -23,7 +23,16 @@ from pathlib import Path
 
 import typer
 
-from .core import InputError, command_again, command_line, describe_os_error, one_line, shown, versions
+from protloc.core import (
+    InputError,
+    command_again,
+    command_line,
+    describe_os_error,
+    has_control,
+    one_line,
+    shown,
+    versions,
+)
 
 # %% auto #0
 __all__ = ['STOP', 'CONTINUED', 'LONGEST', 'NO_MEMORY', 'HELPER_LOST', 'ISSUES', 'OPTION', 'VALUE', 'say', 'Stopped', 'ends_in',
@@ -184,6 +193,15 @@ def _own_words(error):
         return text.strip().splitlines()[-1].partition(': ')[2]
     return text
 
+# %% ../nbs/10_ending.ipynb #1fc6a9af
+def _quoted(text, words):
+    "A text in which the words of the command show their line breaks, and are not too long"
+    values = {value for word in words for value in (word, word.partition('=')[2])}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) > 200 or has_control(value):
+            text = text.replace(value, shown(value, 200)[1:-1])
+    return text
+
 # %% ../nbs/10_ending.ipynb #1d3ced1c
 NO_MEMORY = 'there is not enough memory: end other programs, or lower the batch size, --workers or --jobs'
 HELPER_LOST = (
@@ -222,11 +240,12 @@ def _of_usage(error):
 
 def sentence_of(
     error: Exception,  # that ended a command
+    words: Sequence[str] = (),  # of the command, which the sentence may quote
 ) -> str:  # '' for what nobody thought of
     "What went wrong, and how to mend it"
     inside = _unwrapped(error)
     if isinstance(inside, InputError):
-        return one_line(_own_words(inside), LONGEST)
+        return one_line(_quoted(_own_words(inside), words), LONGEST)
     if isinstance(error, _UsageError):
         return _of_usage(error)
     return (_of_system(error) if isinstance(error, OSError) else '') or _of_surroundings(error)
@@ -325,20 +344,20 @@ def answered(
             raise
         if _drop_unread() and isinstance(error, BrokenPipeError):
             return _PIPE
-        return _said(error, debug, fit)
+        return _said(error, debug, fit, words)
     return 0
 
 
 _PIPE = 128 + 13  # as a program that SIGPIPE ends
 
 # %% ../nbs/10_ending.ipynb #4e5aeb93
-def _said(error, debug, fit):
+def _said(error, debug, fit, words):
     "Print what ended a command; the exit code"
     if type(error).__name__ == 'NoArgsIsHelpError':
         return say(error.format_message(), 2)
     if debug:
         traceback.print_exception(error)
-    sentence = sentence_of(error)
+    sentence = sentence_of(error, words)
     if sentence:
         advised = fit(sentence) if isinstance(_unwrapped(error), InputError) else sentence
         return say(f'protloc: {advised}', 2)

@@ -24,8 +24,8 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
            'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of',
-           'atomic_path', 'is_held', 'exclusive', 'sweep', 'write_text', 'write_json', 'check_outputs', 'check_room',
-           'first_difference', 'claim_settings']
+           'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'write_text', 'write_json', 'check_outputs',
+           'check_room', 'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
 def check_file(
@@ -294,6 +294,15 @@ def exclusive(
         # removed while it is held: who waits for it notices, and makes a new one
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def is_cut_off(
+    path: str | Path,  # an output, whole or not
+) -> bool:
+    "Whether the same command was killed while it held an output"
+    path = Path(os.path.realpath(path))
+    lock = path.parent / f'.{path.name}{LOCK}'
+    return lock.is_file() and lock.read_text(errors='replace').endswith(f' ({command_line()})')
 
 
 def sweep(

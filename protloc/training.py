@@ -37,6 +37,7 @@ from .core import Config, InputError, derive_seed, one_line, read_config, sha256
 from .data.loading import loader
 from protloc.files import (
     CHANGED,
+    LOCK,
     PARTIAL,
     atomic_path,
     check_file,
@@ -294,6 +295,9 @@ def load_weights(
     "Read weights into a model; raises `InputError` where they do not fit, or as `read_weights`"
     weights = read_weights(path)
     there = model.state_dict()
+    lacking = sorted(there.keys() - weights.keys())
+    if lacking:  # torch itself would do without some of them
+        raise InputError(f'{path} does not fit this model: {lacking[0]} is missing')
     for name in there.keys() & weights.keys():
         if there[name].is_floating_point() != weights[name].is_floating_point():
             kinds = f'{weights[name].dtype} in {name}, and {there[name].dtype} is needed'
@@ -418,9 +422,11 @@ def this_process() -> PartialState:  # its rank among how many, and its device
 # %% ../nbs/05_training.ipynb #cb1231ac
 def _sweep(folder):
     "Remove what a killed process has left half-written in a folder, where no other process is writing it now"
-    for partial in Path(folder).glob(f'.*{PARTIAL}'):
-        with contextlib.suppress(InputError), exclusive(partial.with_name(partial.name[1 : -len(PARTIAL)]), wait=0):
-            remove(partial)
+    for ending in (PARTIAL, LOCK):
+        for left in Path(folder).glob(f'.*{ending}'):
+            with contextlib.suppress(InputError), exclusive(left.with_name(left.name[1 : -len(ending)]), wait=0):
+                if ending == PARTIAL:
+                    remove(left)
 
 
 @contextlib.contextmanager

@@ -717,6 +717,13 @@ FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (r'\.png$', 'a TIFF of floats', 'formats are recognised by content'),
     (r'\.safetensors$', 'a byte flipped|an early byte flipped', 'weights have no checksum'),
     (r'\.safetensors$', 'halves|whole numbers', 'weights are converted'),
+    (r'manifest\.json$', r'sha256\.checksums (gone|is null)', 'older stores have none'),
+    (r'checksums\.npy$', 'another shape', 'an array of one axis keeps its shape'),
+    (
+        r'classifier\.json$',
+        r'(pooling|head|fields|depths|depths\.0) gone|(fields|depths) is empty',
+        'older ones have none',
+    ),
     (r'manifest\.json$', r'made\b.*', 'a note that is shown and not used'),
     (r'(challenge|plan|thresholds).*\.csv$', 'a column twice', 'columns that nobody asks for are let be'),
     (r'(challenge|plan).*\.csv$', 'a row less|a row twice|the columns renamed', 'a shorter table is a table'),

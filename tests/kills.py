@@ -231,10 +231,9 @@ class Subject:
         if code != KILLED:
             outcome.human = f'it was not killed, and ended with {code}: {self.said()}'
             return outcome
-        there = tree(self.tries.work)
         code, _ = self.start()
         now = tree(self.tries.work)
-        if code == 2 and 'exists already' in self.said() and not differences(self.tree, there, False):
+        if code == 2 and 'exists already' in self.said() and not differences(self.tree, now):
             outcome.whole = True
         elif code:
             outcome.human = f'{code}: {self.said()}'

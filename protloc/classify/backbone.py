@@ -30,7 +30,7 @@ from ..core import Config, InputError, lookup, one_line, read_config
 from ..data.fields import FieldConfig
 from ..files import check_file, read_json
 from ..labels import Vocabulary
-from ..training import check_finite
+from ..training import check_finite, read_weights
 
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool',
@@ -596,7 +596,7 @@ def _from_classifier(classifier, folder, channels, classes):
         'classes': [*classes] if classes else None,
     }
     _check_backbone(its, mine, len(classifier.mean), folder)
-    state = _read_file(folder / 'classifier.safetensors')
+    state = read_weights(folder / 'classifier.safetensors')
 
     def weights_of(module):
         return {k.removeprefix(f'{module}.'): v for k, v in state.items() if k.startswith(f'{module}.')}

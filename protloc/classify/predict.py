@@ -138,7 +138,7 @@ def load_classifier(
 ) -> tuple[Classifier, dict]:  # in eval mode; its card: what its inputs must be
     "Open a saved classifier; raises `InputError` where there is none, or a damaged one"
     folder = Path(folder)
-    if not (folder / 'classifier.json').exists():
+    if folder.is_dir() and not os.path.lexists(folder / 'classifier.json') or not os.path.lexists(folder):
         raise InputError(f'{folder} holds no trained classifier: make one with `protloc train-classifier`')
     card = read_card(folder)
     if 'size' not in card:

@@ -38,7 +38,7 @@ from protloc.data.loading import (
     in_order,
 )
 from ..data.store import ImageStore
-from ..files import CHANGED, atomic_path, claim_settings, read_array
+from ..files import CHANGED, atomic_path, claim_settings, read_array, sweep
 from ..metrics import scores
 from protloc.training import (
     RUNTIME,
@@ -415,6 +415,8 @@ def train_classifier(
 
     settings = _settings(real, synthetic, config, teacher, strategy=strategy_name, options=options, **arm)
     if (folder / 'classifier.json').exists():
+        if this_process().is_main_process:
+            sweep(folder / 'classifier.json')
         _claim(folder, settings)
         return load_classifier(folder)[0]
 

@@ -297,7 +297,7 @@ def _store_settings(folder, folder_config, config, depths, **others) -> dict:
     "All that the user decides about the store; what the folder decides is noted field by field"
     return dict(
         protloc=__version__,
-        folder=str(Path(folder).resolve()),
+        folder=os.path.realpath(folder),
         depths=list(depths),
         **folder_config.model_dump(exclude={'max_megapixels'}),
         **config.model_dump(),
@@ -314,7 +314,7 @@ def _provenance(folder, fields, folder_config, fractions, seed, config):
     }
     return dict(
         kind='prepared',
-        folder=str(Path(folder).resolve()),
+        folder=os.path.realpath(folder),
         resize='area',
         seed=seed,
         fractions=None if fractions is None else fractions.model_dump(),

@@ -377,8 +377,8 @@ class Manifest(Config):
 
     @pydantic.field_validator('channels', 'classes', mode='before')
     @classmethod
-    def _printable(cls, value):  # of `Config`, for these alone: a command in `made` may have several lines
-        return super()._printable(value)
+    def _printable(cls, value, info):  # of `Config`, for these alone: a command in `made` may have several lines
+        return super()._printable(value, info)
 
 # %% ../../nbs/04_data/03_store.ipynb #9205f8f0
 MEND = 'make the store again'

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import Config, InputError, lookup
+from ..core import Config, InputError, lookup, one_line
+from ..files import check_file
 from ..labels import HPA
 
 # %% auto #0
@@ -57,11 +58,12 @@ def stored_weights(
     files = weight_files(folder)
     chosen, names = files.get(variant or '', files.get('', [])), []
     for path in chosen:
+        check_file(path)
         try:
             with safe_open(path, 'pt') as weights:
                 names.extend(weights.keys())
-        except SafetensorError as error:
-            raise InputError(f'{path} is damaged or cut off ({error}): copy it again') from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f'{path} is damaged or cut off ({one_line(error)}): copy it again') from None
     shards = re.search(r'-of-(\d+)\.', chosen[0].name)
     if shards and len(chosen) != int(shards[1]):
         raise InputError(f'{folder} has {len(chosen)} of {int(shards[1])} files of weights: copy the folder again')
@@ -159,7 +161,7 @@ class UNetConfig(Config):
     def _filled(cls, given):
         if not isinstance(given, Mapping):
             return given
-        named = lookup('denoiser', str(given.get('architecture', 'xs')), ARCHITECTURES)
+        named = lookup('architecture', str(given.get('architecture', 'xs')), ARCHITECTURES)
         return {**named, **given}
 
     @pydantic.model_validator(mode='after')

@@ -5,6 +5,7 @@
 # %% ../../nbs/09_study/00_arms.ipynb #cd1654ce
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -246,7 +247,7 @@ def study_config(
         )
     values = with_overrides(values, overrides)
     if data:
-        values = {**values, 'data': {**section_of(values, 'data', preset), 'folder': str(Path(data).resolve())}}
+        values = {**values, 'data': {**section_of(values, 'data', preset), 'folder': os.path.realpath(data)}}
     return read_config(StudyConfig, values, f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #75438821

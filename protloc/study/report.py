@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import os
 import re
 import tempfile
 from importlib.resources import as_file, files
@@ -99,7 +100,7 @@ def write_report(
     folder: str | Path,  # of a finished run; `InputError` for an unfinished one
 ) -> Path:  # of the HTML page
     "Make the results, figures, notebook and page of a report again"
-    run = RunFolder(Path(folder).resolve())
+    run = RunFolder(Path(os.path.realpath(folder)))
     study = Study(run.path)
     with contextlib.nullcontext() if is_held(run.path) else exclusive(run.path):
         write_results(study)
