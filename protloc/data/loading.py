@@ -416,9 +416,19 @@ def loader(
             pin_memory=pin_memory,
             worker_init_fn=partial(_end_worker, os.getpid()),
         )
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if not str(error).startswith('Caught '):
+            raise
         # torch puts the traceback of a worker before what it raised
-        raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
+        said = str(error).partition(f'{type(error).__name__}: ')[2].strip()
+        raise InputError(said) from None
+    except RuntimeError as error:
+        if not str(error).startswith('DataLoader worker'):
+            raise
+        raise InputError(
+            'a process that reads images ahead was ended from outside, as for want of memory:'
+            ' set `loop.workers` to fewer, or to 0'
+        ) from None
 
 # %% ../../nbs/04_data/10_loading.ipynb #75d6c086
 def in_order(

@@ -22,7 +22,7 @@ from .duplicates import Likeness, join_groups, near_duplicates
 from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
 from .store import ImageStore
-from ..files import exclusive, remove, write_json
+from ..files import exclusive, is_held, remove, write_json
 
 # %% auto #0
 __all__ = ['SplitConfig', 'reopen', 'table_as_written', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
@@ -71,10 +71,13 @@ def reopen(
     path: str | Path,  # a store's folder
 ) -> ImageStore:
     "Open a store, and first put it back where a kill between two renames has left it aside"
-    path = Path(path)
-    aside = path.parent / f'.{path.name}.protloc-before'
-    if aside.exists() and not path.exists():
-        os.rename(aside, path)
+    place = Path(path).resolve()
+    aside = place.parent / f'.{place.name}.protloc-before'
+    if aside.exists() and not place.exists():
+        with exclusive(place):
+            # who held it may have put it back
+            if aside.exists() and not place.exists():
+                os.rename(aside, place)
     return ImageStore(path)
 
 # %% ../../nbs/04_data/07_resplit.ipynb #91a49a4a
@@ -90,7 +93,14 @@ def replace_table(
     table: pd.DataFrame,  # N rows in the order of the images
     **made,  # to be noted in the manifest's `made`
 ) -> ImageStore:
-    "Another table for the same images; the store is whole at every moment"
+    "Another table for the same images; the store is whole at every moment; raises `InputError` where another writes it"
+    with contextlib.nullcontext() if is_held(store.path) else exclusive(store.path):
+        _replace_held(store, table, made)
+    return ImageStore(store.path)
+
+
+def _replace_held(store, table, made):
+    "Replace the table of a store that this process holds"
     new, aside = _beside(store)
     remove(new)
     remove(aside)
@@ -106,7 +116,6 @@ def replace_table(
         _exchange(new, store.path.resolve(), aside)
     finally:
         remove(new)
-    return ImageStore(store.path)
 
 # %% ../../nbs/04_data/07_resplit.ipynb #55546b61
 def tied_groups(

@@ -29,6 +29,7 @@ from .kind import ImageKind, brief
 from .readers.tables import read_table, with_numbers, write_table
 from protloc.files import (
     CHANGED,
+    check_file,
     claim_settings,
     exclusive,
     is_held,
@@ -84,7 +85,8 @@ def _check_free(self: StoreWriter):
     "Raise `InputError` where the store is there already; what a killed end has left in it goes"
     if not os.path.lexists(self.path):
         return
-    if (self.path / 'manifest.json').exists() and not is_held(self.path):
+    is_store = all((self.path / name).is_file() for name in ('images.npy', 'table.csv', 'manifest.json'))
+    if is_store and not is_held(self.path):
         sweep(self.path)
         for name in NOTES:
             remove(self.path / name)
@@ -236,7 +238,8 @@ class ResumableWriter(StoreWriter):
         "Vouch for the images added since the last call: they are kept whatever happens now"
         self.file.flush()
         since = slice(self.logged, None)
-        self.log.write(json.dumps(dict(note, rows=self.rows[since], checksums=self.checksums[since])) + '\n')
+        content = json.dumps(dict(note, rows=self.rows[since], checksums=self.checksums[since]))
+        self.log.write(json.dumps([content, zlib.crc32(content.encode())]) + '\n')
         self.log.flush()
         self.logged = len(self.rows)
 
@@ -247,12 +250,19 @@ def __enter__(self: ResumableWriter) -> ResumableWriter:
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(self.path))
         self._check_free()
+        # a link, or a file, with the name of our folder: what a link leads to stays as it is
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            remove(self.folder)
         self.folder.mkdir(exist_ok=True)
         self._claim()
         for name in ('images.npy', 'log.jsonl'):
+            if (self.folder / name).is_symlink() or not (self.folder / name).is_file():
+                remove(self.folder / name)
             (self.folder / name).touch()
         self.file = stack.enter_context(open(self.folder / 'images.npy', 'r+b'))
-        self.log = stack.enter_context(open(self.folder / 'log.jsonl', 'r+', newline=''))
+        self.log = stack.enter_context(
+            open(self.folder / 'log.jsonl', 'r+', encoding='utf-8', errors='backslashreplace', newline='')
+        )
         self._write_header(0)
         self._first_byte = self.file.tell()
         self._go_on()
@@ -274,7 +284,10 @@ def _claim(self: ResumableWriter):
 def _note_of(line, file, image_bytes):
     "A line of the log as note, rows and checksums, and the images themselves; None where these are not as noted"
     try:
-        note = json.loads(line)
+        content, checksum = json.loads(line)
+        if zlib.crc32(content.encode()) != checksum:
+            return None
+        note = json.loads(content)
         rows, checksums = note.pop('rows'), note.pop('checksums')
         data = [file.read(image_bytes) for row in rows if isinstance(row, dict)]
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
@@ -367,11 +380,11 @@ class Manifest(Config):
 
     model_config = pydantic.ConfigDict(extra='allow')
 
-    schema_version: int = pydantic.Field(ge=1, le=1000)
+    schema_version: int = pydantic.Field(ge=1, le=1000, strict=True)
     channels: tuple[str, ...] = pydantic.Field(min_length=1, max_length=1000)
     classes: tuple[str, ...] = pydantic.Field(min_length=1, max_length=100_000)
-    size: int = pydantic.Field(ge=1, le=65_536)
-    n: int = pydantic.Field(ge=0, le=1_000_000_000)
+    size: int = pydantic.Field(ge=1, le=65_536, strict=True)
+    n: int = pydantic.Field(ge=0, le=1_000_000_000, strict=True)
     made: dict = {}
     sha256: _Hashes
 
@@ -499,13 +512,14 @@ def _read_manifest(self: ImageStore) -> dict:
             f'{self.path} has schema version {version}, this protloc reads {SCHEMA_VERSION}: update protloc'
         )
     read_config(Manifest, manifest, f'{self.path}/manifest.json')
-    return manifest
+    return {'made': {}, **manifest}
 
 # %% ../../nbs/04_data/03_store.ipynb #55b93636
 @patch
 def _read_table(self: ImageStore) -> tuple[pd.DataFrame, np.ndarray]:  # the table, the lines of the file
     "The table; raises `InputError` for one that cannot be read, has changed, or has texts in a column of numbers"
     path = self.path / 'table.csv'
+    check_file(path)
     changed = sha256(path) != self.manifest['sha256']['table']
     try:
         table = read_table(path, COLUMNS)
