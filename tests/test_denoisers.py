@@ -480,7 +480,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     'values,message',
     [
         (dict(unet=dict(architecture='paper_simplifed')), "did you mean 'paper_simplified'?"),
-        (dict(unet=dict(architecture='xxl')), 'there is no denoiser'),
+        (dict(unet=dict(architecture='xxl')), 'there is no architecture'),
         (
             dict(unet=dict(architecture='paper_original', attention=True)),
             'has no attention: only its widths can be changed',

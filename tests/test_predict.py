@@ -247,7 +247,9 @@ def trained(protloc, tmp_path):
 def predicted_by(protloc, model, folder, *options):
     "The probabilities that `predict` writes, by Id"
     table = model.parent / 'p.csv'
-    code, _, err = protloc('predict', model, folder, model.parent / 'out.csv', '--probabilities', table, *options)
+    code, _, err = protloc(
+        'predict', model, folder, model.parent / 'out.csv', '--overwrite', '--probabilities', table, *options
+    )
     assert code == 0, err
     return pd.read_csv(table, index_col='Id')
 
