@@ -32,7 +32,7 @@ NAVIGATION = {
     'Classify': ['07_classify/*'],
     'Evaluate': ['08_evaluate/*'],
     'Study': ['09_study/*'],
-    'Command line': ['10_cli', '11_main'],
+    'Command line': ['10_ending', '11_cli', '12_main'],
 }
 
 

@@ -90,7 +90,7 @@ def lookup(
     near = nearest(name, table)
     hint = f": did you mean '{near}'?" if near else ':'
     known = f" known are {', '.join(sorted(map(str, table)))}" if not near or len(table) <= 8 else ''
-    raise InputError(f"there is no {kind} '{name}'{hint}{known}")
+    raise InputError(f'there is no {kind} {shown(name)}{hint}{known}')
 
 # %% ../nbs/00_core.ipynb #90624867
 _MENDS = {
@@ -126,10 +126,12 @@ def has_control(
 
 
 def _check_texts(value, depth=0):
-    "Raise `InputError` for control characters in texts, however deep in lists and mappings"
+    "Raise `InputError` for control characters in texts, and names that are none, however deep in lists and mappings"
     if isinstance(value, str) and has_control(value):
         raise InputError(f'{shown(value)} holds a control character, such as a line break: remove it')
     if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise InputError(f'{shown(value)} has a name that is no text: put it in quotation marks')
         value = [part for pair in value.items() for part in pair]
     if isinstance(value, list | tuple) and depth < 20:
         for part in value:

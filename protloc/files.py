@@ -24,7 +24,7 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
            'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of',
-           'atomic_path', 'is_held', 'exclusive', 'write_text', 'write_json', 'check_outputs', 'check_room',
+           'atomic_path', 'is_held', 'exclusive', 'sweep', 'write_text', 'write_json', 'check_outputs', 'check_room',
            'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
@@ -294,6 +294,16 @@ def exclusive(
         # removed while it is held: who waits for it notices, and makes a new one
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def sweep(
+    path: str | Path,  # an output that is whole, and not held by this process
+):
+    "Remove what a process that was killed at its very end has left beside an output"
+    lock = partial_of(path).with_name(f'.{Path(path).name}{LOCK}')
+    if os.path.lexists(lock) or os.path.lexists(partial_of(path)):
+        with exclusive(path, wait=0):
+            remove(partial_of(path))
 
 # %% ../nbs/00_files.ipynb #27cec2de
 def write_text(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['COLOURS', 'composite', 'show_cells', 'show_stains', 'show_intervals', 'png_url', 'thumbnails', 'details',
+__all__ = ['COLOURS', 'composite', 'plain', 'show_cells', 'show_stains', 'show_intervals', 'png_url', 'thumbnails', 'details',
            'preformatted']
 
 # %% ../nbs/03_plots.ipynb #0ec7ecf7
@@ -44,6 +44,14 @@ def composite(
     shares = np.asarray(images, np.float32) / 255
     return np.einsum('...chw,cd->...hwd', shares, np.array(colours, np.float32)).clip(0, 1)
 
+# %% ../nbs/03_plots.ipynb #beb2877a
+def plain(
+    text: str,  # a name
+) -> str:  # the text of a figure that shows it
+    "A text that Matplotlib draws as it is, and in a legend too"
+    text = str(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
 # %% ../nbs/03_plots.ipynb #0bfeb9ee
 def show_cells(
     rows: dict[str, Sequence],  # row title -> images (C, H, W) uint8; None leaves a place empty
@@ -66,12 +74,12 @@ def show_cells(
         ax.axis('off')
     axs = axs[:, [width == 1 for width in widths]]
     for (name, images), line in zip(rows.items(), axs, strict=True):
-        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha='right', va='center', size=9)
+        line[0].text(-0.08, 0.5, plain(name), transform=line[0].transAxes, ha='right', va='center', size=9)
         for image, ax in zip(images, line, strict=False):
             if image is not None:
                 ax.imshow(composite(image, channels), interpolation='nearest')
     for title, ax in zip(titles, axs[0], strict=False):
-        ax.set_title(title, size=8)
+        ax.set_title(plain(title), size=8)
     return fig
 
 # %% ../nbs/03_plots.ipynb #d4293b72
@@ -85,7 +93,7 @@ def show_stains(
     fig, axs = plt.subplots(1, len(channels) + 1, figsize=(edge * (len(channels) + 1), edge + 0.3))
     for ax, stain, name in zip(axs[:-1], image, channels, strict=True):
         ax.imshow(stain, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        ax.set_title(f'{name}: {meaning[name]}' if meaning and name in meaning else name, size=8)
+        ax.set_title(plain(f'{name}: {meaning[name]}' if meaning and name in meaning else name), size=8)
     axs[-1].imshow(composite(image, channels), interpolation='nearest')
     axs[-1].set_title('together', size=8)
     for ax in axs:
@@ -108,7 +116,7 @@ def show_intervals(
         if np.isfinite(row.low):
             ax.plot([row.low, row.high], [height, height], color=colour, lw=2)
         ax.plot(row.difference, height, 'o', color=colour)
-    ax.set_yticks(y, table.index)
+    ax.set_yticks(y, [plain(name) for name in table.index])
     ax.set_xlabel(xlabel)
     ax.set_ylim(-0.6, len(table) - 0.4)
     ax.spines[['top', 'right', 'left']].set_visible(False)

@@ -134,8 +134,8 @@ COMMANDS = {
     'value': (['run', 'demo', '--set', 'seeds=0'], "'seeds' is wrong"),
     'override': (['run', 'demo', '--set', 'seeds'], 'is not of the form'),
     'no store': (['info', '{tmp}'], 'is not an image store'),
-    'no generator': (['generate', '{tmp}', '{tmp}/synthetic', '--like', '{store}'], 'holds no trained generator'),
-    'no classifier': (['predict', '{tmp}', '{tmp}', '{tmp}/p.csv'], 'holds no trained classifier'),
+    'no generator': (['generate', '{tmp}/none', '{tmp}/synthetic', '--like', '{store}'], 'holds no trained generator'),
+    'no classifier': (['predict', '{tmp}/none', '{tmp}/fields', '{tmp}/p.csv'], 'holds no trained classifier'),
     'no study': (['report', '{tmp}'], 'holds no study'),
     'strategy': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'mixloss'], "did you mean 'mix_loss'?"),
     'no synthetic': (['train-classifier', '{store}', '{tmp}/c', '--strategy', 'concat'], 'needs synthetic images'),
@@ -207,7 +207,7 @@ def test_full_disk(protloc, tmp_path):
         pytest.skip('a small disk can be mounted by root alone')
     try:
         result = protloc('simulate', disk / 'cells', '--train', 100, '--val', 30, '--test', 30)
-        refused(result, 'No space left on device', 'nothing half-written')
+        refused(result, 'No space left on device', 'free some space')
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(['umount', disk], check=True)

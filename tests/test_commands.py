@@ -51,7 +51,7 @@ def test_a_preset_and_its_arm(protloc, cells, tmp_path):
         (('--strategy', 'soft_labels'), 'needs a teacher'),
         (('--strategy', 'concat', '--option', 'gamma=2'), "there is no setting 'gamma'"),
         (('--strategy', 'concat', '--option', 'name=1'), "there is no setting 'name'"),
-        (('--strategy', 'concat', '--option', 'align=['), 'is not a value in YAML'),
+        (('--strategy', 'concat', '--option', 'align=['), 'is not valid YAML'),
         (('--set', 'backbone.x=1'), 'has no parts'),
         ((), 'leave out --synthetic'),
         (('--strategy', 'concat', '--set', 'criterion=arcface'), 'use the head cosine'),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -50,7 +50,7 @@ class AugmentConfig(Config):
     turn: bool = True  # one of the square's eight symmetries, each as likely
     crop_scale: tuple[float, float] = (1.0, 1.0)  # least and largest share of the area kept
     crop_ratio: tuple[float, float] = (1.0, 1.0)  # least and largest width over height of the crop
-    jitter: float = pydantic.Field(0.0, ge=0)  # standard deviation of the log of each channel's gain
+    jitter: float = pydantic.Field(0.0, ge=0, le=10)  # standard deviation of the log of each channel's gain
 
     @property
     def crop(self) -> bool:
@@ -61,8 +61,10 @@ class AugmentConfig(Config):
     def _ordered(self):
         for name in ('crop_scale', 'crop_ratio'):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise InputError(f'{name} must be two numbers above 0, the smaller first, not {low} and {high}')
+            if not 0 < low <= high <= 100:
+                raise InputError(
+                    f'{name} must be two numbers above 0 and at most 100, the smaller first, not {low} and {high}'
+                )
         if self.crop_scale[1] > 1:
             raise InputError(
                 f'crop_scale must not be above 1: a crop of {self.crop_scale[1]:.0%} is larger than its image'
@@ -398,11 +400,15 @@ def loader(
     stop: int,  # one past the last step
     workers: int = 0,  # processes that prepare batches ahead
     pin_memory: bool = False,  # for GPUs
-) -> torch.utils.data.DataLoader:  # yields batches[start] ... batches[stop-1]
-    "Iterate over a stretch of steps"
-    return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin_memory
-    )
+) -> Iterator:  # yields batches[start] ... batches[stop-1]
+    "Iterate over a stretch of steps; raises `InputError` for a changed image, from a worker in one sentence too"
+    try:
+        yield from torch.utils.data.DataLoader(
+            batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin_memory
+        )
+    except InputError as error:
+        # torch puts the traceback of a worker before what it raised
+        raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
 
 # %% ../../nbs/04_data/10_loading.ipynb #75d6c086
 def in_order(

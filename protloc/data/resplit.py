@@ -22,7 +22,7 @@ from .duplicates import Likeness, join_groups, near_duplicates
 from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
 from .store import ImageStore
-from ..files import remove, write_json
+from ..files import exclusive, remove, write_json
 
 # %% auto #0
 __all__ = ['SplitConfig', 'reopen', 'table_as_written', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
@@ -33,9 +33,9 @@ class SplitConfig(Config):
     "How a store is split"
 
     fractions: Fractions = Fractions()  # shares of train, val and test
-    folds: int | None = pydantic.Field(None, ge=3)  # folds instead of fractions
-    test_fold: int = pydantic.Field(0, ge=0)  # the fold to test with; the next one validates
-    seed: int = 0  # the same seed, the same split
+    folds: int | None = pydantic.Field(None, ge=3, le=1000)  # folds instead of fractions
+    test_fold: int = pydantic.Field(0, ge=0, le=1000)  # the fold to test with; the next one validates
+    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)  # the same seed, the same split
     # of the table, e.g. antibody, slide: equal values stay together, beside those of `group`
     columns: tuple[str, ...] = ()
     duplicates: bool = True  # look for near-duplicates and keep them together
@@ -64,7 +64,7 @@ def _exchange(new, path, aside):
 def _beside(store):
     "Where the new folder is made, and where the old one goes if the two cannot change names"
     path = store.path.resolve()
-    return [path.parent / f'.{path.name}.{end}' for end in ('split', 'before')]
+    return [path.parent / f'.{path.name}.protloc-{end}' for end in ('split', 'before')]
 
 # %% ../../nbs/04_data/07_resplit.ipynb #0464761c
 def reopen(
@@ -72,7 +72,7 @@ def reopen(
 ) -> ImageStore:
     "Open a store, and first put it back where a kill between two renames has left it aside"
     path = Path(path)
-    aside = path.parent / f'.{path.name}.before'
+    aside = path.parent / f'.{path.name}.protloc-before'
     if aside.exists() and not path.exists():
         os.rename(aside, path)
     return ImageStore(path)
@@ -144,10 +144,14 @@ def split_store(
     config = config or SplitConfig()
     if not store.labels.any():
         raise InputError(f'{store.path} has no labels, so its images cannot be shared out by class')
-    for left_over in _beside(store):
-        remove(left_over)
-    if pairs is None:
-        pairs = find_pairs(store, config)
+    with exclusive(store.path):
+        for left_over in _beside(store):
+            remove(left_over)
+        return _split_held(store, config, find_pairs(store, config) if pairs is None else pairs)
+
+
+def _split_held(store, config, pairs):
+    "Split a store that this process holds"
     own, groups = tied_groups(store, config.columns, pairs)
     table = table_as_written(store).drop(columns='fold', errors='ignore').assign(own_group=own, group=groups)
     if config.folds:

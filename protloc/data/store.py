@@ -12,31 +12,45 @@ import json
 import os
 import re
 import sys
+import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydantic
 import yaml
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import InputError, command_line, sha256
+from ..core import Config, InputError, command_line, one_line, read_config, sha256
 from .kind import ImageKind, brief
 from .readers.tables import read_table, with_numbers, write_table
-from ..files import atomic_path, claim_settings, exclusive, partial_of, remove, write_json
+from protloc.files import (
+    CHANGED,
+    claim_settings,
+    exclusive,
+    is_held,
+    partial_of,
+    read_array,
+    read_json,
+    remove,
+    sweep,
+    write_json,
+)
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'MEND', 'StoreWriter', 'quotable', 'ResumableWriter', 'ImageStore',
-           'class_counts', 'label_set_counts', 'label_pairs', 'channel_statistics', 'sample_rows', 'describe_store',
-           'contact_sheet', 'few_rows', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'MEND', 'StoreWriter', 'quotable', 'ResumableWriter',
+           'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts', 'label_set_counts', 'label_pairs',
+           'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows', 'write_store']
 
 # %% ../../nbs/04_data/03_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
 COLUMNS = ('id', 'target', 'group', 'split', 'source')
 NUMBERS = ('fidelity', 'fold')  # columns of numbers, where they are there
+HASHED = dict(table='table.csv', checksums='checksums.npy')  # name in the manifest -> a file that is hashed on opening
 
 # %% ../../nbs/04_data/03_store.ipynb #139ed027
 class StoreWriter:
@@ -55,20 +69,39 @@ class StoreWriter:
         self.vocab = vocab
         self.size = int(size)
         self.made = dict(made or {})
+        self.folder = partial_of(self.path)
         self.rows = []
+        self.checksums = []
         self.hash = hashlib.sha256()
-        if self.path.exists():
-            raise InputError(f'{self.path} exists already: choose another name or remove it first')
+        self._check_free()
 
 # %% ../../nbs/04_data/03_store.ipynb #42e1a251
+NOTES = ('log.jsonl', 'settings.json')  # of a store that is not whole yet
+
+
+@patch
+def _check_free(self: StoreWriter):
+    "Raise `InputError` where the store is there already; what a killed end has left in it goes"
+    if not os.path.lexists(self.path):
+        return
+    if (self.path / 'manifest.json').exists() and not is_held(self.path):
+        sweep(self.path)
+        for name in NOTES:
+            remove(self.path / name)
+    raise InputError(f'{self.path} exists already: choose another name or remove it first')
+
+
 @patch
 def __enter__(self: StoreWriter) -> StoreWriter:
-    "Begin the store under a temporary name"
-    self._whole = atomic_path(self.path)
-    self.folder = self._whole.__enter__()
-    self.folder.mkdir()
-    self.file = open(self.folder / 'images.npy', 'wb')
-    self._write_header(0)
+    "Begin the store under a temporary name; raises `InputError` where somebody else is writing it"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(self.path))
+        self._check_free()
+        remove(self.folder)
+        self.folder.mkdir()
+        self.file = stack.enter_context(open(self.folder / 'images.npy', 'wb'))
+        self._write_header(0)
+        self._held = stack.pop_all()
     return self
 
 # %% ../../nbs/04_data/03_store.ipynb #6d23cdcb
@@ -92,12 +125,13 @@ def add(
     data = np.ascontiguousarray(image)
     self.file.write(data)
     self.hash.update(data)
+    self.checksums.append(zlib.crc32(data))
     self.rows.append({**dict.fromkeys(COLUMNS, ''), 'group': row.get('id'), **row})
 
 # %% ../../nbs/04_data/03_store.ipynb #ed247d41
 @patch
 def _finish(self: StoreWriter):
-    "Header, table and manifest; raises `InputError` for duplicated ids"
+    "Header, table, checksums and manifest; raises `InputError` for duplicated ids"
     self.file.seek(0)
     self._write_header(len(self.rows))
     self.file.close()
@@ -108,6 +142,8 @@ def _finish(self: StoreWriter):
     if len(repeated):
         raise InputError(f"id '{repeated.iloc[0]}' occurs twice in the table of {self.path}")
     write_table(table, self.folder / 'table.csv')
+    np.save(self.folder / 'checksums.npy', np.array(self.checksums, np.uint32))
+    hashes = {name: sha256(self.folder / file) for name, file in HASHED.items()}
     manifest = dict(
         schema_version=SCHEMA_VERSION,
         channels=self.channels,
@@ -115,7 +151,7 @@ def _finish(self: StoreWriter):
         size=self.size,
         n=len(table),
         made=dict(protloc=__version__, command=command_line(), **self.made),
-        sha256=dict(images=self.hash.hexdigest(), table=sha256(self.folder / 'table.csv')),
+        sha256=dict(images=self.hash.hexdigest(), **hashes),
     )
     write_json(self.folder / 'manifest.json', manifest)
 
@@ -133,12 +169,32 @@ def __exit__(self: StoreWriter, kind, error, trace):
 
 # %% ../../nbs/04_data/03_store.ipynb #45b19a98
 @patch
-def _close(self: StoreWriter, *error):
+def _close(self: StoreWriter, kind, *error):
     "Give the folder its name, or sweep it"
-    # a full disk has raised its error already
-    with contextlib.suppress(OSError):
-        self.file.close()
-    self._whole.__exit__(*error)
+    with self._held:
+        # a full disk has raised its error already
+        with contextlib.suppress(OSError):
+            self.file.close()
+        if kind is None:
+            self._give_name()
+        else:
+            remove(self.folder)
+
+
+@patch
+def _give_name(self: StoreWriter):
+    "The whole store gets its name; raises `InputError` where something else has got it meanwhile"
+    try:
+        os.rename(self.folder, self.path)
+    except (FileExistsError, NotADirectoryError, OSError) as error:
+        if not os.path.lexists(self.path):
+            raise
+        raise InputError(
+            f'{self.path} has appeared while the store was made ({one_line(error.strerror)}): the store is whole in'
+            f' {self.folder}, give it another name'
+        ) from None
+    for name in NOTES:
+        remove(self.path / name)
 
 # %% ../../nbs/04_data/03_store.ipynb #b9d92902
 def quotable(
@@ -170,8 +226,8 @@ class ResumableWriter(StoreWriter):
     ):
         super().__init__(path, channels, vocab, size, made)
         self.settings = quotable(settings or {})
-        self.folder = partial_of(self.path)
         self.done = []  # the notes of what a process before this one finished
+        self._marks = []  # for each of them the images, bytes of the log and hash after it
 
     def commit(
         self,
@@ -179,7 +235,8 @@ class ResumableWriter(StoreWriter):
     ):
         "Vouch for the images added since the last call: they are kept whatever happens now"
         self.file.flush()
-        self.log.write(json.dumps(dict(note, rows=self.rows[self.logged :])) + '\n')
+        since = slice(self.logged, None)
+        self.log.write(json.dumps(dict(note, rows=self.rows[since], checksums=self.checksums[since])) + '\n')
         self.log.flush()
         self.logged = len(self.rows)
 
@@ -189,6 +246,7 @@ def __enter__(self: ResumableWriter) -> ResumableWriter:
     "Begin the store, or go on; raises `InputError` where it was begun with other settings or is being written"
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(self.path))
+        self._check_free()
         self.folder.mkdir(exist_ok=True)
         self._claim()
         for name in ('images.npy', 'log.jsonl'):
@@ -196,6 +254,7 @@ def __enter__(self: ResumableWriter) -> ResumableWriter:
         self.file = stack.enter_context(open(self.folder / 'images.npy', 'r+b'))
         self.log = stack.enter_context(open(self.folder / 'log.jsonl', 'r+', newline=''))
         self._write_header(0)
+        self._first_byte = self.file.tell()
         self._go_on()
         self._held = stack.pop_all()
     return self
@@ -212,27 +271,36 @@ def _claim(self: ResumableWriter):
     claim_settings(noted, self.settings, mend)
 
 # %% ../../nbs/04_data/03_store.ipynb #0de7668f
+def _note_of(line, file, image_bytes):
+    "A line of the log as note, rows and checksums, and the images themselves; None where these are not as noted"
+    try:
+        note = json.loads(line)
+        rows, checksums = note.pop('rows'), note.pop('checksums')
+        data = [file.read(image_bytes) for row in rows if isinstance(row, dict)]
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
+        return None
+    whole = line.endswith('\n') and len(data) == len(rows) and checksums == [zlib.crc32(image) for image in data]
+    return (note, rows, checksums, data) if whole else None
+
+
 @patch
 def _go_on(self: ResumableWriter):
     "Keep what the log vouches for and the image file holds; cut off the rest"
     image_bytes = len(self.channels) * self.size**2
-    first_byte = self.file.tell()
-    images_there = ((self.folder / 'images.npy').stat().st_size - first_byte) // image_bytes
     log_bytes = 0
     for line in self.log:
-        note = json.loads(line) if line.endswith('\n') else None
-        if note is None or len(self.rows) + len(note['rows']) > images_there:
+        found = _note_of(line, self.file, image_bytes)
+        if found is None:
             break
-        self.rows += note.pop('rows')
-        self.done.append(note)
+        note, rows, checksums, data = found
+        self.rows += rows
+        self.checksums += checksums
+        for image in data:
+            self.hash.update(image)
         log_bytes += len(line.encode())
-    for _ in self.rows:
-        self.hash.update(self.file.read(image_bytes))
-    self.logged = len(self.rows)
-    self.file.seek(first_byte + self.logged * image_bytes)
-    self.file.truncate()
-    self.log.seek(log_bytes)
-    self.log.truncate()
+        self.done.append(note)
+        self._marks.append((len(self.rows), log_bytes, self.hash.copy()))
+    self.cut(len(self.done))
 
 # %% ../../nbs/04_data/03_store.ipynb #787b7b0f
 @patch
@@ -257,18 +325,129 @@ def cut(
 
 # %% ../../nbs/04_data/03_store.ipynb #e103a8fa
 @patch
-def _close(self: ResumableWriter, kind, error, trace):
-    "Give the folder its name, sweep it after bad input or a full disk, or leave it to the next process"
-    for file in (self.file, self.log):
-        with contextlib.suppress(OSError):
-            file.close()
-    if kind is None:
-        for name in ('log.jsonl', 'settings.json'):
-            remove(self.folder / name)
-        os.replace(self.folder, self.path)
-    elif issubclass(kind, (InputError, OSError)):
-        remove(self.folder)
-    self._held.close()
+def cut(
+    self: ResumableWriter,
+    n: int,  # of the notes in `done`, those that are kept
+):
+    "Forget what was finished from the n-th note on: writing goes on there"
+    images, log_bytes, hash = self._marks[n - 1] if n else (0, 0, hashlib.sha256())
+    self.hash = hash.copy()
+    self.logged = images
+    for values, kept in ((self.done, n), (self._marks, n), (self.rows, images), (self.checksums, images)):
+        del values[kept:]
+    self.file.seek(self._first_byte + images * len(self.channels) * self.size**2)
+    self.file.truncate()
+    self.log.seek(log_bytes)
+    self.log.truncate()
+
+
+@patch
+def _close(self: ResumableWriter, kind, *error):
+    "Give the folder its name, sweep it after bad input, or leave it to the next process"
+    with self._held:
+        for file in (self.file, self.log):
+            with contextlib.suppress(OSError):
+                file.close()
+        if kind is None:
+            self._give_name()
+        elif issubclass(kind, InputError) and not (self.folder / 'manifest.json').exists():
+            remove(self.folder)
+
+# %% ../../nbs/04_data/03_store.ipynb #a98fa738
+class _Hashes(Config):
+    "SHA-256 of the parts of a store; checksums are None in stores of 0.2.0 and earlier"
+
+    images: str
+    table: str
+    checksums: str | None = None
+
+
+class Manifest(Config):
+    "What a store says of itself; newer versions may say more"
+
+    model_config = pydantic.ConfigDict(extra='allow')
+
+    schema_version: int = pydantic.Field(ge=1, le=1000)
+    channels: tuple[str, ...] = pydantic.Field(min_length=1, max_length=1000)
+    classes: tuple[str, ...] = pydantic.Field(min_length=1, max_length=100_000)
+    size: int = pydantic.Field(ge=1, le=65_536)
+    n: int = pydantic.Field(ge=0, le=1_000_000_000)
+    made: dict = {}
+    sha256: _Hashes
+
+    @pydantic.field_validator('channels', 'classes', mode='before')
+    @classmethod
+    def _printable(cls, value):  # of `Config`, for these alone: a command in `made` may have several lines
+        return super()._printable(value)
+
+# %% ../../nbs/04_data/03_store.ipynb #9205f8f0
+MEND = 'make the store again'
+_UNREAD: dict[tuple, np.ndarray] = {}  # a file of images, its size and time -> (N,) whether each is still to be checked
+
+
+class StoredImages(np.lib.mixins.NDArrayOperatorsMixin):
+    "The images of a store as an array on disk, of which each image is checked when it is first read"
+
+    ndim = 4
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        path: Path,  # images.npy
+        array: np.ndarray,  # (N, C, H, W) uint8, its content
+        checksums: np.ndarray | None,  # (N,) CRC-32 of each image; None for a store that has none
+    ):
+        self.path, self.array, self.checksums = path, array, checksums
+        self.shape = array.shape
+        self._rows = np.arange(len(array))
+        stat = path.stat()
+        said = checksums is not None and zlib.crc32(checksums)
+        known = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, said)
+        self._unread = _UNREAD.setdefault(known, np.full(len(array), checksums is not None))
+
+    def __len__(self):
+        return len(self.array)
+
+    def __reduce__(self):
+        return _open_images, (self.path, self.checksums)
+
+    def __getattr__(self, name):  # what else arrays can do: with all images
+        if name.startswith('_') or name not in dir(np.ndarray):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+
+def _open_images(path, checksums):
+    "The images in another process: the array stays on disk"
+    return StoredImages(path, read_array(path, mmap=True, mend=MEND), checksums)
+
+# %% ../../nbs/04_data/03_store.ipynb #116c2b4c
+@patch
+def __getitem__(
+    self: StoredImages,
+    key,  # as for an array; what picks images comes first
+) -> np.ndarray:
+    "Some images; raises `InputError` for the first of them that is not as it was written"
+    first = key[0] if isinstance(key, tuple) and key else key
+    plain = isinstance(first, slice | int | np.integer | np.ndarray | list)
+    rows = self._rows[first if plain else ...]
+    for i in np.atleast_1d(rows)[np.atleast_1d(self._unread[rows])]:
+        if zlib.crc32(self.array[i]) != self.checksums[i]:
+            raise InputError(f'{self.path}: image {i} is not as it was written: {CHANGED}, {MEND}')
+        self._unread[i] = False
+    return self.array[key]
+
+
+@patch
+def __array__(self: StoredImages, dtype=None, copy=None) -> np.ndarray:
+    "All images"
+    return np.array(self[:], dtype, copy=copy)
+
+
+@patch
+def __array_ufunc__(self: StoredImages, ufunc, method, *inputs, **kwargs):
+    inputs = [np.asarray(values) if isinstance(values, StoredImages) else values for values in inputs]
+    return getattr(ufunc, method)(*inputs, **kwargs)
 
 # %% ../../nbs/04_data/03_store.ipynb #b841b8fa
 class ImageStore:
@@ -285,6 +464,11 @@ class ImageStore:
         self.size = self.manifest['size']
         self.table, self._lines = self._read_table()
         self._check()
+
+    @cached_property
+    def images(self) -> StoredImages:  # (N, C, H, W) uint8, memory-mapped, read-only
+        "The images; reading one that was changed raises `InputError`"
+        return self._open_images()
 
     @cached_property
     def labels(self) -> np.ndarray:  # (N, K) float32 multi-hot
@@ -308,15 +492,16 @@ def _read_manifest(self: ImageStore) -> dict:
     if missing:
         names = ' and no '.join(missing)
         raise InputError(f'{self.path} is not an image store, it has no {names}: make one with `protloc prepare`')
-    try:
-        return json.loads((self.path / 'manifest.json').read_text())
-    except json.JSONDecodeError as e:
-        raise InputError(f'{self.path}/manifest.json is not JSON: {e}') from None
+    manifest = read_json(self.path / 'manifest.json', MEND)
+    version = manifest.get('schema_version')
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f'{self.path} has schema version {version}, this protloc reads {SCHEMA_VERSION}: update protloc'
+        )
+    read_config(Manifest, manifest, f'{self.path}/manifest.json')
+    return manifest
 
 # %% ../../nbs/04_data/03_store.ipynb #55b93636
-MEND = 'it was changed or cut off after it was written, make the store again'
-
-
 @patch
 def _read_table(self: ImageStore) -> tuple[pd.DataFrame, np.ndarray]:  # the table, the lines of the file
     "The table; raises `InputError` for one that cannot be read, has changed, or has texts in a column of numbers"
@@ -326,49 +511,62 @@ def _read_table(self: ImageStore) -> tuple[pd.DataFrame, np.ndarray]:  # the tab
         table = read_table(path, COLUMNS)
         table = with_numbers(table, path, [name for name in NUMBERS if name in table])
     except InputError as e:
-        raise InputError(f'{e} ({MEND})' if changed else f'{e}') from None
+        raise InputError(f'{e} ({CHANGED}, {MEND})' if changed else f'{e}') from None
     if changed:
-        raise InputError(f'{path} does not match its manifest: {MEND}')
+        raise InputError(f'{path} does not match its manifest: {CHANGED}, {MEND}')
     return table.reset_index(drop=True), table.index.to_numpy()
 
 # %% ../../nbs/04_data/03_store.ipynb #68628e71
+@patch
+def _open_images(self: ImageStore) -> StoredImages:
+    "The images; raises `InputError` where the file is damaged or not that of the manifest"
+    path, manifest = self.path / 'images.npy', self.manifest
+    array = read_array(path, mmap=True, mend=MEND)
+    shape = (manifest['n'], len(manifest['channels']), manifest['size'], manifest['size'])
+    if array.shape != shape or array.dtype != np.uint8:
+        held = f'{array.dtype} {array.shape}'
+        raise InputError(f'{path} holds {held}, its manifest says uint8 {shape}: {CHANGED}, {MEND}')
+    return StoredImages(path, array, self._checksums)
+
+
 @patch(as_prop=True)
-def images(self: ImageStore) -> np.ndarray:  # (N, C, H, W) uint8, memory-mapped, read-only
-    "The images"
-    return np.load(self.path / 'images.npy', mmap_mode='r')
+def _checksums(self: ImageStore) -> np.ndarray | None:
+    "The checksums of all images; None for a store of 0.2.0 or earlier; raises `InputError` where they have changed"
+    path, noted = self.path / 'checksums.npy', self.manifest['sha256'].get('checksums')
+    if noted is None:
+        return None
+    checksums = read_array(path, (len(self),), 'u', mend=MEND)
+    if sha256(path) != noted:
+        raise InputError(f'{path} does not match its manifest: {CHANGED}, {MEND}')
+    return checksums
+
+# %% ../../nbs/04_data/03_store.ipynb #5a2a776f
+def sample_rows(
+    store: ImageStore,
+    most: int = 1000,  # read at most this many images
+) -> np.ndarray:  # (<=most,) positions
+    "All images, or evenly spaced ones of a large store"
+    return np.unique(np.linspace(0, len(store) - 1, min(most, len(store))).round().astype(int))
 
 # %% ../../nbs/04_data/03_store.ipynb #54f47e4f
 @patch
 def _check(self: ImageStore):
-    "What can be checked without reading the images"
-    manifest = self.manifest
-    version = manifest['schema_version']
-    if version != SCHEMA_VERSION:
-        raise InputError(f'{self.path} has schema version {version}, this protloc reads {SCHEMA_VERSION}')
-    try:
-        images = self.images
-    except (ValueError, OSError) as e:
-        raise InputError(f'{self.path}/images.npy cannot be read ({e}): {MEND}') from None
-    shape = (manifest['n'], len(manifest['channels']), manifest['size'], manifest['size'])
-    if images.shape != shape or images.dtype != np.uint8:
-        held = f'{images.dtype} {images.shape}'
-        raise InputError(f'{self.path}/images.npy holds {held}, its manifest says uint8 {shape}: {MEND}')
-    if len(self.table) != manifest['n']:
-        raise InputError(f"{self.path}/table.csv has {len(self.table)} rows for {manifest['n']} images: {MEND}")
+    "What can be checked while reading only a few images"
+    if len(self.table) != len(self):
+        raise InputError(f'{self.path}/table.csv has {len(self.table)} rows for {len(self)} images: {CHANGED}, {MEND}')
+    if len(self):
+        self.images[sample_rows(self, 16)]
 
 # %% ../../nbs/04_data/03_store.ipynb #41496d87
 @patch
 def verify(self: ImageStore) -> bool:  # True, or `InputError`
     "Hash all images and compare with the manifest; raises `InputError` where they differ"
-    images = self.images
+    images = self.images.array
     hash = hashlib.sha256()
     for i in tqdm(range(0, len(images), 256), desc='verify', unit='block', leave=False):
         hash.update(np.ascontiguousarray(images[i : i + 256]))
     if hash.hexdigest() != self.manifest['sha256']['images']:
-        raise InputError(
-            f'{self.path}/images.npy does not match the hash in its manifest:'
-            ' it was changed after it was written, make the store again'
-        )
+        raise InputError(f'{self.path}/images.npy does not match the hash in its manifest: {CHANGED}, {MEND}')
     return True
 
 # %% ../../nbs/04_data/03_store.ipynb #8de1e06b
@@ -416,8 +614,10 @@ def label_set_counts(
     store: ImageStore,
 ) -> pd.Series:  # names joined by ' + ' -> number of images, the most frequent first
     "How often each label set occurs"
-    names = {t: ' + '.join(store.vocab.names_of(t)) or '(no label)' for t in store.table.target.unique()}
-    return store.table.target.map(names).rename('label set').value_counts()
+    targets = store.table.target
+    rows = store.labels[~targets.duplicated()]
+    names = [' + '.join(store.vocab.names_of(row)) or '(no label)' for row in rows]
+    return targets.map(dict(zip(targets.unique(), names, strict=True))).rename('label set').value_counts()
 
 # %% ../../nbs/04_data/03_store.ipynb #514f79b6
 def label_pairs(
@@ -444,14 +644,6 @@ def channel_statistics(
     for percent in (1, 50, 99):
         statistics[f'p{percent}'] = (share.cumsum(1) < percent / 100 - 1e-12).sum(1)
     return statistics.assign(saturated=share[:, 255])
-
-# %% ../../nbs/04_data/03_store.ipynb #5a2a776f
-def sample_rows(
-    store: ImageStore,
-    most: int = 1000,  # read at most this many images
-) -> np.ndarray:  # (<=most,) positions
-    "All images, or evenly spaced ones of a large store"
-    return np.unique(np.linspace(0, len(store) - 1, min(most, len(store))).round().astype(int))
 
 # %% ../../nbs/04_data/03_store.ipynb #18ff93b4
 def describe_store(

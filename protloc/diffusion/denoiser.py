@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import pydantic
 import torch
@@ -144,11 +145,14 @@ class UNetConfig(Config):
     "The size of a denoiser: one of `ARCHITECTURES`, and what differs from it"
 
     architecture: str = 'xs'  # a name from `ARCHITECTURES`
-    widths: tuple[int, ...] = (32, 64, 64)  # channels at each resolution, each half of the one before
-    layers_per_block: int = pydantic.Field(1, ge=1)  # residual blocks per resolution
-    patch_size: int = pydantic.Field(2, ge=1)  # edge of the patches that are folded into channels, in pixels
+    # channels at each resolution, each half of the one before
+    widths: tuple[Annotated[int, pydantic.Field(ge=1, le=8192)], ...] = pydantic.Field(
+        (32, 64, 64), min_length=1, max_length=10
+    )
+    layers_per_block: int = pydantic.Field(1, ge=1, le=32)  # residual blocks per resolution
+    patch_size: int = pydantic.Field(2, ge=1, le=64)  # edge of the patches that are folded into channels, in pixels
     attention: bool = False  # self-attention at the lowest resolution
-    norm_groups: int = pydantic.Field(8, ge=1)  # groups of GroupNorm
+    norm_groups: int = pydantic.Field(8, ge=1, le=8192)  # groups of GroupNorm
 
     @pydantic.model_validator(mode='before')
     @classmethod

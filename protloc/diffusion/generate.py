@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil, comb
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pydantic
@@ -20,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core import Config, InputError, lookup, rng_for, sha256
+from ..core import Config, InputError, lookup, one_line, rng_for, sha256, shown
 from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
@@ -29,8 +32,9 @@ from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['PLAN_COLUMNS', 'PLANS', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan', 'read_plan',
-           'plan_labels', 'GenerateConfig', 'generator_hash', 'draw_block', 'generate']
+__all__ = ['MOST_IMAGES', 'PLAN_COLUMNS', 'PLANS', 'Share', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan',
+           'single_plan', 'read_plan', 'plan_labels', 'GenerateConfig', 'check_generate', 'generator_hash',
+           'draw_block', 'generate']
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -130,6 +134,9 @@ def single_plan(
     return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n) % len(classes)]]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #49c5f7d0
+MOST_IMAGES = 10_000_000  # of a plan
+
+
 def read_plan(
     path: str | Path,  # a CSV file
     vocab: Vocabulary,  # the classes
@@ -141,11 +148,11 @@ def read_plan(
     for line, row in zip(table.index, table.to_dict('records'), strict=True):
         number = row.get('n', '1').strip()
         if not re.fullmatch('[0-9]{1,9}', number):
-            raise InputError(f"{path}, line {line}: n is '{number}', not a whole number")
+            raise InputError(f'{path}, line {line}: n is {shown(number)}, not a whole number below a billion')
         rows.append(_planned_row(row, vocab, f'{path}, line {line}'))
         times.append(int(number))
-    if not sum(times):
-        raise InputError(f'{path} plans no image')
+    if not 0 < sum(times) <= MOST_IMAGES:
+        raise InputError(f'{path} plans {sum(times) or "no"} images: plan 1 to {MOST_IMAGES:,}')
     return np.repeat(np.stack(rows), times, axis=0)
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #9863d700
@@ -197,21 +204,25 @@ def plan_labels(
     return lookup('plan', plan, PLANS)(labels, n, seed)
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #8a2f21e5
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
 class GenerateConfig(Config):
     "How images are drawn from a trained generator"
 
-    images: int = pydantic.Field(1000, ge=1)  # how many; of each class, real ones counted, for the plan `fill_tail`
+    # how many; of each class, real ones counted, for the plan `fill_tail`
+    images: int = pydantic.Field(1000, ge=1, le=MOST_IMAGES)
     plan: str = 'match'  # which labels, a name from `PLANS` or a CSV file, see `plan_labels`
     scheduler: str = 'dpm++'  # solver, a name from `SCHEDULERS` or a diffusers class
-    num_inference_steps: int = pydantic.Field(15, ge=1)  # solver steps
-    guidance_scale: float = pydantic.Field(1.5, ge=0)  # 1 = none
+    num_inference_steps: int = pydantic.Field(15, ge=1, le=100_000)  # solver steps
+    guidance_scale: float = pydantic.Field(1.5, ge=0, le=1000)  # 1 = none
     guidance_rescale: float = pydantic.Field(0.0, ge=0, le=1)  # share of the excess spread that is taken back
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the noise schedule between which guidance acts
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)  # shares of the noise schedule between which guidance acts
     negative_labels: tuple[str, ...] = ()  # class names to lead away from
     condition: str = ''  # one of the generator's conditions, e.g. a cell line; any of them if empty
     strength: float = pydantic.Field(0.5, gt=0, le=1)  # of edits, see `edit`: the share of solver steps taken
-    best_of: int = pydantic.Field(1, ge=1)  # candidates for each image, of which the judge keeps one
-    batch_size: int = pydantic.Field(64, ge=1)  # images at a time; changes nothing but speed and memory
+    best_of: int = pydantic.Field(1, ge=1, le=1000)  # candidates for each image, of which the judge keeps one
+    batch_size: int = pydantic.Field(64, ge=1, le=100_000)  # images at a time; changes nothing but speed and memory
 
     @pydantic.field_validator('scheduler')
     def _known_scheduler(cls, name):
@@ -223,6 +234,28 @@ class GenerateConfig(Config):
         if not name.endswith('.csv'):
             lookup('plan', name, PLANS)
         return name
+
+    @pydantic.field_validator('guidance_interval')
+    def _ordered(cls, interval):
+        if interval[0] > interval[1]:
+            raise InputError(
+                f'guidance_interval must have the smaller share first, not {interval[0]} and {interval[1]}'
+            )
+        return interval
+
+
+def check_generate(
+    config: GenerateConfig,
+    vocab: Vocabulary,  # of the images that the generator is, or will be, trained on
+    conditions: Sequence[str] = (),  # that it knows, or will know
+):
+    "Raise `InputError` for classes, a plan or a condition that the generator cannot know; nothing is drawn"
+    vocab.multi_hot([config.negative_labels])
+    if config.plan.endswith('.csv'):
+        read_plan(config.plan, vocab)
+    if config.condition and config.condition not in conditions:
+        known = f'its conditions are {one_line(", ".join(conditions), 600)}' if conditions else 'it has no conditions'
+        raise InputError(f'the generator knows no condition {shown(config.condition)}: {known}')
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2bcabd85
 def generator_hash(pipe: LabelConditionedPipeline) -> str:  # 16 hexadecimal digits
@@ -301,7 +334,7 @@ def generate(
     if config.best_of > 1 and not judge:
         raise InputError(f'best_of {config.best_of} needs something to tell the best: give a classifier')
     labels, path, process = pipe.vocab.multi_hot(labels), Path(path), this_process()
-    pipe.vocab.multi_hot([config.negative_labels])  # raises here, before a folder is made
+    check_generate(config, pipe.vocab, pipe.config.conditions)
     made = _provenance(pipe, config, seed, judge, base)
     _make_fast(pipe, config, process.device)
     with _claimed(path, pipe, labels, config, made, base) as assembly:
@@ -350,6 +383,16 @@ def _block_file(path, i):
     return partial_of(path) / 'blocks' / f'{i:08d}.npz'
 
 
+def _read_block(file):
+    "Images, fidelity and reasons of a block; raises `InputError` for a damaged one, which is drawn again"
+    try:
+        with np.load(file) as block:
+            return block['images'], block['fidelity'], block['reason']
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        remove(file)
+        raise InputError(f'{file} was damaged and has been removed: run the same command again to draw it') from None
+
+
 def _save_block(file, block):
     "Write a block, whole or not at all"
     with atomic_path(file) as unfinished, open(unfinished, 'wb') as f:
@@ -376,8 +419,7 @@ class _Assembly:
     def append_ready(self):
         "Append the blocks that come next, as many as are there"
         while (file := _block_file(self.path, len(self.notes))).exists():
-            with np.load(file) as block:
-                note = self._add(block['images'], block['fidelity'], block['reason'])
+            note = self._add(*_read_block(file))
             self.writer.commit(**note)
             self.notes.append(note)
             self.bar.update(note['drawn'])

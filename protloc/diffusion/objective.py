@@ -60,10 +60,10 @@ class ObjectiveConfig(Config):
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'squaredcos_cap_v2'
     rescale_betas_zero_snr: bool = False  # nothing of the image is left at the last timestep
     prediction_type: Literal['epsilon', 'v_prediction', 'sample'] = 'sample'  # what the denoiser predicts
-    num_train_timesteps: int = pydantic.Field(1000, ge=2)  # T
+    num_train_timesteps: int = pydantic.Field(1000, ge=2, le=100_000)  # T
     # of the timesteps, see `timestep_weights`
     weighting: Literal['uniform', 'min_snr', 'snr_plus_one', 'cosine'] = 'snr_plus_one'
-    gamma: float = pydantic.Field(20.0, gt=0)  # cap of the weights of the clean image's error
+    gamma: float = pydantic.Field(20.0, gt=0, le=1e6)  # cap of the weights of the clean image's error
     label_dropout: float = pydantic.Field(0.1, ge=0, lt=1)  # share of images trained without labels, for guidance
 
     @pydantic.model_validator(mode='after')

@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler
+from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -25,10 +25,12 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo
 from torch import Tensor
 
-from ..core import InputError, derive_seed, lookup
+from ..core import InputError, derive_seed, lookup, one_line, shown
 from ..data.kind import ImageKind
+from . import denoiser as denoisers
 from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
 from .objective import to_images, to_signal
+from ..files import read_json
 from ..labels import Vocabulary
 from ..plots import details
 
@@ -495,16 +497,24 @@ def read_settings(
     "The settings in a file; raises `InputError` where there are none"
     if not path.is_file():
         raise InputError(f'{path} is missing: copy the whole folder of the pipeline again')
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f'{path} is damaged, it is not JSON with settings: copy the folder of the pipeline again')
-    return settings
+    return read_json(path, 'copy the folder of the pipeline again')
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #ba020215
 _COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='scheduler_config.json')
+
+
+def _is_known(name, value):
+    "Whether a component of model_index.json is of a class that protloc writes; any other could run code"
+    library, class_name = value if len(value) == 2 else (None, None)
+    if not isinstance(class_name, str):
+        return False
+    if library == 'diffusers':
+        kind = {'unet': UNet2DModel, 'scheduler': SchedulerMixin}.get(name)
+        found = getattr(diffusers, class_name, None)
+    else:
+        kind = ModelMixin if name in ('unet', 'label_encoder') and library == denoisers.__name__ else None
+        found = vars(denoisers).get(class_name)
+    return kind is not None and isinstance(found, type) and issubclass(found, kind)
 
 
 def _check_components(
@@ -513,11 +523,15 @@ def _check_components(
 ):
     "Raise `InputError` for another pipeline's folder, and for missing or damaged settings of components"
     index = read_settings(folder / 'model_index.json')
-    if not set(_COMPONENTS) <= set(index):
+    mend = 'give the folder of one that `protloc train-generator` made'
+    if not set(_COMPONENTS) <= set(index) or index.get('_class_name') not in _CLASS_NAMES:
         raise InputError(
-            f'{folder} holds a pipeline of the class {index.get("_class_name")}, not a generator of protloc:'
-            ' give the folder of one that `protloc train-generator` made'
+            f'{folder} holds a pipeline of the class {shown(index.get("_class_name"))}, not a generator of protloc:'
+            f' {mend}'
         )
+    for name, value in index.items():
+        if isinstance(value, list) and name not in _LISTS and not _is_known(name, value):
+            raise InputError(f"{folder}/model_index.json names {shown(value)} as its {shown(name)}: {mend}")
     for name, file in _COMPONENTS.items():
         if name not in given:
             read_settings(folder / name / file)
@@ -563,12 +577,15 @@ def from_pretrained(
     except InputError:
         raise
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split()).split('. ')[0][:200]
+        reason = one_line(error).split('. ')[0]
         raise InputError(f'{folder} cannot be opened: {reason}') from error
     for name, names in stored.items():
         lacking = sorted(set(getattr(pipe, name).state_dict()) - names)
         if lacking:
             raise InputError(f'{folder / name} lacks the weights {lacking[0]}: copy the folder again')
+        for key, weight in getattr(pipe, name).state_dict().items():
+            if not weight.isfinite().all():
+                raise InputError(f'{folder / name} holds weights that are no numbers, in {key}: train it again')
     return pipe
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #e62eca5d

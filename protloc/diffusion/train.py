@@ -5,6 +5,9 @@
 # %% ../../nbs/06_diffusion/03_train.ipynb #44575a5c
 from __future__ import annotations
 
+import contextlib
+import html
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -25,7 +28,7 @@ from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
-from ..files import atomic_path, claim_settings, write_json
+from ..files import atomic_path, claim_settings, exclusive, partial_of, remove, write_json
 from ..plots import show_cells
 from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
 
@@ -42,13 +45,15 @@ class GeneratorConfig(Config):
     augment: AugmentConfig = AugmentConfig()  # of training images
     # how much more often images with rare classes are shown, see `balance_weights`: 0 = all alike, 1 = every class
     # about equally
-    balance: float = pydantic.Field(0.0, ge=0)
+    balance: float = pydantic.Field(0.0, ge=0, le=4)
     # a column of the store's table, such as cell_line, that the generator is given besides the labels; '' for none
     condition: str = ''
     # length, rate, moving average
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=0.995)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, slower
-    preview_every: int = pydantic.Field(0, ge=0)  # steps between pictures of the same few images; 0 = none
+    preview_every: int = pydantic.Field(
+        0, ge=0, le=100_000_000
+    )  # steps between pictures of the same few images; 0 = none
 
     @pydantic.model_validator(mode='after')
     def _known_to_the_papers(self):
@@ -254,10 +259,15 @@ def samples(
     return show_cells({'': drawn.cpu().numpy()}, store.channels, _titles(store, labels), edge=1.3)
 
 # %% ../../nbs/06_diffusion/03_train.ipynb #affc0046
+def _plain(text):
+    "A name as Markdown shows it, whatever letters it has: as text, not as markup or HTML"
+    return re.sub(r'[\\`*\[\]|~]', lambda found: f'&#{ord(found[0])};', html.escape(' '.join(str(text).split())))
+
+
 def _table_lines(values):
     "A dict as lines of a Markdown table"
     shown = {name: f'{value:.4g}' if isinstance(value, float) else value for name, value in values.items()}
-    return '\n'.join(f'| {name.replace("|", chr(92) + "|")} | {value} |' for name, value in shown.items())
+    return '\n'.join(f'| {_plain(name)} | {value} |' for name, value in shown.items())
 
 
 def _average_of(loop):
@@ -295,12 +305,12 @@ def model_card(
         size=store.size,
         n_classes=len(store.vocab),
         n_channels=len(store.channels),
-        channels=', '.join(store.channels),
+        channels=', '.join(map(_plain, store.channels)),
         picture=picture,
-        conditions=f', of each {config.condition}: {", ".join(conditions)}' if conditions else '',
+        conditions=f', of each {_plain(config.condition)}: {", ".join(map(_plain, conditions))}' if conditions else '',
         version=versions()['protloc'],
         images=len(labels),
-        hashes=', '.join(f'`{name}` {value}' for name, value in store.manifest['sha256'].items()),
+        hashes=', '.join(f'`{name}` {_plain(value)}' for name, value in store.manifest['sha256'].items()),
         counts=_table_lines(dict(zip(store.vocab, counts, strict=True))),
         steps=log[-1]['step'],
         batch_size=config.loop.batch_size,
@@ -359,7 +369,7 @@ def train_generator(
     config: GeneratorConfig | None = None,  # the defaults unless given
     seed: int = 0,  # of weights, batches and noise
 ) -> LabelConditionedPipeline:
-    "Train, continue or open a generator; raises `InputError` for sizes that do not fit"
+    "Train, continue or open a generator; raises `InputError` for sizes that do not fit, or another process here"
     folder, config = Path(folder), config or GeneratorConfig()
     conditions = conditions_of(store, config.condition)
     inputs = len(store.vocab) + len(conditions)
@@ -367,16 +377,18 @@ def train_generator(
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
     settings = _settings(store, config, seed)
-    if this_process().is_main_process:
-        claim_settings(folder / 'settings.json', settings)
-    if (folder / 'pipeline').exists():
-        return open_pipeline(folder)
-    scheduler = make_scheduler(config.objective)
-    batches = TrainingImages(store, config, seed, conditions)
-    log = _train(denoiser, batches, scheduler, folder, seed)
-    if this_process().is_main_process:
-        settings.update(config=config.model_dump(), images=len(store.rows('train')))
-        _save(denoiser, batches, scheduler, log, settings, folder)
+    with exclusive(folder) if this_process().is_main_process else contextlib.nullcontext():
+        if this_process().is_main_process:
+            claim_settings(folder / 'settings.json', settings)
+        if (folder / 'pipeline').exists():
+            remove(partial_of(folder / 'pipeline'))
+            return open_pipeline(folder)
+        scheduler = make_scheduler(config.objective)
+        batches = TrainingImages(store, config, seed, conditions)
+        log = _train(denoiser, batches, scheduler, folder, seed)
+        if this_process().is_main_process:
+            settings.update(config=config.model_dump(), images=len(store.rows('train')))
+            _save(denoiser, batches, scheduler, log, settings, folder)
     pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
     pipe.register_to_config(_name_or_path=str(folder / 'pipeline'))
     return pipe

@@ -7,46 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path, PurePath
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pydantic
-import yaml
 
 from ..classify.backbone import check_size
 from ..classify.mixing import STRATEGIES, build_strategy
 from ..classify.train import ClassifierConfig, check_partners, check_strategy
-from ..core import Config, InputError, lookup, read_config
+from ..core import Config, InputError, lookup, one_line, read_config, shown
 from ..data.fields import FieldConfig
 from ..data.layouts import FolderConfig
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
-from ..files import read_yaml
+from ..files import check_name, parse_yaml, read_yaml
 
 # %% auto #0
-__all__ = ['DEFAULT_ARMS', 'SECTIONS', 'SimulateConfig', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig', 'presets',
-           'read_preset', 'commands_of', 'with_overrides', 'study_config', 'section_config', 'arm_of']
+__all__ = ['MOST_IMAGES', 'Images', 'Number', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'SimulateConfig', 'PrepareConfig',
+           'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset', 'commands_of', 'with_overrides',
+           'section_of', 'study_config', 'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #47cda5a5
+MOST_IMAGES = 10_000_000
+Images = Annotated[int, pydantic.Field(ge=0, le=MOST_IMAGES)]
+
+
 class SimulateConfig(Config):
     "Simulated cells, see `simulate_store`"
 
     size: int = pydantic.Field(32, ge=32, le=512)  # pixels
-    counts: dict[str, int] = dict(train=2000, val=400, test=800)  # images in each split
+    counts: dict[str, Images] = dict(train=2000, val=400, test=800)  # images in each split
     classes: tuple[str, ...] | None = None  # HPA classes; None for all 28
-    temper: float = pydantic.Field(0.5, ge=0)  # exponent of HPA's label-set counts; below 1 flattens the tail
+    temper: float = pydantic.Field(0.5, ge=0, le=10)  # exponent of HPA's label-set counts; below 1 flattens the tail
     shift: float = pydantic.Field(0.0, ge=0, le=1)  # how far test cell lines are moved beyond training's
-    cells: int = pydantic.Field(1, ge=1)  # in an image; more make a field
+    cells: int = pydantic.Field(1, ge=1, le=1000)  # in an image; more make a field
     # antibodies of every class in each split; four, or fewer in small splits, unless given
-    least: int | None = pydantic.Field(None, ge=1)
+    least: int | None = pydantic.Field(None, ge=1, le=MOST_IMAGES)
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(FolderConfig, FieldConfig):
     "A folder of fields: all settings of `prepare`"
 
-    size: int = pydantic.Field(128, ge=8)  # pixels of a stored image
-    tile: int | None = pydantic.Field(None, ge=8)  # cut fields into tiles of this many pixels
+    size: int = pydantic.Field(128, ge=8, le=65_536)  # pixels of a stored image
+    tile: int | None = pydantic.Field(None, ge=8, le=65_536)  # cut fields into tiles of this many pixels
     # of train, val and test; 0.7, 0.1 and 0.2, or the splits that the folder brings, unless given
     fractions: Fractions | None = None
     skip_bad: bool = False  # leave out fields that cannot be used
@@ -60,32 +64,38 @@ class PrepareConfig(FolderConfig, FieldConfig):
 class DataConfig(Config):
     "One of the two; `folder` wins"
 
-    folder: str | None = None  # a store, or a folder of fields
+    folder: str | None = pydantic.Field(None, min_length=1, max_length=4096)  # a store, or a folder of fields
     simulate: SimulateConfig | None = None  # cells to simulate; None for none
     prepare: PrepareConfig = PrepareConfig()  # how to read a folder of fields
 
 # %% ../../nbs/09_study/00_arms.ipynb #7a3fa5c2
+Number = Annotated[float, pydantic.Field(ge=-1e9, le=1e9)]
+
+
 class ArmConfig(Config):
     "One way to use real and synthetic images"
 
     name: str  # in the report and as a folder
-    strategy: str = ''  # a name in `STRATEGIES`; the arm's own name if empty
-    options: dict[str, bool | float | str] = {}  # of the strategy, e.g. alpha
+    strategy: str = pydantic.Field('', max_length=100)  # a name in `STRATEGIES`; the arm's own name if empty
+    options: dict[str, bool | Number | str] = {}  # of the strategy, e.g. alpha
     # of its synthetic images; the oracle simulates them, perfectly
     source: Literal['generator', 'oracle'] = 'generator'
-    partners: str = 'any'  # which synthetic image is paired with a real one, see `Partners`
-    ratio: float = 1.0  # synthetic images for each real one in a step; 1 where they are mixed one to one
+    partners: str = pydantic.Field(
+        'any', max_length=100
+    )  # which synthetic image is paired with a real one, see `Partners`
+    # synthetic images for each real one in a step; 1 where they are mixed one to one
+    ratio: float = pydantic.Field(1.0, ge=0, le=1000)
 
     @pydantic.model_validator(mode='before')
     @classmethod
     def _from_name(cls, value):
+        if not isinstance(value, str | dict | ArmConfig):
+            raise InputError(f'{shown(value)} is no arm: write its name, in quotation marks, or its settings')
         return {'name': value} if isinstance(value, str) else value
 
     @pydantic.field_validator('name')
     def _is_folder(cls, name):
-        path = PurePath(name)
-        if path.is_absolute() or '..' in path.parts or not path.parts:
-            raise InputError(f"an arm named '{name}' has no folder of its own: choose another name")
+        check_name('arm', name)
         return name
 
     @pydantic.model_validator(mode='after')
@@ -116,14 +126,16 @@ DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
 class StudyConfig(Config):
     "Everything that a study depends on"
 
-    about: str = ''  # one line for people
-    seed: int = 0  # of data, generator and, with the arm's seed, of each classifier
-    seeds: int = pydantic.Field(3, ge=1)  # classifiers an arm
+    about: str = pydantic.Field('', max_length=2000)  # one line for people
+    # of data, generator and, with the arm's seed, of each classifier
+    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)
+    seeds: int = pydantic.Field(3, ge=1, le=1000)  # classifiers an arm
     data: DataConfig = DataConfig()  # where the real images come from
     generator: GeneratorConfig = GeneratorConfig()  # how it is trained
     generate: GenerateConfig = GenerateConfig()  # how many synthetic images, and how they are drawn
     classifier: ClassifierConfig = ClassifierConfig()  # of all arms
-    arms: tuple[ArmConfig, ...] = tuple(ArmConfig(name=name) for name in DEFAULT_ARMS)  # 'real' must be among them
+    # 'real' must be among them
+    arms: tuple[ArmConfig, ...] = pydantic.Field(tuple(ArmConfig(name=name) for name in DEFAULT_ARMS), max_length=1000)
 
     @pydantic.field_validator('arms')
     def _baseline(cls, arms):
@@ -134,6 +146,11 @@ class StudyConfig(Config):
             raise InputError("a study needs at least one arm besides 'real'")
         if len(set(names)) < len(names):
             raise InputError(f"two arms have the same name: {', '.join(names)}")
+        if len({name.casefold() for name in names}) < len(names):
+            raise InputError(
+                f"two arms differ by capital letters alone, and could not have two folders on every disk:"
+                f' {one_line(", ".join(names))}: rename one'
+            )
         return arms
 
     @pydantic.model_validator(mode='after')
@@ -152,7 +169,7 @@ def _yaml_files(folder, above=''):
         if entry.is_dir():
             yield from _yaml_files(entry, f'{above}{entry.name}/')
         elif entry.name.endswith('.yaml'):
-            yield above + entry.name.removesuffix('.yaml'), yaml.safe_load(entry.read_text())
+            yield above + entry.name.removesuffix('.yaml'), parse_yaml(entry.read_text(encoding='utf-8'), entry.name)
 
 # %% ../../nbs/09_study/00_arms.ipynb #483c1eeb
 def presets() -> dict[str, dict]:  # name -> settings
@@ -182,23 +199,37 @@ def with_overrides(
     "Apply `a.b=value`; raises `InputError` where the form is wrong"
     for text in overrides:
         key, equals, value = text.partition('=')
-        if not equals or not key:
-            raise InputError(f"'{text}' is not of the form name.of.setting=value")
-        values = _with_value(values, key, value, text)
+        names = key.strip().split('.')
+        if not equals or not all(names) or len(names) > MOST_NAMES:
+            raise InputError(f'{shown(text)} is not of the form name.of.setting=value: write it so')
+        values = _with_value(values, names, parse_yaml(value, f'the value of {shown(key)}'), text)
     return values
 
+
+MOST_NAMES = 20  # no setting lies that deep
+
 # %% ../../nbs/09_study/00_arms.ipynb #0af4e488
-def _with_value(values, key, value, text):
+def _with_value(values, names, value, text):
     "Settings with one of them changed; `text` is what the user wrote"
     if not isinstance(values, dict):
-        raise InputError(f"'{text}' sets a part of '{values}', which has no parts")
-    first, _, rest = key.partition('.')
-    if rest:
-        return {**values, first: _with_value(values.get(first) or {}, rest, value, text)}
-    try:
-        return {**values, first: yaml.safe_load(value)}
-    except yaml.YAMLError:
-        raise InputError(f"'{value}' is not a value in YAML: quote it, or close its brackets") from None
+        raise InputError(f'{shown(text)} sets a part of {shown(values)}, which has no parts: set it as a whole')
+    first, *rest = names
+    if not rest:
+        return {**values, first: value}
+    inside = values.get(first)
+    return {**values, first: _with_value({} if inside is None else inside, rest, value, text)}
+
+# %% ../../nbs/09_study/00_arms.ipynb #4206750f
+def section_of(
+    values: dict,  # of a preset
+    name: str,  # of a section: 'data', 'generate' ...
+    preset: str,  # for the message
+) -> dict:  # empty where there is none
+    "The settings of one section, not yet validated; raises `InputError` where it is no mapping"
+    section = values.get(name)
+    if not isinstance(section, dict | None):
+        raise InputError(f"preset '{preset}': '{name}' is {shown(section)}: write `name: value` lines below it")
+    return section or {}
 
 # %% ../../nbs/09_study/00_arms.ipynb #1861a7a1
 def study_config(
@@ -215,7 +246,7 @@ def study_config(
         )
     values = with_overrides(values, overrides)
     if data:
-        values = {**values, 'data': {**values.get('data', {}), 'folder': str(Path(data).resolve())}}
+        values = {**values, 'data': {**section_of(values, 'data', preset), 'folder': str(Path(data).resolve())}}
     return read_config(StudyConfig, values, f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #75438821
@@ -238,7 +269,7 @@ def section_config(
         commands = commands_of(values)
         mend = f'use it with `protloc {commands[0]}`' if commands else f'put its settings under `{section}:`'
         raise InputError(f"the preset '{preset}' has no {section}: {mend}")
-    return read_config(kind, with_overrides(values[section] or {}, overrides), f"preset '{preset}'")
+    return read_config(kind, with_overrides(section_of(values, section, preset), overrides), f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #aac119e7
 def arm_of(
@@ -251,10 +282,10 @@ def arm_of(
     "The arm that a single classifier is trained in; raises `InputError` where it is not clear"
     arms = (read_preset(preset).get('arms') or []) if preset else []
     if not isinstance(arms, list):
-        raise InputError(f"the arms of the preset '{preset}' must be a list, not '{arms}'")
+        raise InputError(f"the arms of the preset '{preset}' must be a list, not {shown(arms)}")
     arms = [arm if isinstance(arm, dict) else dict(name=arm) for arm in arms]
     if not name and len(arms) > 1:
-        names = ', '.join(str(arm.get('name')) for arm in arms)
+        names = one_line(', '.join(str(arm.get('name')) for arm in arms))
         raise InputError(f"the preset '{preset}' has the arms {names}: choose one with --strategy")
     fitting = [arm for arm in arms if arm.get('name') == name or not name]
     arm = read_config(ArmConfig, fitting[0] if fitting else dict(name=name or 'real'), 'arm')

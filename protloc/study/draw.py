@@ -20,7 +20,7 @@ from ..diffusion.filter import Judge, KnownImages
 from ..diffusion.generate import GenerateConfig, generate, plan_labels
 from ..diffusion.pipeline import LabelConditionedPipeline
 from ..diffusion.train import open_pipeline
-from .arms import read_preset
+from .arms import read_preset, section_of
 
 # %% auto #0
 __all__ = ['scorer', 'judge_for', 'draw_images']
@@ -72,7 +72,7 @@ def draw_images(
 ) -> ImageStore:
     "Draw synthetic images into a store, or go on; raises `InputError` for settings, images or classes that do not fit"
     given = given or {}
-    of_preset = (read_preset(preset).get('generate') or {}) if preset else {}
+    of_preset = section_of(read_preset(preset), 'generate', preset) if preset else {}
     config = read_config(GenerateConfig, {**of_preset, **given}, 'generate')
     real = ImageStore(like)
     pipe = open_pipeline(generator)

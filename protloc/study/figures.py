@@ -19,20 +19,30 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..core import InputError
 from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
-from ..files import atomic_path
+from ..files import CHANGED, atomic_path, read_json, read_text
 from ..metrics import METRICS
-from ..plots import details, preformatted, show_cells, show_intervals
+from ..plots import details, plain, preformatted, show_cells, show_intervals
 from .verdict import VERDICT_COLOURS, Study, write_results
 
 # %% auto #0
-__all__ = ['SPLIT_COLOURS', 'SPLIT_NAMES', 'Results', 'show', 'fig_verdict', 'fig_scores', 'table_scores', 'examples',
-           'fig_cells', 'fig_fidelity', 'fig_classes', 'fig_training', 'table_data', 'generator_problem', 'leak_check',
-           'provenance']
+__all__ = ['SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'show', 'fig_verdict', 'fig_scores', 'table_scores',
+           'examples', 'fig_cells', 'fig_fidelity', 'fig_classes', 'fig_training', 'table_data', 'generator_problem',
+           'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/05_figures.ipynb #9410c318
+_COLUMNS = dict(
+    scores=('arm', 'seed', 'split', *METRICS),
+    classes=('class', 'arm', 'seed', 'f1'),
+    verdict=('arm', 'difference', 'low', 'high', 'verdict'),
+    score_intervals=('arm', 'low', 'high'),
+    class_changes=('class', 'arm', 'difference', 'low', 'high'),
+)
+
+
 class Results:
     "A study and its tables, for the report's cells"
 
@@ -45,6 +55,9 @@ class Results:
         if not self.run.results.exists():
             write_results(self.study)
         tables = self.run.read_results()
+        for name, columns in _COLUMNS.items():
+            if not {*columns} <= {*tables.get(name, ())}:
+                raise InputError(f'{self.run.table(name)} lacks columns: {CHANGED}, run `protloc report` again')
         self.scores = tables['scores']  # a row a classifier and split
         self.classes = tables['classes']  # a row a classifier and class
         self.verdict = tables['verdict'].set_index('arm')
@@ -115,7 +128,7 @@ def fig_scores(results: Results) -> Figure:
     for row in results.score_intervals.itertuples():
         y = height[row.arm] + shifts['test']
         ax.plot([row.low, row.high], [y, y], color=SPLIT_COLOURS['test'], lw=1.5)
-    ax.set_yticks(list(height.values()), list(height))
+    ax.set_yticks(list(height.values()), [plain(arm) for arm in height])
     ax.set_xlabel('macro-F1 (a dot a seed, a bar the mean)')
     ax.set_ylim(-0.6, len(height) - 0.4)
     ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncol=2)
@@ -192,7 +205,7 @@ def fig_fidelity(results: Results) -> Figure:
     y = np.arange(len(by_class))
     ax.barh(y + 0.2, by_class.real, 0.38, color='tab:gray', label='unseen real images')
     ax.barh(y - 0.2, by_class.synthetic, 0.38, color='tab:orange', label='synthetic images')
-    ax.set_yticks(y, by_class['class'])
+    ax.set_yticks(y, [plain(name) for name in by_class['class']])
     ax.set_xlim(0, 1)
     ax.set_xlabel('F1 of a classifier trained on real images alone')
     ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.45, 1), ncol=2)
@@ -219,11 +232,12 @@ def fig_classes(results: Results) -> Figure:
         ax=ax,
         cbar_kws=dict(label='change of test F1'),
         linewidths=0.5,
+        xticklabels=[plain(arm) for arm in arms],
         annot_kws=dict(size=8),
     )
     vocab = results.study.real.vocab
     images = results.study.labels('test').sum(0).astype(int)
-    ticks = [f'{name} ({images[vocab.numbers[name]]})' for name in classes]
+    ticks = [plain(f'{name} ({images[vocab.numbers[name]]})') for name in classes]
     ax.set_yticks(np.arange(len(classes)) + 0.5, ticks, rotation=0)
     ax.set_ylabel('class (test images)')
     ax.set_xlabel('')
@@ -260,7 +274,7 @@ def _draw_validation(ax, results, arm, colour):
     for log in logs:
         ax.plot(log.step, log.val_macro_f1, color=colour, lw=0.6, alpha=0.5)
     mean = pd.concat(logs).groupby('step').val_macro_f1.mean()
-    ax.plot(mean.index, mean, color=colour, lw=2, label=arm)
+    ax.plot(mean.index, mean, color=colour, lw=2, label=plain(arm))
 
 # %% ../../nbs/09_study/05_figures.ipynb #5dcc4882
 def table_data(results: Results) -> pd.DataFrame:  # a row a split
@@ -337,6 +351,17 @@ def _no_leak(results, searched):
     )
 
 # %% ../../nbs/09_study/05_figures.ipynb #8648456e
+NOT_KNOWN = 'not known: the file is missing'
+
+
+def _versions(run):
+    "The versions that a run was begun with, as text"
+    if not run.versions.exists():
+        return NOT_KNOWN
+    there = read_json(run.versions, 'remove it, the report then says nothing of versions')
+    return yaml.safe_dump(there, sort_keys=False)
+
+
 def provenance(results: Results) -> HTML:
     "Settings, versions, stages and manifests"
     run, study = results.run, results.study
@@ -345,9 +370,9 @@ def provenance(results: Results) -> HTML:
         name: {**store.manifest['made'], 'sha256': store.manifest['sha256']} for name, store in stores.items() if store
     }
     sections = {
-        f'Settings ({run.config.name})': run.config.read_text(),
-        'Versions': run.versions.read_text(),
-        'Stages': run.read_stages()[['stage', 'seconds']].to_string(index=False),
+        f'Settings ({run.config.name})': read_text(run.config),
+        'Versions': _versions(run),
+        'Stages': run.read_stages()[['stage', 'seconds']].to_string(index=False) if run.log.exists() else NOT_KNOWN,
         'How the images were made': yaml.safe_dump(made, sort_keys=False),
     }
     return HTML(''.join(details(title, preformatted(text)) for title, text in sections.items()))

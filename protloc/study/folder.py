@@ -11,15 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydantic
 from fastcore.basics import patch
 
-from ..core import InputError
+from ..core import Config, InputError, read_config
 from ..data.readers.tables import read_table, with_numbers, write_table
 from ..data.store import ImageStore
-from ..files import atomic_path, read_yaml, write_json
+from protloc.files import (
+    CHANGED,
+    atomic_path,
+    check_name,
+    read_array,
+    read_json,
+    read_json_lines,
+    read_text,
+    read_yaml,
+    write_json,
+    write_text,
+)
 
 # %% auto #0
-__all__ = ['NAMES', 'RunFolder']
+__all__ = ['NAMES', 'RunFolder', 'RunSettings', 'GeneratorNote', 'StoreNote']
 
 # %% ../../nbs/09_study/01_folder.ipynb #4a189783
 class RunFolder:
@@ -110,7 +122,19 @@ def trained(
     seed: int,  # 0 to seeds - 1
 ) -> bool:
     "Whether a classifier is trained and has predicted"
-    return self.predictions(arm, seed, 'test').exists()
+    return all(_is_filled(self.predictions(arm, seed, split)) for split in ('val', 'test'))
+
+
+@patch(as_prop=True)
+def reported(self: RunFolder) -> bool:
+    "Whether results, figures, notebook and page are there, and the page is whole"
+    files = (self.report, self.notebook, self.verdict, self.figure('verdict'))
+    return all(map(_is_filled, files)) and self.report.read_bytes().rstrip().endswith(b'</html>')
+
+
+def _is_filled(path):
+    "Whether a file is there and not empty"
+    return path.is_file() and path.stat().st_size > 0
 
 # %% ../../nbs/09_study/01_folder.ipynb #acb826b7
 @patch
@@ -121,17 +145,52 @@ def unfinished(
     "The error of asking for something that is not there yet"
     return InputError(f'{self.path} is not finished, {what} is missing: continue it with the command that began it')
 
+# %% ../../nbs/09_study/01_folder.ipynb #c06b009b
+class _NamedArm(Config):
+    "An arm of a run's settings"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    name: str
+
+    @pydantic.field_validator('name')
+    def _is_folder(cls, name):
+        check_name('arm', name)
+        return name
+
+
+class RunSettings(Config):
+    "What is read of a run's settings; other versions may have others"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    about: str  # one line for people
+    seed: int = pydantic.Field(ge=0, le=2**63 - 1)
+    seeds: int = pydantic.Field(ge=1, le=1000)  # classifiers an arm
+    arms: tuple[_NamedArm, ...] = pydantic.Field(min_length=1)
+
 # %% ../../nbs/09_study/01_folder.ipynb #43698bc5
 @patch
 def read_settings(self: RunFolder) -> dict:
     "The study's settings as they were when it began; raises `InputError` where there is no study"
     if not self.config.exists():
-        raise InputError(f'{self.path} holds no study: run one with `protloc run`')
+        raise InputError(f'{self.path} holds no study, {self.config.name} is missing: run one with `protloc run`')
     settings = read_yaml(self.config)
     for name in ('about', 'seed', 'seeds', 'arms'):
         if name not in settings:
             raise InputError(f"{self.config} is not a study's: it has no '{name}'")
+    read_config(RunSettings, settings, str(self.config))
     return settings
+
+# %% ../../nbs/09_study/01_folder.ipynb #a8891087
+def _read_log(path, columns, mend):
+    "A log as a table; raises `InputError` where it is missing or damaged, or lacks one of the columns of numbers"
+    if not path.exists():
+        raise InputError(f'{path} is missing: {mend}')
+    table = pd.DataFrame(read_json_lines(path, mend))
+    for column in columns:
+        cells = table[column].tolist() if column in table else ['']
+        if not all(cell is None or isinstance(cell, int | float) for cell in cells):
+            raise InputError(f"{path} has not a number '{column}' in each line: {CHANGED}, {mend}")
+    return table
 
 # %% ../../nbs/09_study/01_folder.ipynb #3d27ee2d
 @patch
@@ -142,14 +201,18 @@ def log_stage(
 ):
     "Note a finished stage"
     line = dict(stage=stage, seconds=round(seconds, 1), finished=time.strftime('%Y-%m-%dT%H:%M:%S'))
-    with open(self.log, 'a') as file:
-        file.write(json.dumps(line) + '\n')
+    before = read_text(self.log) if self.log.exists() else ''
+    write_text(self.log, before + json.dumps(line) + '\n')
 
 # %% ../../nbs/09_study/01_folder.ipynb #2e3d649f
 @patch
 def read_stages(self: RunFolder) -> pd.DataFrame:  # columns stage, seconds, finished
-    "The stages that were done, in their order"
-    return pd.read_json(self.log, lines=True)
+    "The stages that were done, in their order; none where they are not noted"
+    if not self.log.exists():
+        return pd.DataFrame(dict(stage=[], seconds=[], finished=[]))
+    return _read_log(self.log, ['seconds'], 'remove it, the stages done so far are then not noted').assign(
+        stage=lambda table: table.get('stage', '').astype(str)
+    )
 
 # %% ../../nbs/09_study/01_folder.ipynb #b9f7b763
 @patch
@@ -159,19 +222,35 @@ def read_training(
     seed: int,  # 0 to seeds - 1
 ) -> pd.DataFrame:  # columns step, loss, lr, val_macro_f1 ..., one row per line of the log
     "How the training of one classifier went"
-    return pd.read_json(self.classifier(arm, seed) / 'log.jsonl', lines=True)
+    folder = self.classifier(arm, seed)
+    mend = f'remove {folder} and continue the run, which trains this classifier again'
+    return _read_log(folder / 'log.jsonl', ['step', 'val_macro_f1'], mend)
 
 
 @patch
 def read_generator_training(self: RunFolder) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator
     "How the training of the generator went"
-    return pd.read_json(self.generator_log, lines=True) if self.generator_log.exists() else None
+    if not self.generator_log.exists():
+        return None
+    return _read_log(self.generator_log, ['step', 'loss'], 'remove it, the report then says nothing of this training')
 
 # %% ../../nbs/09_study/01_folder.ipynb #1b3a6518
+class GeneratorNote(Config):
+    "What a generator was trained on; other versions may say more"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    store: dict[str, str]  # hashes of the store
+    images: int = pydantic.Field(ge=0, le=10_000_000_000)
+
+
 @patch
-def read_generator_note(self: RunFolder) -> dict | None:  # store (hashes), images (their number) ...; None if unknown
-    "What the generator was trained on"
-    return json.loads(self.generator_note.read_text()) if self.generator_note.exists() else None
+def read_generator_note(self: RunFolder) -> dict | None:  # store (hashes), images (their number); None if unknown
+    "What the generator was trained on; raises `InputError` where the note is damaged"
+    if not self.generator_note.exists():
+        return None
+    mend = f'remove {self.generator} and {self.synthetic()}, and continue the run, which trains it again'
+    note = read_json(self.generator_note, mend)
+    return read_config(GeneratorNote, note, str(self.generator_note)).model_dump()
 
 # %% ../../nbs/09_study/01_folder.ipynb #c3c34a65
 @patch
@@ -183,6 +262,13 @@ def note_store(
     write_json(self.store_note, dict(path=str(store.path), sha256=store.manifest['sha256']))
 
 # %% ../../nbs/09_study/01_folder.ipynb #18be6bd6
+class StoreNote(Config):
+    "Which store a run uses"
+
+    path: str = pydantic.Field(min_length=1)
+    sha256: dict[str, str]  # its hashes
+
+
 @patch
 def open_real(self: RunFolder) -> ImageStore:
     "The real images; raises `InputError` where there are none yet, or where the user's store is another one now"
@@ -190,14 +276,13 @@ def open_real(self: RunFolder) -> ImageStore:
         if not self.real.exists():
             raise self.unfinished('the store of real images')
         return ImageStore(self.real)
-    noted = json.loads(self.store_note.read_text())
-    if not Path(noted['path']).exists():
-        raise InputError(f"{noted['path']}, the store of {self.path}, is gone: put it back, a link is enough")
-    store = ImageStore(noted['path'])
-    if store.manifest['sha256'] != noted['sha256']:
-        raise InputError(
-            f'{store.path} is not the store that {self.path} was begun with: choose another folder with --out'
-        )
+    mend = 'choose another folder with --out'
+    noted = read_config(StoreNote, read_json(self.store_note, mend), str(self.store_note))
+    if not Path(noted.path).exists():
+        raise InputError(f'{noted.path}, the store of {self.path}, is gone: put it back, a link is enough')
+    store = ImageStore(noted.path)
+    if store.manifest['sha256'] != noted.sha256:
+        raise InputError(f'{store.path} is not the store that {self.path} was begun with: {mend}')
     return store
 
 # %% ../../nbs/09_study/01_folder.ipynb #738245df
@@ -230,13 +315,19 @@ def read_predictions(
     arm: str,  # its name
     seed: int,  # 0 to seeds - 1
     images: str,  # 'val', 'test' or 'synthetic'
+    shape: tuple = (None, None),  # (n, K), checked; None for any length
 ) -> np.ndarray:  # (n, K) in [0, 1]
-    "What one classifier says about some images; raises `InputError` where it has not been asked yet"
+    "What one classifier says about some images; raises `InputError` where it has not been asked yet, or is damaged"
     path = self.predictions(arm, seed, images)
-    if path.exists():
-        return np.load(path)
     classifier = f'{arm} seed {seed}'
-    raise self.unfinished(f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier)
+    if not path.exists():
+        what = f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier
+        raise self.unfinished(what)
+    mend = 'remove it and continue the run, which asks the classifier again'
+    said = read_array(path, shape, 'f', mend=mend)
+    if not ((said >= 0) & (said <= 1)).all():
+        raise InputError(f'{path} holds numbers that are no probabilities: {CHANGED}, {mend}')
+    return said
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
 NAMES = ('arm', 'class', 'split', 'verdict')  # columns of the results that hold texts

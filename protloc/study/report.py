@@ -5,16 +5,21 @@
 # %% ../../nbs/09_study/06_report.ipynb #f68f0437
 from __future__ import annotations
 
+import contextlib
 import html
+import re
 import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import jupyter_client.kernelspec
+import nbclient.exceptions
 import nbconvert
 import nbformat
 import papermill
 
-from ..files import write_text
+from ..core import InputError
+from ..files import exclusive, is_held, write_text
 from .folder import RunFolder
 from .verdict import Study, write_results
 
@@ -34,7 +39,7 @@ def page(
         template_name='basic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
     )
     body, _ = exporter.from_notebook_node(notebook)
-    style = (files('protloc') / 'assets' / 'report.css').read_text()
+    style = (files('protloc') / 'assets' / 'report.css').read_text(encoding='utf-8')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -42,13 +47,41 @@ def page(
         f'<body><main>{body}</main></body></html>\n'
     )
 
-# %% ../../nbs/09_study/06_report.ipynb #6f8c590d
-def write_report(
-    folder: str | Path,  # of a finished run; `InputError` for an unfinished one
-) -> Path:  # of the HTML page
-    "Make the results, figures, notebook and page of a report again"
-    run = RunFolder(Path(folder).resolve())
-    write_results(Study(run.path))
+# %% ../../nbs/09_study/06_report.ipynb #15316c2e
+def _error_of(
+    kind: str,  # the exception's class in the notebook
+    text: str,  # what it says
+) -> Exception | None:  # None for a bug
+    "What went wrong in the notebook, as an exception of this process"
+    if kind == 'InputError':
+        return InputError(text)
+    if kind == 'MemoryError':
+        return MemoryError(text)
+    system = re.match(r'\[Errno (\d+)\] ([^:]+)(?:: [\'"](.*)[\'"])?$', text)
+    return OSError(int(system[1]), system[2], system[3]) if system else None
+
+
+@contextlib.contextmanager
+def _named_errors(folder):
+    "Inside the block, errors of a notebook's process become what they were about; `InputError` for a lost process"
+    again = f'make the report again with `protloc report {folder}`'
+    try:
+        yield
+    except papermill.PapermillExecutionError as error:
+        raise _error_of(error.ename, error.evalue) or error from None
+    except jupyter_client.kernelspec.NoSuchKernel:
+        raise InputError(f'no notebook can be run by this Python: `pip install ipykernel`, and {again}') from None
+    except (nbclient.exceptions.DeadKernelError, RuntimeError) as error:
+        if not re.search('[Kk]ernel (died|didn)', str(error)):
+            raise
+        raise InputError(
+            "the report's process ended or did not start, most likely for want of memory:"
+            f' end other programs, and {again}'
+        ) from None
+
+# %% ../../nbs/09_study/06_report.ipynb #84b3eba4
+def _executed(run):
+    "The template, executed with the run's folder as its parameter; as text"
     with tempfile.TemporaryDirectory() as scratch, as_file(files('protloc') / 'assets' / 'report.ipynb') as template:
         executed = Path(scratch) / 'executed.ipynb'
         papermill.execute_notebook(
@@ -59,6 +92,19 @@ def write_report(
             cwd=str(run.path),
             progress_bar=dict(desc='report'),
         )
-        write_text(run.notebook, executed.read_text())
-    write_text(run.report, page(nbformat.read(run.notebook, as_version=4), f'protloc: {run.path.name}'))
+        return executed.read_text(encoding='utf-8')
+
+# %% ../../nbs/09_study/06_report.ipynb #6f8c590d
+def write_report(
+    folder: str | Path,  # of a finished run; `InputError` for an unfinished one
+) -> Path:  # of the HTML page
+    "Make the results, figures, notebook and page of a report again"
+    run = RunFolder(Path(folder).resolve())
+    study = Study(run.path)
+    with contextlib.nullcontext() if is_held(run.path) else exclusive(run.path):
+        write_results(study)
+        with _named_errors(folder):
+            text = _executed(run)
+        write_text(run.notebook, text)
+        write_text(run.report, page(nbformat.reads(text, as_version=4), f'protloc: {run.path.name}'))
     return run.report

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier
-from ..core import InputError, derive_seed, interrupts_kept, versions
+from ..core import InputError, derive_seed, end_with, interrupts_kept, versions
 from ..data.layouts import labelled_fields
 from ..data.prepare import prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
@@ -26,18 +26,29 @@ from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
-from ..files import claim_settings, exclusive, partial_of, remove, write_json
+from protloc.files import (
+    LOCK,
+    PARTIAL,
+    claim_settings,
+    exclusive,
+    partial_of,
+    read_array,
+    remove,
+    write_json,
+)
 from .arms import ArmConfig, PrepareConfig, StudyConfig
 from .folder import RunFolder
 
 # %% auto #0
 __all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'real_images', 'synthetic_images', 'train_arm',
-           'cores', 'train_arms', 'judge_synthetic', 'run_study']
+           'cores', 'train_arms', 'judge_synthetic', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/03_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):
     "Raise `InputError` where a folder holds files and no study; what a killed beginning leaves is none"
-    leftovers = {partial_of(run.config).name, partial_of(run.versions).name, run.versions.name}
+    begun = (run.config, run.versions)
+    leftovers = {partial_of(path).name for path in begun} | {f'.{path.name}{LOCK}' for path in begun}
+    leftovers.add(run.versions.name)
     if run.config.exists() and not run.config.stat().st_size:
         leftovers.add(run.config.name)
     if not run.path.exists() or leftovers.issuperset(path.name for path in run.path.iterdir()):
@@ -230,8 +241,10 @@ def train_arms(
 ):
     "All classifiers that are not done yet; those that want a teacher come after the teachers, the arm 'real'"
     todo = [(arm, seed) for seed in range(config.seeds) for arm in config.arms if not run.trained(arm.name, seed)]
+    jobs = max(min(jobs, len(todo)), 1)
     threads = max(cores() // jobs, 1)
     train = joblib.delayed(_train_arm_with)
+    helpers_end_with_this = dict(initializer=end_with, initargs=(os.getpid(),)) if jobs > 1 else {}
 
     def work():
         bar = tqdm(total=len(todo), desc='all classifiers', unit='classifier')
@@ -241,7 +254,7 @@ def train_arms(
                 for arm, seed in todo
                 if arm.needs_teacher == needs_teacher
             ]
-            with interrupts_kept():
+            with interrupts_kept(), joblib.parallel_config('loky', **helpers_end_with_this):
                 finished = joblib.Parallel(jobs, return_as='generator_unordered')(calls)
             for _ in finished:
                 bar.update()
@@ -256,7 +269,8 @@ def judge_synthetic(
     run: RunFolder,  # with a trained classifier of the arm 'real'
 ):
     "Keep what the first classifier of the arm 'real' says about the synthetic images"
-    if not synthetic or run.predictions('real', 0, 'synthetic').exists():
+    path = run.predictions('real', 0, 'synthetic')
+    if not synthetic or path.exists() and path.stat().st_size:
         return
     judge, _ = load_classifier(run.classifier('real', 0))
     said = stage(run, 'judge synthetic images', lambda: probabilities(judge, synthetic, synthetic.rows()))
@@ -277,11 +291,43 @@ def _left_as_found(run, was_there):
                 run.path.rmdir()
         raise
 
+# %% ../../nbs/09_study/03_runner.ipynb #49508049
+def _tidy(run):
+    "Remove what a killed process left in a run's folder and nobody would write again: locks, and files half written"
+    for lock in run.path.rglob(f'.*{LOCK}'):
+        with contextlib.suppress(InputError), exclusive(_named_by(lock, LOCK), wait=0):
+            pass  # the lock goes with the block; where another process holds it, it stays
+    for partial in run.path.rglob(f'.*.npy{PARTIAL}'):
+        if partial.is_file():
+            remove(partial)
+
+
+def _named_by(path, ending):
+    "The file or folder that a lock or partial file is for"
+    return path.with_name(path.name[1:].removesuffix(ending))
+
+
+def check_predictions(
+    config: StudyConfig,
+    real: ImageStore,
+    run: RunFolder,
+):
+    "Raise `InputError` where what a trained classifier said was cut or replaced since; their values are not read"
+    mend = 'remove it and run the same command again, which asks the classifier again'
+    for arm in config.arms:
+        for seed in range(config.seeds):
+            if run.trained(arm.name, seed):
+                for split in ('val', 'test'):
+                    shape = (len(real.rows(split)), len(real.vocab))
+                    read_array(run.predictions(arm.name, seed, split), shape, 'f', mmap=True, mend=mend)
+
 # %% ../../nbs/09_study/03_runner.ipynb #34590797
 def run_study(
     config: StudyConfig,
     folder: str | Path,  # of the run; created, or continued
     jobs: int = 1,  # classifiers trained at a time
+    # before_training(config, real, run), which raises what would stop the study later, see `rehearse`
+    before_training: Callable | None = None,
 ):
     "Do all stages of a study, or what is left of them; raises `InputError` for images or a folder that do not fit"
     run = RunFolder(folder)
@@ -293,8 +339,13 @@ def run_study(
     torch.set_num_threads(cores())
     # claimed while it is held: another process must not replace the settings of a study that has just begun
     with exclusive(run.path), _left_as_found(run, was_there):
+        _tidy(run)
         claim_folder(run.path, config)
+        run.read_stages()  # a damaged log is named before hours of work
         real = real_images(config, run)
+        check_predictions(config, real, run)
+        if before_training:
+            before_training(config, real, run)
         synthetic = synthetic_images(config, real, run)
         train_arms(config, real, synthetic, run, jobs)
         judge_synthetic(synthetic.get('generator'), run)

@@ -52,7 +52,7 @@ class Study:
 
     def probabilities(self, arm: str, seed: int, split: str) -> np.ndarray:
         "(n, K) in [0, 1]: what one classifier says about the split 'val' or 'test'"
-        return self.run.read_predictions(arm, seed, split)
+        return self.run.read_predictions(arm, seed, split, (len(self.real.rows(split)), len(self.real.vocab)))
 
     def labels(self, split: str) -> np.ndarray:
         "(n, K) multi-hot: what the real images of a split show"
@@ -176,7 +176,7 @@ def fidelity_by_class(
     "`label_fidelity_by_class` of the first classifier of the arm 'real'"
     judge = ('real', 0)
     return label_fidelity_by_class(
-        study.run.read_predictions(*judge, 'synthetic'),
+        study.run.read_predictions(*judge, 'synthetic', study.synthetic.labels.shape),
         study.synthetic.labels,
         study.probabilities(*judge, 'val'),
         study.labels('val'),

@@ -1,0 +1,287 @@
+"""Stores: no changed image is used, each has one writer, and nothing that has taken its name is replaced."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_bad_input import refused
+
+from protloc.core import InputError, sha256
+from protloc.data.loading import Batches, loader
+from protloc.data.simulate.datasets import simulate_store
+from protloc.data.store import HASHED, ImageStore, ResumableWriter, StoreWriter, write_store
+from protloc.files import PARTIAL, partial_of, write_json
+from protloc.labels import Vocabulary
+
+CLASSES = Vocabulary(['Nucleoli', 'Cytosol'])
+
+
+def make(path, n=300, size=16):
+    rng = np.random.default_rng(0)
+    splits = np.array(['train', 'train', 'val', 'test'])[np.arange(n) % 4]
+    table = pd.DataFrame(dict(id=[f'i{i}' for i in range(n)], target=[str(i // 2 % 2) for i in range(n)], split=splits))
+    images = rng.integers(0, 256, (n, 4, size, size), dtype=np.uint8)
+    return write_store(path, images, table, ('red', 'green', 'blue', 'yellow'), CLASSES)
+
+
+def flip(path, image):
+    "Change a byte of one image and keep the file's size"
+    array = np.load(path / 'images.npy', mmap_mode='r+')
+    array[image, 1, 3, 3] ^= 1
+    array.flush()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    "A store with one changed image in each split, none of them among those that are looked at on opening"
+    make(tmp_path / 'store')
+    for image in (29, 50, 51):  # train, val, test
+        flip(tmp_path / 'store', image)
+    ImageStore(tmp_path / 'store')
+    return tmp_path / 'store'
+
+
+SETTINGS = ('backbone=resnet10', 'weights=none', 'loop={steps: 20, batch_size: 32, evaluate_every: 20}')
+
+
+def test_a_changed_image_is_never_trained_on(protloc, damaged, tmp_path):
+    options = [word for setting in SETTINGS for word in ('--set', setting)]
+    refused(protloc('train-classifier', damaged, tmp_path / 'c', *options), 'is not as it was written')
+    options = ['--set', 'loop={steps: 20, batch_size: 32}', '--set', 'unet.widths=[16, 32]']
+    refused(protloc('train-generator', damaged, tmp_path / 'g', *options), 'image 29 is not as it was written')
+
+
+def test_a_changed_image_is_neither_split_nor_counted(protloc, damaged):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in damaged.iterdir())
+    refused(protloc('split', damaged), 'image 29 is not as it was written')
+    refused(protloc('info', damaged), 'image 29 is not as it was written')
+    refused(protloc('info', damaged, '--verify'), 'does not match the hash')
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in damaged.iterdir()) == before
+
+
+def test_a_loaders_process_says_one_sentence(damaged):
+    store = ImageStore(damaged)
+    batches = Batches(store, store.rows('train'), 32, seed=0)
+    for workers in (0, 2):
+        with pytest.raises(InputError) as caught:
+            list(loader(batches, 0, 20, workers))
+        assert str(caught.value).startswith(str(damaged)) and 'Traceback' not in str(caught.value)
+
+
+@pytest.mark.parametrize('where', ['first', 'last', 'everywhere'])
+def test_large_damage_is_noticed_on_opening(tmp_path, where):
+    make(tmp_path / 'store')
+    array = np.load(tmp_path / 'store' / 'images.npy', mmap_mode='r+')
+    rows = dict(first=slice(150), last=slice(150, None), everywhere=slice(None, None, 2))[where]
+    array[rows] = np.random.default_rng(1).integers(0, 256, array[rows].shape, dtype=np.uint8)
+    array.flush()
+    with pytest.raises(InputError, match='is not as it was written'):
+        ImageStore(tmp_path / 'store')
+
+
+def test_what_was_checked_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    store = make(tmp_path / 'store')
+    checked = []
+    crc32 = zlib.crc32
+    monkeypatch.setattr('protloc.data.store.zlib.crc32', lambda data: checked.append(1) or crc32(data))
+    assert store.images[:100].shape == (100, 4, 16, 16) and len(checked) > 80
+    checked.clear()
+    again = ImageStore(tmp_path / 'store')
+    again.images[:100]
+    assert len(checked) == 1  # the checksums themselves
+    flip(tmp_path / 'store', 29)
+    with pytest.raises(InputError, match='image 29'):
+        ImageStore(tmp_path / 'store').images[20:40]
+
+
+def test_images_are_read_as_from_an_array(tmp_path):
+    store = make(tmp_path / 'store', 8)
+    plain = np.load(tmp_path / 'store' / 'images.npy')
+    for key in (3, -1, slice(2, 5), [4, 1], np.array([True, False] * 4), (slice(None), 0), (2, 1), ..., (..., 0)):
+        assert np.array_equal(store.images[key], plain[key])
+    assert (store.images == plain).all() and store.images.mean() == plain.mean() and len(store.images) == 8
+    assert np.array_equal(np.asarray(store.images, float), plain) and store.images.shape == plain.shape
+    with pytest.raises(IndexError):
+        store.images[8]
+    assert torch.equal(torch.from_numpy(store.images[[1, 2]]), torch.from_numpy(plain[[1, 2]]))
+
+
+def test_stores_without_checksums_open(tmp_path):
+    store = make(tmp_path / 'store', 8)
+    manifest = dict(store.manifest, sha256={k: v for k, v in store.manifest['sha256'].items() if k != 'checksums'})
+    write_json(store.path / 'manifest.json', manifest)
+    (store.path / 'checksums.npy').unlink()
+    assert ImageStore(store.path).verify() and ImageStore(store.path).images[3].shape == (4, 16, 16)
+
+
+MANIFESTS = {
+    'empty': b'',
+    'a list': b'[]',
+    'binary': b'\x80\x04\x95',
+    'deep': b'[' * 100_000,
+    'no hash': {'sha256': {}},
+    'n is text': {'n': 'many'},
+    'n is huge': {'n': 10**30},
+    'n is negative': {'n': -1},
+    'size is 0': {'size': 0},
+    'no class': {'classes': []},
+    'classes are one text': {'classes': 'Nucleoli'},
+    'a class ends a line': {'classes': ['a\r', 'b']},
+    'channels are numbers': {'channels': [1, 2, 3, 4]},
+    'another version': {'schema_version': 99},
+    'no version': {'schema_version': None},
+    'one class too few': {'classes': ['Nucleoli']},
+    'another size': {'size': 8},
+    'another hash': {'sha256': {'images': '', 'table': 'x', 'checksums': 'x'}},
+}
+
+
+@pytest.mark.parametrize('change', MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_damaged_manifests(protloc, tmp_path, change):
+    store = make(tmp_path / 'store', 8)
+    path = store.path / 'manifest.json'
+    path.write_bytes(change if isinstance(change, bytes) else json.dumps({**store.manifest, **change}).encode())
+    refused(protloc('info', store.path), str(store.path))
+
+
+@pytest.mark.parametrize('name', ['images.npy', 'checksums.npy', 'table.csv'])
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'\x93NUMPY\x01\x00', b'\0' * 100, None])
+def test_damaged_files(protloc, tmp_path, name, content):
+    store = make(tmp_path / 'store', 8)
+    path = store.path / name
+    path.unlink() if content is None else path.write_bytes(content)
+    refused(protloc('info', store.path), name)
+
+
+def simulate(path, seed, start, told):
+    start.wait()
+    try:
+        simulate_store(path, dict(train=60, val=20, test=20), 32, ['Nucleoli', 'Cytosol'], seed=seed)
+        told.put((seed, ''))
+    except InputError as error:
+        told.put((seed, str(error)))
+
+
+def test_two_writers_make_one_store(tmp_path):
+    context = multiprocessing.get_context('fork')
+    start, told = context.Event(), context.Queue()
+    path = tmp_path / 'cells'
+    writers = [context.Process(target=simulate, args=(path, seed, start, told)) for seed in (1, 2)]
+    for writer in writers:
+        writer.start()
+    start.set()
+    said = dict(told.get(timeout=60) for _ in writers)
+    for writer in writers:
+        writer.join()
+    (winner,) = [seed for seed, sentence in said.items() if not sentence]
+    assert any(text in said[3 - winner] for text in ('is being written by process', 'exists already'))
+    alone = simulate_store(
+        tmp_path / 'alone', dict(train=60, val=20, test=20), 32, ['Nucleoli', 'Cytosol'], seed=winner
+    )
+    store = ImageStore(path)
+    assert store.verify() and np.array_equal(store.images, alone.images) and store.table.equals(alone.table)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ['alone', 'cells']
+
+
+@pytest.mark.parametrize('writer_class', [StoreWriter, ResumableWriter])
+def test_what_has_taken_the_name_is_not_replaced(tmp_path, writer_class):
+    path = tmp_path / 'store'
+    image = np.zeros((4, 16, 16), np.uint8)
+    with pytest.raises(InputError, match='has appeared while the store was made'):
+        with writer_class(path, ('r', 'g', 'b', 'y'), CLASSES, 16) as writer:
+            writer.add(image, id='a', target='0')
+            if writer_class is ResumableWriter:
+                writer.commit()
+            path.mkdir()
+            (path / 'thesis.txt').write_text('mine')
+    assert (path / 'thesis.txt').read_text() == 'mine'
+    shutil.rmtree(path)
+    (tmp_path / f'.store{PARTIAL}').rename(path)
+    assert np.array_equal(ImageStore(path).images[0], image)
+
+
+def write_ten(path, stop=None, error=None):
+    with ResumableWriter(path, ('r', 'g', 'b', 'y'), CLASSES, 16, settings=dict(seed=0)) as writer:
+        first = len(writer.done)
+        for i in range(first, 10):
+            if i == stop:
+                raise error
+            writer.add(np.full((4, 16, 16), i, np.uint8), id=f'i{i}', target='0')
+            writer.commit(number=i)
+    return first
+
+
+def test_a_full_disk_keeps_what_was_done(tmp_path):
+    with pytest.raises(OSError, match='No space'):
+        write_ten(tmp_path / 'store', 6, OSError(28, 'No space left on device'))
+    assert write_ten(tmp_path / 'store') == 6
+    write_ten(tmp_path / 'whole')
+    for name in ('images.npy', 'table.csv', 'checksums.npy'):
+        assert (tmp_path / 'store' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ['store', 'whole']
+
+
+def test_a_torn_image_or_log_is_written_again(tmp_path):
+    write_ten(tmp_path / 'whole')
+    partial = partial_of(tmp_path / 'store')
+    changes = {
+        'images.npy': lambda data: data[:-2000] + b'\7' + data[-1999:],
+        'log.jsonl': lambda data: data[: len(data) // 2] + b'{' + data[len(data) // 2 :],
+    }
+    for name, change in changes.items():
+        with pytest.raises(OSError):
+            write_ten(tmp_path / 'store', 6, OSError(5, 'Input/output error'))
+        (partial / name).write_bytes(change((partial / name).read_bytes()))
+        assert 0 < write_ten(tmp_path / 'store') < 6
+        for file in ('images.npy', 'table.csv', 'checksums.npy'):
+            assert (tmp_path / 'store' / file).read_bytes() == (tmp_path / 'whole' / file).read_bytes(), (name, file)
+        shutil.rmtree(tmp_path / 'store')
+
+
+def test_what_was_cut_is_written_anew(tmp_path):
+    with pytest.raises(OSError):
+        write_ten(tmp_path / 'store', 6, OSError(5, 'Input/output error'))
+    with ResumableWriter(tmp_path / 'store', ('r', 'g', 'b', 'y'), CLASSES, 16, settings=dict(seed=0)) as writer:
+        assert [note['number'] for note in writer.done] == list(range(6))
+        writer.cut(2)
+        assert len(writer.done) == 2
+        for i in range(2, 4):
+            writer.add(np.full((4, 16, 16), 10 * i, np.uint8), id=f'new{i}', target='1')
+            writer.commit(number=i)
+    store = ImageStore(tmp_path / 'store')
+    assert store.images[:, 0, 0, 0].tolist() == [0, 1, 20, 30] and store.verify()
+    assert store.table.id.tolist() == ['i0', 'i1', 'new2', 'new3']
+
+
+def test_notes_that_a_kill_left_in_a_whole_store_go(tmp_path):
+    write_ten(tmp_path / 'store')
+    for name in ('log.jsonl', 'settings.json'):
+        (tmp_path / 'store' / name).write_text('{}')
+    with pytest.raises(InputError, match='exists already'):
+        write_ten(tmp_path / 'store')
+    assert sorted(os.listdir(tmp_path / 'store')) == ['checksums.npy', 'images.npy', 'manifest.json', 'table.csv']
+
+
+def test_a_large_store_opens_in_less_than_a_second(tmp_path):
+    "10 GB of black images, which the disk need not hold"
+    n, shape = 10_000, (4, 512, 512)
+    store = make(tmp_path / 'store', 8)
+    with open(store.path / 'images.npy', 'wb') as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(n, *shape)))
+        file.truncate(file.tell() + n * int(np.prod(shape)))
+    rows = ['id,target,group,split,source', *(f'i{i},0,i{i},train,real' for i in range(n))]
+    (store.path / 'table.csv').write_text('\n'.join(rows) + '\n')
+    np.save(store.path / 'checksums.npy', np.full(n, zlib.crc32(np.zeros(shape, np.uint8)), np.uint32))
+    hashes = {name: sha256(store.path / file) for name, file in HASHED.items()}
+    write_json(store.path / 'manifest.json', dict(store.manifest, n=n, size=512, sha256=dict(images='', **hashes)))
+    began = time.perf_counter()
+    large = ImageStore(store.path)
+    seconds = time.perf_counter() - began
+    assert seconds < 1 and large.images[9_999].shape == shape, seconds
