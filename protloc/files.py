@@ -347,13 +347,16 @@ def check_room(
     needed: float,  # bytes
     mend: str = 'free some space, or choose a folder on another disk',
 ):
-    "Raise `InputError` where the disk of an output has no room for it"
+    "Raise `InputError` where the disk of an output has no room for what is still missing of it"
     place = Path(os.path.realpath(path))
     while not place.exists():
         place = place.parent
+    begun = sum(file.stat().st_size for file in partial_of(path).glob('*') if file.is_file())
     free = shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(f'{path} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: {mend}')
+    if needed - begun > free:
+        raise InputError(
+            f'{path} needs {(needed - begun) / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free: {mend}'
+        )
 
 # %% ../nbs/00_files.ipynb #898ebb8f
 def first_difference(

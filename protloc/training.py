@@ -9,6 +9,9 @@ import contextlib
 import io
 import json
 import math
+import os
+import pickle
+import re
 import time
 import uuid
 import warnings
@@ -30,36 +33,52 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Config, InputError, derive_seed, sha256
+from .core import Config, InputError, derive_seed, one_line, read_config, sha256, shown
 from .data.loading import loader
-from .files import atomic_path, remove, write_json, write_text
+from protloc.files import (
+    CHANGED,
+    PARTIAL,
+    atomic_path,
+    check_file,
+    exclusive,
+    is_held,
+    read_json,
+    read_json_lines,
+    remove,
+    write_json,
+    write_text,
+)
 
 # %% auto #0
-__all__ = ['RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded',
-           'power_of', 'PowerEMA', 'moving_average', 'save_weights', 'load_weights', 'Run', 'save_checkpoint',
-           'load_checkpoint', 'this_process', 'accelerator_for', 'to_device', 'device_batch', 'train_step',
-           'use_average', 'averaged', 'enough_memory', 'fit']
+__all__ = ['MOST_STEPS', 'RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng',
+           'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'check_finite',
+           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'hold_folder',
+           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
+           'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #6d74cbbb
+MOST_STEPS = 100_000_000
+
+
 class StepsConfig(Config):
     "How long, and how fast"
 
-    steps: int = pydantic.Field(1000, ge=1)  # optimizer steps
-    batch_size: int = pydantic.Field(64, ge=1)  # images per step, over all processes
-    accumulate: int = pydantic.Field(1, ge=1)  # micro-batches per step and process, to save memory
-    lr: float = pydantic.Field(1e-3, gt=0)  # peak learning rate
-    weight_decay: float = pydantic.Field(0.01, ge=0)  # of AdamW
-    warmup: int = pydantic.Field(0, ge=0)  # steps of linear warm-up
+    steps: int = pydantic.Field(1000, ge=1, le=MOST_STEPS)  # optimizer steps
+    batch_size: int = pydantic.Field(64, ge=1, le=1_000_000)  # images per step, over all processes
+    accumulate: int = pydantic.Field(1, ge=1, le=1_000_000)  # micro-batches per step and process, to save memory
+    lr: float = pydantic.Field(1e-3, gt=0, le=1000)  # peak learning rate
+    weight_decay: float = pydantic.Field(0.01, ge=0, le=1000)  # of AdamW
+    warmup: int = pydantic.Field(0, ge=0, le=MOST_STEPS)  # steps of linear warm-up
     schedule: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine'  # of the learning rate; cosine ends at 0
     lr_factor: float = pydantic.Field(0.1, gt=0, lt=1)  # by which 'step' and 'plateau' lower the rate
-    lr_every: int = pydantic.Field(1000, ge=1)  # steps between two drops of 'step'
+    lr_every: int = pydantic.Field(1000, ge=1, le=MOST_STEPS)  # steps between two drops of 'step'
     # validations without a better score before 'plateau' lowers the rate
-    plateau_patience: int = pydantic.Field(5, ge=1)
+    plateau_patience: int = pydantic.Field(5, ge=1, le=MOST_STEPS)
     # which scores 'plateau' counts as better; 'min' repeats a mistake in published code
     plateau_mode: Literal['max', 'min'] = 'max'
     # validations without a better score before training stops; None to take every step
-    patience: int | None = pydantic.Field(None, ge=1)
-    max_grad_norm: float = pydantic.Field(1.0, gt=0)  # gradients are clipped to this norm
+    patience: int | None = pydantic.Field(None, ge=1, le=MOST_STEPS)
+    max_grad_norm: float = pydantic.Field(1.0, gt=0, le=1e12)  # gradients are clipped to this norm
 
     @pydantic.model_validator(mode='after')
     def _rate_falls_before_the_end(self):
@@ -76,21 +95,22 @@ class StepsConfig(Config):
 class LoopConfig(StepsConfig):
     "How long, how fast, and what to keep"
 
-    ema_decay: float | None = pydantic.Field(
-        None, gt=0, lt=1
-    )  # decay of the weights' moving average; None for no average
+    # decay of the weights' moving average; None for no average
+    ema_decay: float | None = pydantic.Field(None, gt=0, lt=1)
     # instead of ema_decay: width of a power-law average, as a share of the training
-    ema_length: float | None = pydantic.Field(None, gt=0, lt=0.28)
+    ema_length: float | None = pydantic.Field(None, ge=1e-4, lt=0.28)
     # instead of both: share of the training after which all steps weigh the same
     swa_start: float | None = pydantic.Field(None, ge=0, lt=1)
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # bf16 saves time and memory on GPUs; it is slower on CPUs
     compile: bool = False  # torch.compile: minutes before the first step, shorter steps on GPUs
-    workers: int = pydantic.Field(0, ge=0)  # loader processes
-    evaluate_every: int = pydantic.Field(100, ge=1)  # steps between validations
-    checkpoint_seconds: float = pydantic.Field(30, ge=0)  # least time between checkpoints
-    checkpoint_steps: int | None = pydantic.Field(None, ge=1)  # steps between further checkpoints; None for none
-    keep_checkpoints: int = pydantic.Field(1, ge=1)  # on disk, the newest ones
-    trackers: tuple[Literal['tensorboard', 'wandb'], ...] = ()  # log.jsonl is written in any case
+    workers: int = pydantic.Field(0, ge=0, le=1024)  # loader processes
+    evaluate_every: int = pydantic.Field(100, ge=1, le=MOST_STEPS)  # steps between validations
+    checkpoint_seconds: float = pydantic.Field(30, ge=0, le=1e10)  # least time between checkpoints
+    # steps between further checkpoints; None for none
+    checkpoint_steps: int | None = pydantic.Field(None, ge=1, le=MOST_STEPS)
+    keep_checkpoints: int = pydantic.Field(1, ge=1, le=100_000)  # on disk, the newest ones
+    # log.jsonl is written in any case
+    trackers: tuple[Literal['tensorboard', 'wandb'], ...] = pydantic.Field((), max_length=2)
 
     @pydantic.field_validator('mixed_precision', mode='before')
     def _yaml_no(cls, value):
@@ -167,7 +187,9 @@ def seeded(
 def power_of(
     length: float,  # standard deviation of the average, as a share of all steps, below .28
 ) -> float:  # gamma
-    "Exponent of the power-law average of this width (Karras et al. 2024, section 3.1)"
+    "Exponent of the power-law average of this width (Karras et al. 2024, section 3.1); raises `InputError`"
+    if not 1e-4 <= length < 0.28:
+        raise InputError(f'the width of a power-law average lies between 0.0001 and 0.28, not at {shown(length)}')
     return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())
 
 # %% ../nbs/05_training.ipynb #a237f786
@@ -207,6 +229,24 @@ def moving_average(
     if config.ema_decay:
         return EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1, power=3 / 4, foreach=True)
 
+# %% ../nbs/05_training.ipynb #9fc6ac55
+@contextlib.contextmanager
+def disk_errors(
+    path: str | Path,  # a file or folder that is written inside the block
+):
+    "Inside the block a disk's error names the path; raises `OSError` for one that safetensors tells in its own way"
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except safetensors.SafetensorError as error:
+        number = re.search(r'os error (\d+)', str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
 # %% ../nbs/05_training.ipynb #2c0911db
 def save_weights(
     model: nn.Module,  # on any device
@@ -216,22 +256,52 @@ def save_weights(
     "Write a model's weights atomically"
     kept = {name: w for name, w in model.state_dict().items() if not without or without not in name}
     weights = {name: w.detach().cpu().contiguous() for name, w in kept.items()}
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial, disk_errors(path):
         partial.write_bytes(safetensors.torch.save(weights))
+
+# %% ../nbs/05_training.ipynb #9be5bcb1
+def check_finite(
+    weights: dict[str, Tensor],  # as a model's `state_dict`
+    where: str | Path,  # the file that they come from, for the message
+    mend: str = 'copy it again, or train again',  # what the user can do, for the message
+):
+    "Raise `InputError` for weights that are not numbers"
+    for name, values in weights.items():
+        if not values.isfinite().all():
+            raise InputError(f'{where} has weights that are no numbers (nan or infinite) in {shown(name)}: {mend}')
+
+# %% ../nbs/05_training.ipynb #b8b0125a
+def read_weights(
+    path: str | Path,  # a .safetensors file
+    mend: str = 'copy it again, or train again',  # what the user can do, for the message
+) -> dict[str, Tensor]:  # finite, on the CPU
+    "The weights in a file; raises `InputError` where it is missing, damaged or has weights that are not finite"
+    if not os.path.lexists(path):
+        raise InputError(f'there are no weights {one_line(path)}: {mend}')
+    check_file(path)
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        raise InputError(f'{path} holds no weights that can be read ({one_line(error)}): {CHANGED}, {mend}') from None
+    check_finite(weights, path, mend)
+    return weights
 
 # %% ../nbs/05_training.ipynb #73bfd904
 def load_weights(
     model: nn.Module,  # changed in place
     path: str | Path,  # a .safetensors file
 ):
-    "Read weights into a model; raises `InputError` where they do not fit"
+    "Read weights into a model; raises `InputError` where they do not fit, or as `read_weights`"
+    weights = read_weights(path)
+    there = model.state_dict()
+    for name in there.keys() & weights.keys():
+        if there[name].is_floating_point() != weights[name].is_floating_point():
+            kinds = f'{weights[name].dtype} in {name}, and {there[name].dtype} is needed'
+            raise InputError(f'{path} does not fit this model: {kinds}')
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except FileNotFoundError:
-        raise InputError(f'there are no weights {path}') from None
-    except (RuntimeError, safetensors.SafetensorError) as e:
-        reason = ' '.join(str(e).split())[:200]
-        raise InputError(f'{path} does not fit this model: {reason}') from None
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f'{path} does not fit this model: {one_line(error)}') from None
 
 # %% ../nbs/05_training.ipynb #8682bbbf
 @dataclass
@@ -271,7 +341,7 @@ def save_checkpoint(
         ema=run.ema and run.ema.state_dict(),
         scaler=run.scaler and run.scaler.state_dict(),
     )
-    with atomic_path(newest) as partial:
+    with atomic_path(newest) as partial, disk_errors(newest):
         partial.mkdir()
         save_weights(run.model, partial / 'model.safetensors')
         buffer = io.BytesIO()  # torch.save tells no OSError where the disk is full
@@ -286,10 +356,21 @@ def save_checkpoint(
 def _is_whole(checkpoint):
     "Whether the files are those that were written"
     try:
-        written = json.loads((checkpoint / 'sha256.json').read_text())
-        return all(sha256(checkpoint / name) == digest for name, digest in written.items())
-    except (OSError, ValueError):
+        written = read_json(checkpoint / 'sha256.json')
+        return all(sha256(checkpoint / name) == written.get(name) for name in ('model.safetensors', 'state.pt'))
+    except (OSError, InputError):
         return False
+
+# %% ../nbs/05_training.ipynb #e8fe11f1
+def _restore(run, state):
+    "Give a run the state of a checkpoint"
+    run.step, run.best, run.log, run.id = (state[k] for k in ('step', 'best', 'log', 'id'))
+    run.scores = [line[run.score] for line in run.log if run.score in line]
+    for name in ('optimizer', 'ema', 'scaler'):
+        if getattr(run, name):
+            getattr(run, name).load_state_dict(state[name])
+    if run.ema:
+        run.ema.to(next(run.model.parameters()).device)
 
 # %% ../nbs/05_training.ipynb #ed3e99d0
 def load_checkpoint(
@@ -308,14 +389,13 @@ def load_checkpoint(
     if path != newest:
         warnings.warn(f'{newest} is damaged: training goes on from {path.name}', stacklevel=2)
     load_weights(run.model, path / 'model.safetensors')
-    state = torch.load(path / 'state.pt', weights_only=True, map_location='cpu')
-    run.step, run.best, run.log, run.id = (state[k] for k in ('step', 'best', 'log', 'id'))
-    run.scores = [line[run.score] for line in run.log if run.score in line]
-    for name in ('optimizer', 'ema', 'scaler'):
-        if getattr(run, name):
-            getattr(run, name).load_state_dict(state[name])
-    if run.ema:
-        run.ema.to(next(run.model.parameters()).device)
+    try:
+        _restore(run, torch.load(path / 'state.pt', weights_only=True, map_location='cpu'))
+    # what torch and its optimizers raise for the state of another training, or of another version
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f'{path} does not fit this training ({one_line(error)}): remove {path.parent} to begin again'
+        ) from None
     return True
 
 # %% ../nbs/05_training.ipynb #a292dfb1
@@ -334,6 +414,34 @@ class _Objective(nn.Module):
 def this_process() -> PartialState:  # its rank among how many, and its device
     "This process among those that `torchrun` started; joins them on the first call"
     return PartialState(cpu=not torch.accelerator.is_available())
+
+# %% ../nbs/05_training.ipynb #cb1231ac
+def _sweep(folder):
+    "Remove what a killed process has left half-written in a folder, where no other process is writing it now"
+    for partial in Path(folder).glob(f'.*{PARTIAL}'):
+        with contextlib.suppress(InputError), exclusive(partial.with_name(partial.name[1 : -len(PARTIAL)]), wait=0):
+            remove(partial)
+
+
+@contextlib.contextmanager
+def hold_folder(
+    folder: str | Path,  # of a training or a drawing; may be absent
+    again: bool = False,  # let it pass where this process holds it already, or a folder above it
+):
+    "Inside the block the main process holds a folder; raises `InputError` in every process where another one holds it"
+    main = this_process().is_main_process
+    refusal = ''
+    with contextlib.ExitStack() as held:
+        if main and not (again and is_held(folder)):
+            try:
+                held.enter_context(exclusive(folder))
+                _sweep(folder)
+            except InputError as error:
+                refusal = str(error)
+        refusal = broadcast_object_list([refusal])[0]
+        if refusal:
+            raise InputError(refusal)
+        yield
 
 # %% ../nbs/05_training.ipynb #9345a2e6
 def accelerator_for(
@@ -547,6 +655,16 @@ def enough_memory(
             ' raise accumulate, or lower batch_size; checkpoints are kept'
         ) from None
 
+# %% ../nbs/05_training.ipynb #2584e611
+def check_loop(
+    config: LoopConfig,
+    scored: bool,  # whether the training is validated by a score
+):
+    "Raise `InputError` for settings of a training that cannot work; nothing has been computed yet"
+    _check_trackers(config)
+    _check_score(config, scored)
+    accelerator_for(config.mixed_precision)
+
 # %% ../nbs/05_training.ipynb #377ef52c
 def _accelerator_of(config, folder, unused):
     "The Accelerator that the settings of a training ask for"
@@ -572,8 +690,7 @@ def fit(
     unused: bool = False,  # whether a step may leave some parameters unused; several processes have to know
 ) -> Run:  # finished; the model has its averaged weights
     "Train, continue, or load a finished run; raises `InputError` for a loss that is no number, or too little memory"
-    _check_trackers(config)
-    _check_score(config, evaluate and score)
+    check_loop(config, bool(evaluate and score))
     folder = Path(folder)
     plain = _Objective(model, loss)
     accelerator = _accelerator_of(config, folder, unused)
@@ -582,20 +699,22 @@ def fit(
     objective, optimizer = accelerator.prepare(plain, optimizer)
     average = moving_average(model.parameters(), config)
     run = Run(model, optimizer, average, folder, scaler=accelerator.scaler, score=score)
-    if _is_done(run):
-        return run
     batches = batches.shard(accelerator.process_index, accelerator.num_processes)
 
     def use():
         use_average(run, plain, batches, accelerator, config, seed)
 
-    with fork_rng(), enough_memory(config), _tracked(accelerator, run, config, name):
-        _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator)
-        use()
-    if accelerator.is_main_process:
-        save_weights(model, folder / 'last.safetensors')
-        remove(folder / 'checkpoints')
-    accelerator.wait_for_everyone()
+    with hold_folder(folder, again=True):
+        if not _is_done(run):
+            with fork_rng(), enough_memory(config), _tracked(accelerator, run, config, name):
+                _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator)
+                use()
+            check_finite(model.state_dict(), folder, f'lower the learning rate ({config.lr})')
+            if accelerator.is_main_process:
+                save_weights(model, folder / 'last.safetensors')
+        if accelerator.is_main_process:
+            remove(folder / 'checkpoints')  # a kill in here leaves some of them, and the next call removes them
+        accelerator.wait_for_everyone()
     return run
 
 # %% ../nbs/05_training.ipynb #5cc3013b
@@ -607,40 +726,61 @@ def _steps(run, objective, batches, config, seed, evaluate, use, name, accelerat
     main = accelerator.is_main_process
     if main:
         write_text(run.folder / 'log.jsonl', _lines(run.log))
-    bar = tqdm(total=config.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False)
     numbers = []
     started = saved = time.time()
-    for batch in loader(batches, run.step, config.steps, config.workers, accelerator.device.type == 'cuda'):
-        batch = device_batch(batches, batch, run.step, accelerator.device)
-        numbers.append(train_step(objective, batch, run, accelerator, config, seed))
-        bar.update()
-        last = run.step == config.steps
-        checkpoint_due = bool(config.checkpoint_steps) and run.step % config.checkpoint_steps == 0
-        evaluates = bool(evaluate) and (run.step % config.evaluate_every == 0 or last)
-        if not (evaluates or checkpoint_due or last or len(numbers) == LOG_STEPS):
-            continue
-        run.log.append(_line(run, numbers, started, config, accelerator))
-        if evaluates:
-            run.log[-1].update(_validate(run, evaluate, use, main))
-        if main:
-            _tell(run, bar, accelerator)
-        if last or (evaluates and config.patience and plateaus(run.scores, config.patience)):
-            break
-        if main and (checkpoint_due or time.time() - saved > config.checkpoint_seconds):
-            save_checkpoint(run, config.keep_checkpoints)
-            saved = time.time()
-        numbers = []
-        started = time.time()
-    bar.close()
+    # a block, so that a refusal begins on a line of its own
+    with tqdm(total=config.steps, initial=run.step, desc=name, unit='step', disable=not main, leave=False) as bar:
+        for batch in loader(batches, run.step, config.steps, config.workers, accelerator.device.type == 'cuda'):
+            batch = device_batch(batches, batch, run.step, accelerator.device)
+            numbers.append(train_step(objective, batch, run, accelerator, config, seed))
+            bar.update()
+            last = run.step == config.steps
+            checkpoint_due = bool(config.checkpoint_steps) and run.step % config.checkpoint_steps == 0
+            evaluates = bool(evaluate) and (run.step % config.evaluate_every == 0 or last)
+            if not (evaluates or checkpoint_due or last or len(numbers) == LOG_STEPS):
+                continue
+            run.log.append(_line(run, numbers, started, config, accelerator))
+            if evaluates:
+                run.log[-1].update(_validate(run, evaluate, use, main))
+            if main:
+                _tell(run, bar, accelerator)
+            if last or (evaluates and config.patience and plateaus(run.scores, config.patience)):
+                break
+            if main and (checkpoint_due or time.time() - saved > config.checkpoint_seconds):
+                save_checkpoint(run, config.keep_checkpoints)
+                saved = time.time()
+            numbers = []
+            started = time.time()
 
 # %% ../nbs/05_training.ipynb #f06699d2
 def _tell(run, bar, accelerator):
     "Write the newest line of the log wherever it is wanted"
-    with open(run.folder / 'log.jsonl', 'a', encoding='utf-8') as f:
+    file = run.folder / 'log.jsonl'
+    with disk_errors(file), open(file, 'a', encoding='utf-8') as f:
         f.write(_lines(run.log[-1:]))
     accelerator.log(run.log[-1], step=run.step)
     hidden = ('step', 'lr', 'images_per_second')
     bar.set_postfix({name: f'{number:.4g}' for name, number in run.log[-1].items() if name not in hidden})
+
+# %% ../nbs/05_training.ipynb #08aa722b
+class LogLine(Config, extra='allow'):
+    "What every line of log.jsonl has; the other numbers are those of the loss and of the evaluation"
+
+    step: int = pydantic.Field(ge=1, le=MOST_STEPS)  # steps done
+
+
+def _read_log(folder):
+    "The lines of a finished training's log; raises `InputError` where it is missing or damaged"
+    path = folder / 'log.jsonl'
+    mend = f'remove {folder} to train again'
+    if not os.path.lexists(path):
+        raise InputError(f'there is no log {path} of the finished training: copy it again, or {mend}')
+    log = read_json_lines(path, mend)
+    for number, line in enumerate(log, 1):
+        read_config(LogLine, line, f'{path}, line {number}')
+    if not log:
+        raise InputError(f'{path} is empty: {CHANGED}, {mend}')
+    return log
 
 # %% ../nbs/05_training.ipynb #d4e978be
 def _is_done(run):
@@ -648,7 +788,7 @@ def _is_done(run):
     done = (run.folder / 'last.safetensors').exists()
     if done:
         load_weights(run.model, run.folder / 'last.safetensors')
-        run.log = [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
+        run.log = _read_log(run.folder)
         run.step = run.log[-1]['step']
     else:
         load_checkpoint(run)

@@ -582,9 +582,10 @@ def test_the_folder_above_the_classes(protloc, tmp_path):
 def test_a_store_within_the_folder_is_no_class(protloc, tmp_path):
     for i in range(3):
         save(tmp_path / 'in' / 'a' / f'{i}.png')
-    prepared(protloc, tmp_path / 'in', tmp_path / 'in' / 'store')
-    again, err = prepared(protloc, tmp_path / 'in', tmp_path / 'in' / 'again')
-    assert list(again.vocab) == ['a'] and len(again) == 3 and '3 files not read' in err
+    store, _ = prepared(protloc, tmp_path / 'in', tmp_path / 'store')
+    store.path.rename(tmp_path / 'in' / 'store')
+    again, err = prepared(protloc, tmp_path / 'in', tmp_path / 'again')
+    assert list(again.vocab) == ['a'] and len(again) == 3 and '4 files not read' in err
 
 
 # --- channels

@@ -221,9 +221,9 @@ BROKEN = {
     'no settings': ('unet/config.json', Path.unlink, 'unet/config.json is missing'),
     'no label encoder': ('label_encoder', shutil.rmtree, 'label_encoder/config.json is missing'),
     'no scheduler': ('scheduler', shutil.rmtree, 'scheduler_config.json is missing'),
-    'not JSON': ('model_index.json', lambda path: path.write_text('{"a":'), 'model_index.json is damaged'),
-    'a list': ('model_index.json', lambda path: path.write_text('[]'), 'model_index.json is damaged'),
-    'no scheduler settings': ('scheduler/scheduler_config.json', lambda p: p.write_text('x'), 'config.json is damaged'),
+    'not JSON': ('model_index.json', lambda path: path.write_text('{"a":'), 'model_index.json is not valid JSON'),
+    'a list': ('model_index.json', lambda path: path.write_text('[]'), 'model_index.json holds []'),
+    'no scheduler settings': ('scheduler/scheduler_config.json', lambda p: p.write_text(''), 'is not valid JSON'),
 }
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_folder_is_one_sentence(case, folder, tmp_path, protloc, runs)
 def test_other_folders_are_one_sentence(folder, tmp_path):
     unet = UNet2DModel.from_pretrained(folder / 'unet')
     DDPMPipeline(unet, make_scheduler()).save_pretrained(tmp_path / 'ddpm')
-    with pytest.raises(InputError, match='a pipeline of the class DDPMPipeline, not a generator of protloc'):
+    with pytest.raises(InputError, match="a pipeline of the class 'DDPMPipeline', not a generator of protloc"):
         open_pipeline(tmp_path / 'ddpm')
     open_pipeline(folder).save_pretrained(tmp_path / 'pickled', safe_serialization=False)
     for opened in (open_pipeline, DiffusionPipeline.from_pretrained):

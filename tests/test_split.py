@@ -152,7 +152,7 @@ def test_folds_and_columns_that_tie(protloc, store):
         (['--folds=5', '--val=0.2'], 'leave out'),
         (['--group=slide'], "no column 'slide'"),
         (['--channel=gfp'], "no channel 'gfp'"),
-        (['--distance=99'], "'likeness.distance' is wrong"),
+        (['--distance=99'], "'--distance'"),
         (['--folds=100'], 'choose fewer folds'),
     ],
 )

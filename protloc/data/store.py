@@ -531,10 +531,10 @@ def sample_rows(
 @patch
 def _check(self: ImageStore):
     "What can be checked while reading only a few images"
+    images = self.images
     if len(self.table) != len(self):
         raise InputError(f'{self.path}/table.csv has {len(self.table)} rows for {len(self)} images: {CHANGED}, {MEND}')
-    if len(self):
-        self.images[sample_rows(self, 16)]
+    images[sample_rows(self, 16)]
 
 # %% ../../nbs/04_data/03_store.ipynb #41496d87
 @patch

@@ -17,13 +17,13 @@ import yaml
 
 from ..classify.mixing import build_strategy
 from ..classify.train import build_classifier, check_labels, strategy_batches
-from ..core import InputError, lookup, rng_for, versions
+from ..core import InputError, rng_for, versions
 from ..data.split import SPLITS
 from ..data.store import ImageStore, write_store
 from ..diffusion.denoiser import build_denoiser
-from ..diffusion.generate import plan_labels
+from ..diffusion.generate import check_generate, plan_labels
 from ..diffusion.train import conditions_of
-from ..files import partial_of, remove, write_json, write_text
+from ..files import check_room, partial_of, remove, write_json, write_text
 from .arms import StudyConfig
 from .folder import RunFolder
 from .report import page
@@ -31,47 +31,32 @@ from .verdict import Study, write_results
 from ..training import seeded
 
 # %% auto #0
-__all__ = ['FIRST', 'check_disk', 'check_drawing', 'check_training', 'first_rows', 'dummy_run', 'page_in_process', 'rehearse']
-
-# %% ../../nbs/09_study/07_rehearsal.ipynb #3f5ebd42
-def check_disk(
-    run: RunFolder,
-    images: int,  # how many are going to be drawn
-    real: ImageStore,  # like these
-):
-    "Raise `InputError` where the disk has no room for images that are going to be drawn"
-    needed = images * len(real.channels) * real.size**2
-    free = shutil.disk_usage(run.path).free
-    if needed > free:
-        raise InputError(
-            f'{images} synthetic images need {needed / 1e9:.1f} GB, and the disk of {run.path} has {free / 1e9:.1f} GB'
-            ' free: free some space, choose a folder on another disk with --out, or draw fewer with'
-            ' --set generate.images=NUMBER'
-        )
+__all__ = ['ROOM', 'FIRST', 'check_drawing', 'check_training', 'first_rows', 'dummy_run', 'page_in_process', 'rehearse']
 
 # %% ../../nbs/09_study/07_rehearsal.ipynb #1affdd1d
+ROOM = 'free some space, choose a folder on another disk with --out, or draw fewer with --set generate.images=NUMBER'
+
+
 def check_drawing(
     config: StudyConfig,
     real: ImageStore,  # the generator sees its training split
     run: RunFolder,
 ):
-    "Raise `InputError` where the planned synthetic images cannot be drawn"
+    "Raise `InputError` where the planned synthetic images cannot be drawn, or the disk has no room for them"
     labels = real.labels[real.rows('train')]
     planned = plan_labels(config.generate.plan, labels, real.vocab, config.generate.images, config.seed)
     sources = {arm.source for arm in config.arms if 'synthetic' in arm.sources}
-    check_disk(run, len(planned) * sum(not run.synthetic(source).exists() for source in sources), real)
+    missing = sum(not run.synthetic(source).exists() for source in sources)
+    check_room(run.synthetic(), missing * len(planned) * len(real.channels) * real.size**2, ROOM)
     if 'generator' not in sources:
         return
-    for name in config.generate.negative_labels:
-        real.vocab.number_of(name)
     conditions = conditions_of(real, config.generator.condition)
     asked = config.generate.condition
     if asked and not conditions:
         raise InputError(
             f"generate.condition is '{asked}', but generator.condition names no column: set it, or neither"
         )
-    if asked:
-        lookup('condition', asked, dict.fromkeys(conditions))
+    check_generate(config.generate, real.vocab, conditions)
     steps = config.generator.objective.num_train_timesteps
     with seeded(config.seed, 'generator'):
         build_denoiser(len(real.channels), labels.shape[1] + len(conditions), real.size, config.generator.unet, steps)
