@@ -253,7 +253,7 @@ def test_a_disk_without_room(protloc, challenge, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=30_000))
     for words in (('prepare', challenge, tmp_path / 'a', '--size', 32), ('simulate', tmp_path / 'a', '--train', 1000)):
         code, _, err = protloc(*words)
-        assert code == 2 and 'GB free: free some space, ' in err, err
+        assert code == 2 and 'MB free: free some space, ' in err, err
         assert [path.name for path in tmp_path.iterdir()] == ['challenge']
     assert protloc('prepare', challenge, tmp_path / 'b', '--size', 30, '--workers', 1)[0] == 0  # 28,800 bytes
 

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from ..core import Config, InputError
-from .store import ImageStore, StoredImages
+from .store import ImageStore
 
 # %% auto #0
 __all__ = ['MOST_PAIRS', 'fingerprints', 'hashes', 'apply_symmetry', 'Likeness', 'hashed_channel', 'candidate_pairs',
@@ -24,7 +24,7 @@ __all__ = ['MOST_PAIRS', 'fingerprints', 'hashes', 'apply_symmetry', 'Likeness',
 
 # %% ../../nbs/04_data/06_duplicates.ipynb #50e2d81b
 def fingerprints(
-    images: np.ndarray | StoredImages,  # (N, C, S, S) uint8, e.g. of a store
+    images,  # (N, C, S, S) uint8: an array, or the images of a store
     k: int = 12,  # frequencies along each axis
     pixels: int = 2**24,  # read at a time
 ) -> np.ndarray:  # (N, C, k, k) float32, of length 1 an image
