@@ -546,7 +546,7 @@ def test_a_full_disk_keeps_what_was_done(protloc, many, uninterrupted, tmp_path)
     try:
         code, _, err = protloc(*words)
         assert code == 2 and 'No space left on device' in err and 'Traceback' not in err
-        assert 100 < finished(disk / '.store.protloc-partial' / 'log.jsonl') < 300 and not (disk / 'store').exists()
+        assert 50 < finished(disk / '.store.protloc-partial' / 'log.jsonl') < 300 and not (disk / 'store').exists()
         subprocess.run(['mount', '-o', 'remount,size=60m', disk], check=True)
         assert protloc(*words)[0] == 0 and same(disk / 'store', uninterrupted)
         assert sorted(path.name for path in disk.iterdir()) == ['store', 'store.bad.csv']
