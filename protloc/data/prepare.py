@@ -27,7 +27,7 @@ from .readers.listing import describe_not_read
 from .readers.tables import write_table
 from .split import SPLITS, Fractions, assign_splits, group_labels, stratify
 from .store import ImageStore, ResumableWriter
-from ..files import check_room, partial_of, remove
+from ..files import check_room, remove
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -346,10 +346,8 @@ class Drawing(Config):
 def _check_disk(path, fields, config):
     "Raise `InputError` where the images that there will be at least have no room on the disk"
     if not config.min_foreground:
-        there = partial_of(path) / 'images.npy'
-        written = there.stat().st_size if there.exists() else 0
         needed = len(fields.table) * len(fields.channels) * config.size**2
-        check_room(path, needed - written, 'free some space, choose a folder on another disk, or a smaller --size')
+        check_room(path, needed, 'free some space, choose a folder on another disk, or a smaller --size')
 
 # %% ../../nbs/04_data/09_prepare.ipynb #0b5cb3ca
 def prepare(

@@ -315,27 +315,6 @@ def _go_on(self: ResumableWriter):
         self._marks.append((len(self.rows), log_bytes, self.hash.copy()))
     self.cut(len(self.done))
 
-# %% ../../nbs/04_data/03_store.ipynb #787b7b0f
-@patch
-def cut(
-    self: ResumableWriter,
-    n: int,  # notes that are kept
-):
-    "Forget everything from the n-th committed note on, before anything is added: writing goes on from there"
-    self.log.seek(0)
-    kept = [next(self.log) for _ in range(n)]
-    self.done = self.done[:n]
-    self.rows = [row for line in kept for row in json.loads(line)['rows']]
-    self.logged = len(self.rows)
-    self.log.seek(sum(len(line.encode()) for line in kept))
-    self.log.truncate()
-    self.file.seek(0)
-    self._write_header(0)
-    self.hash = hashlib.sha256()
-    for _ in self.rows:
-        self.hash.update(self.file.read(len(self.channels) * self.size**2))
-    self.file.truncate()
-
 # %% ../../nbs/04_data/03_store.ipynb #e103a8fa
 @patch
 def cut(
