@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from ..classify.mixing import build_strategy
-from ..classify.train import build_classifier, check_labels, strategy_batches
+from ..classify.train import build_classifier, check_classifier, check_labels, strategy_batches
 from ..core import InputError, rng_for, versions
 from ..data.split import SPLITS
 from ..data.store import ImageStore, write_store
@@ -65,8 +65,13 @@ def check_drawing(
 def check_training(
     config: StudyConfig,
     real: ImageStore,
+    run: RunFolder,  # where the teachers are going to be
 ):
-    "Raise `InputError` where the classifiers cannot be trained on the real images"
+    "Raise `InputError` where the classifier of an arm cannot be trained on the real images"
+    for arm in config.arms:
+        teacher = run.classifier('real', 0) if arm.needs_teacher else None
+        how = dict(partners=arm.partners, ratio=arm.ratio, teacher=teacher, **arm.options)
+        check_classifier(real, config.classifier, arm.kind, **how)
     strategy = build_strategy('real')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # said when they are trained
@@ -157,7 +162,7 @@ def rehearse(
     if run.generator.exists() or run.classifiers.exists():
         return
     check_drawing(config, real, run)
-    check_training(config, real)
+    check_training(config, real, run)
     folder = partial_of(run.path / 'rehearsal')
     remove(folder)
     try:
