@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -24,8 +25,9 @@ from .store import ImageStore
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SYMMETRIES', 'PARTNER_KINDS', 'shuffled_rows', 'AugmentConfig', 'draw_crop_boxes', 'turn_and_crop', 'scale_channels',
-           'augment_images', 'Batch', 'balance_weights', 'Batches', 'SourceBatches', 'Partners', 'loader', 'in_order']
+__all__ = ['Factor', 'SYMMETRIES', 'PARTNER_KINDS', 'shuffled_rows', 'AugmentConfig', 'draw_crop_boxes', 'turn_and_crop',
+           'scale_channels', 'augment_images', 'Batch', 'balance_weights', 'Batches', 'SourceBatches', 'Partners',
+           'loader', 'in_order']
 
 # %% ../../nbs/04_data/10_loading.ipynb #52ddb6fe
 def shuffled_rows(
@@ -44,12 +46,15 @@ def _permutation(n, epoch, seed):
     return rng_for(seed, 'epoch', epoch).permutation(n)
 
 # %% ../../nbs/04_data/10_loading.ipynb #adbe1b28
+Factor = Annotated[float, pydantic.Field(ge=0, le=100)]
+
+
 class AugmentConfig(Config):
     "What may be done to a training image without changing what it shows"
 
     turn: bool = True  # one of the square's eight symmetries, each as likely
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # least and largest share of the area kept
-    crop_ratio: tuple[float, float] = (1.0, 1.0)  # least and largest width over height of the crop
+    crop_scale: tuple[Factor, Factor] = (1.0, 1.0)  # least and largest share of the area kept
+    crop_ratio: tuple[Factor, Factor] = (1.0, 1.0)  # least and largest width over height of the crop
     jitter: float = pydantic.Field(0.0, ge=0, le=10)  # standard deviation of the log of each channel's gain
 
     @property
@@ -61,10 +66,8 @@ class AugmentConfig(Config):
     def _ordered(self):
         for name in ('crop_scale', 'crop_ratio'):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 100:
-                raise InputError(
-                    f'{name} must be two numbers above 0 and at most 100, the smaller first, not {low} and {high}'
-                )
+            if not 0 < low <= high:
+                raise InputError(f'{name} must be two numbers above 0, the smaller first, not {low} and {high}')
         if self.crop_scale[1] > 1:
             raise InputError(
                 f'crop_scale must not be above 1: a crop of {self.crop_scale[1]:.0%} is larger than its image'
