@@ -33,8 +33,8 @@ from ..labels import Vocabulary
 from ..training import check_finite, read_weights
 
 # %% auto #0
-__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size', 'Pool',
-           'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
+__all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'DEPTHS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size',
+           'Pool', 'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
            'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'ClassifierCard', 'read_card',
            'load_pretrained', 'standardise']
 
@@ -540,6 +540,9 @@ def _check_backbone(its, mine, num_channels, folder):
         )
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #c954add1
+DEPTHS = dict.fromkeys(('uint8', 'uint16', 'uint32'))
+
+
 class ClassifierCard(Config, extra='allow'):
     "What classifier.json notes; earlier versions did not write all of it, and later ones may write more"
 
@@ -558,6 +561,8 @@ class ClassifierCard(Config, extra='allow'):
         lookup('pooling', self.pooling, POOLINGS)
         lookup('head', self.head, HEADS)
         Vocabulary(tuple(self.classes))
+        for depth in self.depths:
+            lookup('depth', depth, DEPTHS)
         known = {name: value for name, value in self.fields.items() if name in FieldConfig.model_fields}
         read_config(FieldConfig, known, 'fields')
         return self
