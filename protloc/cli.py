@@ -342,7 +342,9 @@ def simulate(
     _writes({'OUT': out})
     ends_in(out)
     counts = dict(train=train, val=val, test=test)
-    classes = classes.split(',') if classes else None
+    classes = _names(classes) or None
+    if classes and '' in classes:
+        raise InputError('--classes names no class between two commas: write names or numbers, separated by commas')
     print(simulate_store(out, counts, size, classes, temper, seed, workers, shift, cells, least))
 
 # %% ../nbs/11_cli.ipynb #21b22989

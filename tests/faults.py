@@ -848,11 +848,13 @@ def choose(cases, count=CHOSEN, seed=SEED):
     for members in strata.values():
         members.sort(key=lambda case: draw_of(f'{seed} {case.name}'))
     slow = sorted(stratum for stratum, members in strata.items() if all(case.slow for case in members))
-    for stratum in slow:
+    groups = set()
+    for place, stratum in enumerate(slow):
         members = strata.pop(stratum)
-        # what takes seconds is tried for a few strata
-        if slow.index(stratum) % max(1, len(slow) // SLOW_CHOSEN) == 0:
+        # what takes seconds is tried for a few strata, and for one of every group
+        if place % max(1, len(slow) // SLOW_CHOSEN) == 0 or stratum[0] not in groups:
             strata['slow', ''] += members[:1]
+        groups.add(stratum[0])
     for stratum in strata:
         if stratum[0] != 'slow':
             strata[stratum] = [case for case in strata[stratum] if not case.slow]

@@ -417,6 +417,7 @@ def train_classifier(
     if (folder / 'classifier.json').exists():
         if this_process().is_main_process:
             sweep(folder / 'classifier.json')
+            sweep(folder)
         _claim(folder, settings)
         return load_classifier(folder)[0]
 

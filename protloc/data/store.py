@@ -367,6 +367,11 @@ class Manifest(Config):
     made: dict = {}
     sha256: _Hashes
 
+    @pydantic.field_validator('classes')
+    @classmethod
+    def _named(cls, names):
+        return Vocabulary(names).names
+
     @pydantic.field_validator('channels', 'classes', mode='before')
     @classmethod
     def _printable(cls, value, info):  # of `Config`, for these alone: a command in `made` may have several lines
@@ -519,6 +524,8 @@ def _open_images(self: ImageStore) -> StoredImages:
     if array.shape != shape or array.dtype != np.uint8:
         held = f'{array.dtype} {array.shape}'
         raise InputError(f'{path} holds {held}, its manifest says uint8 {shape}: {CHANGED}, {MEND}')
+    if array.offset + array.nbytes != path.stat().st_size:
+        raise InputError(f'{path} is longer than its images: {CHANGED}, {MEND}')
     return StoredImages(path, array, self._checksums)
 
 
