@@ -788,20 +788,9 @@ def generate(
     from protloc.study.draw import draw_images
 
     ends_in(out)
-    given = _given(
-        images=images,
-        plan=plan,
-        guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        negative_labels=negative,
-        condition=condition,
-        num_inference_steps=num_inference_steps,
-        scheduler=scheduler,
-        best_of=best_of,
-        batch_size=batch_size,
-        strength=edit,
-    )
+    given = _given(images=images, plan=plan, negative_labels=negative, condition=condition, batch_size=batch_size)
+    given |= _given(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, best_of=best_of, strength=edit)
+    given |= _given(guidance_interval=guidance_interval, num_inference_steps=num_inference_steps, scheduler=scheduler)
     judged = dict(classifier=classifier, min_fidelity=min_fidelity, drop_copies=drop_copies)
     print(draw_images(generator, out, like, preset, given, half, seed, **judged))
 

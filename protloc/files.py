@@ -295,7 +295,7 @@ def exclusive(
         file.unlink(missing_ok=True)
         lock.release()
 
-
+# %% ../nbs/00_files.ipynb #4796351a
 def is_cut_off(
     path: str | Path,  # an output, whole or not
 ) -> bool:

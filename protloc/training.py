@@ -33,6 +33,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% auto #0
+__all__ = ['MOST_STEPS', 'RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng',
+           'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'check_finite',
+           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'hold_folder',
+           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
+           'check_loop', 'fit', 'LogLine']
+
+# %% ../nbs/05_training.ipynb #62a1987e
 from .core import Config, InputError, derive_seed, one_line, read_config, sha256, shown
 from .data.loading import loader
 from protloc.files import (
@@ -49,13 +57,6 @@ from protloc.files import (
     write_json,
     write_text,
 )
-
-# %% auto #0
-__all__ = ['MOST_STEPS', 'RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng',
-           'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'check_finite',
-           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'hold_folder',
-           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
-           'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #6d74cbbb
 MOST_STEPS = 100_000_000

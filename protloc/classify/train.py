@@ -14,6 +14,12 @@ import pydantic
 import torch
 from torch import Tensor
 
+# %% auto #0
+__all__ = ['ClassifierConfig', 'check_partners', 'choose_second_store', 'strategy_batches', 'check_labels', 'teacher_labels',
+           'build_classifier', 'check_strategy', 'check_teacher', 'check_weights', 'check_classifier',
+           'train_classifier']
+
+# %% ../../nbs/07_classify/07_train.ipynb #8a3c80af
 from protloc.classify.backbone import (
     HEADS,
     POOLINGS,
@@ -51,11 +57,6 @@ from protloc.training import (
     seeded,
     this_process,
 )
-
-# %% auto #0
-__all__ = ['ClassifierConfig', 'check_partners', 'choose_second_store', 'strategy_batches', 'check_labels', 'teacher_labels',
-           'build_classifier', 'check_strategy', 'check_teacher', 'check_weights', 'check_classifier',
-           'train_classifier']
 
 # %% ../../nbs/07_classify/07_train.ipynb #5878f8f8
 class ClassifierConfig(Config):

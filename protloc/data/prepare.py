@@ -374,16 +374,9 @@ def prepare(
     check_workers(workers)
     bad_list = Path(bad_list or f'{Path(path)}.bad.csv')
     check_bad_list(bad_list)
-    settings = _store_settings(
-        folder,
-        folder_config,
-        config,
-        depths,
-        labelled=labelled,
-        classes=None if vocab is None else vocab.names,
-        seed=seed,
-        fractions=fractions and fractions.model_dump(),
-    )
+    shares = fractions and fractions.model_dump()
+    chosen = dict(labelled=labelled, classes=vocab and vocab.names, seed=seed, fractions=shares)
+    settings = _store_settings(folder, folder_config, config, depths, **chosen)
     fields, splits = _plan(folder, folder_config, vocab, labelled, config, fractions, seed)
     if fields.layout != 'tree':
         fractions = fractions or Fractions()

@@ -243,7 +243,7 @@ class GenerateConfig(Config):
             )
         return interval
 
-
+# %% ../../nbs/06_diffusion/04_generate.ipynb #3659d59f
 def check_generate(
     config: GenerateConfig,
     vocab: Vocabulary,  # of the images that the generator is, or will be, trained on

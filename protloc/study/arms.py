@@ -69,21 +69,19 @@ class DataConfig(Config):
     simulate: SimulateConfig | None = None  # cells to simulate; None for none
     prepare: PrepareConfig = PrepareConfig()  # how to read a folder of fields
 
-# %% ../../nbs/09_study/00_arms.ipynb #7a3fa5c2
+# %% ../../nbs/09_study/00_arms.ipynb #681d304e
 Number = Annotated[float, pydantic.Field(ge=-1e9, le=1e9)]
 
-
+# %% ../../nbs/09_study/00_arms.ipynb #7a3fa5c2
 class ArmConfig(Config):
     "One way to use real and synthetic images"
 
     name: str  # in the report and as a folder
     strategy: str = pydantic.Field('', max_length=100)  # a name in `STRATEGIES`; the arm's own name if empty
     options: dict[str, bool | Number | str] = {}  # of the strategy, e.g. alpha
-    # of its synthetic images; the oracle simulates them, perfectly
-    source: Literal['generator', 'oracle'] = 'generator'
-    partners: str = pydantic.Field(
-        'any', max_length=100
-    )  # which synthetic image is paired with a real one, see `Partners`
+    source: Literal['generator', 'oracle'] = 'generator'  # of its synthetic images; the oracle simulates them
+    # which synthetic image is paired with a real one, see `Partners`
+    partners: str = pydantic.Field('any', max_length=100)
     # synthetic images for each real one in a step; 1 where they are mixed one to one
     ratio: float = pydantic.Field(1.0, ge=0, le=1000)
 
