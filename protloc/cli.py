@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN', 'KNOWN_BY', 'RENAMED', 'Overwrite', 'Seed',
-           'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'MOST_IMAGES',
-           'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields', 'Tile',
-           'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge',
-           'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare',
-           'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance',
-           'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale',
-           'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit',
-           'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption',
-           'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit',
-           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets',
-           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
-           'evaluate', 'thresholds', 'predict', 'export']
+           'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'Out', 'Size',
+           'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields', 'Tile', 'Layout',
+           'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge', 'MaskEnding',
+           'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare', 'TestShare',
+           'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance', 'Similarity',
+           'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale', 'GuidanceRescale',
+           'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit', 'Scorer',
+           'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption', 'Synthetic',
+           'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit', 'ValSplit',
+           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets', 'report',
+           'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier', 'evaluate',
+           'thresholds', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -27,7 +27,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import InputError, read_config
+from .core import MOST_IMAGES, InputError, read_config
 from .ending import answered, command_name, ends_in, fitting, speak_any_terminal, stoppable
 from .files import check_outputs, exclusive, is_cut_off, read_text, sweep
 
@@ -295,7 +295,6 @@ def report(folder: Annotated[Path, typer.Argument(help='Folder of a finished run
     print(f'Report: {write_report(folder)}')
 
 # %% ../nbs/11_cli.ipynb #dfc2b9bc
-MOST_IMAGES = 10_000_000
 Out = Annotated[Path, typer.Argument(help='The new store; a finished one is not written over.')]
 Size = Annotated[int, typer.Option(min=8, max=65_536, help='Height and width of the stored images in pixels.')]
 Train = Annotated[int, typer.Option(min=0, max=MOST_IMAGES, help='Training images.')]

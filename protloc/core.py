@@ -23,14 +23,15 @@ import typing
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pydantic
 
 # %% auto #0
-__all__ = ['InputError', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error', 'has_control', 'Config', 'read_config',
-           'interrupts_kept', 'end_with', 'derive_seed', 'rng_for', 'versions', 'command_line', 'command_again',
-           'sha256']
+__all__ = ['MOST_IMAGES', 'Seed', 'InputError', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error', 'has_control',
+           'Config', 'check_seed', 'read_config', 'interrupts_kept', 'end_with', 'derive_seed', 'rng_for', 'versions',
+           'command_line', 'command_again', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
@@ -151,6 +152,18 @@ class Config(pydantic.BaseModel):
     def _printable(cls, value, info):
         _check_texts(value, info.field_name)
         return value
+
+# %% ../nbs/00_core.ipynb #f1ed63a7
+MOST_IMAGES = 10_000_000  # in a data set, a plan or a split
+Seed = Annotated[int, pydantic.Field(ge=0, le=2**63 - 1)]
+
+
+def check_seed(
+    seed: int,  # the user's
+):
+    "Raise `InputError` for what cannot be a seed"
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise InputError(f'a seed is a whole number from 0 to 2**63 - 1, not {shown(seed)}')
 
 # %% ../nbs/00_core.ipynb #33458b79
 def read_config(

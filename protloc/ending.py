@@ -216,7 +216,7 @@ def _of_surroundings(error):
     text = str(error)
     if kinds & {'MemoryError', 'OutOfMemoryError'} or "can't allocate memory" in text:
         return NO_MEMORY
-    if kinds & {'BrokenProcessPool', 'TerminatedWorkerError'} or text.startswith('DataLoader worker (pid'):
+    if kinds & {'BrokenProcessPool', 'TerminatedWorkerError'}:
         return HELPER_LOST
     if isinstance(error, RecursionError):
         return 'a file or a setting is nested too deeply: flatten it'

@@ -23,7 +23,7 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
-           'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of',
+           'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of', 'lock_of',
            'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'write_text', 'write_json', 'check_outputs',
            'check_room', 'first_difference', 'claim_settings']
 
@@ -224,6 +224,14 @@ def partial_of(
     path = Path(path)
     return path.parent / f'.{path.name}{PARTIAL}'
 
+
+def lock_of(
+    path: str | Path,  # an output, or a link to it
+) -> Path:
+    "The lock that is held while an output is made"
+    path = Path(os.path.realpath(path))
+    return path.parent / f'.{path.name}{LOCK}'
+
 # %% ../nbs/00_files.ipynb #2a696d44
 @contextlib.contextmanager
 def atomic_path(
@@ -277,7 +285,7 @@ def exclusive(
     if path in _HELD:
         raise InputError(f'{path} is being written by this process already: {mend}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.parent / f'.{path.name}{LOCK}'
+    file = lock_of(path)
     if file.is_symlink():
         raise InputError(f'{file} should be a lock and is a link: remove it')
     lock = filelock.FileLock(file, timeout=wait)
@@ -300,19 +308,19 @@ def is_cut_off(
     path: str | Path,  # an output, whole or not
 ) -> bool:
     "Whether the same command was killed while it held an output"
-    path = Path(os.path.realpath(path))
-    lock = path.parent / f'.{path.name}{LOCK}'
+    lock = lock_of(path)
     return lock.is_file() and lock.read_text(errors='replace').endswith(f' ({command_line()})')
 
 
 def sweep(
     path: str | Path,  # an output that is whole, and not held by this process
 ):
-    "Remove what a process that was killed at its very end has left beside an output"
-    lock = partial_of(path).with_name(f'.{Path(path).name}{LOCK}')
-    if os.path.lexists(lock) or os.path.lexists(partial_of(path)):
+    "Remove what a killed process has left beside a whole output: its lock, and a file that was to replace it"
+    partial = partial_of(path)
+    if os.path.lexists(lock_of(path)) or partial.is_file():
         with exclusive(path, wait=0):
-            remove(partial_of(path))
+            if partial.is_file():  # a folder may be a whole store that found its name taken
+                remove(partial)
 
 # %% ../nbs/00_files.ipynb #27cec2de
 def write_text(

@@ -32,7 +32,7 @@ from protloc.classify.backbone import (
 from .losses import build_criterion, check_head
 from .mixing import Strategy, build_strategy
 from .predict import load_classifier, probabilities, save_classifier
-from ..core import Config, InputError, derive_seed, lookup, sha256, shown
+from ..core import Config, InputError, check_seed, derive_seed, lookup, sha256, shown
 from ..data.kind import ImageKind
 from protloc.data.loading import (
     PARTNER_KINDS,
@@ -382,8 +382,7 @@ def check_classifier(
     check_strategy(config, strategy)
     check_loop(config.loop, scored=True)
     _check_sizes(config, strategy, ratio)
-    if not 0 <= seed < 2**63:
-        raise InputError(f'a seed is a whole number from 0 to 2**63 - 1, not {shown(seed)}')
+    check_seed(seed)
     config.criterion_for(real.labels[real.rows('train')])
     if not real.labels[real.rows('val')].any():
         raise InputError(

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pydantic
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import Config, InputError, lookup, one_line, read_config, sha256
+from ..core import InputError, check_seed, lookup, one_line, read_config, sha256
 from .fields import FieldConfig, field_images, read_field, read_mask
 from .helpers import check_workers, ordered_map
 from .kind import brief
@@ -31,7 +30,7 @@ from ..files import check_room, remove
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['BAD_COLUMNS', 'check_bad_list', 'Drawing', 'prepare']
+__all__ = ['BAD_COLUMNS', 'check_bad_list', 'prepare']
 
 # %% ../../nbs/04_data/09_prepare.ipynb #b8f5d65f
 def _stamp(folder, names):
@@ -336,13 +335,7 @@ def _plan(folder, folder_config, vocab, labelled, config, fractions, seed):
             print(line, file=sys.stderr)
     return fields, _splits_of(fields, fractions, seed) if labelled else [''] * len(fields.table)
 
-# %% ../../nbs/04_data/09_prepare.ipynb #45bd9173
-class Drawing(Config):
-    "What chance decides in `prepare`"
-
-    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)  # of the split
-
-
+# %% ../../nbs/04_data/09_prepare.ipynb #cd7ee503
 def _check_disk(path, fields, config):
     "Raise `InputError` where the images that there will be at least have no room on the disk"
     if not config.min_foreground:
@@ -370,7 +363,7 @@ def prepare(
     of_folder = {name: options.pop(name) for name in FolderConfig.model_fields if name in options}
     config = read_config(FieldConfig, dict(options, size=size, tile=tile), 'prepare')
     folder_config = read_config(FolderConfig, of_folder, 'prepare')
-    read_config(Drawing, dict(seed=seed), 'prepare')
+    check_seed(seed)
     check_workers(workers)
     bad_list = Path(bad_list or f'{Path(path)}.bad.csv')
     check_bad_list(bad_list)

@@ -17,7 +17,7 @@ import pandas as pd
 import pydantic
 
 from .. import __version__
-from ..core import Config, InputError, command_line, sha256
+from ..core import Config, InputError, Seed, command_line, sha256
 from .duplicates import Likeness, join_groups, near_duplicates
 from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
@@ -35,7 +35,7 @@ class SplitConfig(Config):
     fractions: Fractions = Fractions()  # shares of train, val and test
     folds: int | None = pydantic.Field(None, ge=3, le=1000)  # folds instead of fractions
     test_fold: int = pydantic.Field(0, ge=0, le=1000)  # the fold to test with; the next one validates
-    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)  # the same seed, the same split
+    seed: Seed = 0  # the same seed, the same split
     # of the table, e.g. antibody, slide: equal values stay together, beside those of `group`
     columns: tuple[str, ...] = ()
     duplicates: bool = True  # look for near-duplicates and keep them together

@@ -188,7 +188,7 @@ def _give_name(self: StoreWriter):
     "The whole store gets its name; raises `InputError` where something else has got it meanwhile"
     try:
         os.rename(self.folder, self.path)
-    except (FileExistsError, NotADirectoryError, OSError) as error:
+    except OSError as error:
         if not os.path.lexists(self.path):
             raise
         raise InputError(

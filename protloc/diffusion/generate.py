@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core import Config, InputError, lookup, one_line, rng_for, sha256, shown
+from ..core import MOST_IMAGES, Config, InputError, lookup, one_line, rng_for, sha256, shown
 from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
@@ -32,9 +32,8 @@ from ..labels import Vocabulary
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['MOST_IMAGES', 'PLAN_COLUMNS', 'PLANS', 'Share', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan',
-           'single_plan', 'read_plan', 'plan_labels', 'GenerateConfig', 'check_generate', 'generator_hash',
-           'draw_block', 'generate']
+__all__ = ['PLAN_COLUMNS', 'PLANS', 'Share', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan',
+           'read_plan', 'plan_labels', 'GenerateConfig', 'check_generate', 'generator_hash', 'draw_block', 'generate']
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #2f4c5fd4
 def match_plan(
@@ -134,9 +133,6 @@ def single_plan(
     return np.eye(labels.shape[1], dtype=labels.dtype)[classes[np.arange(n) % len(classes)]]
 
 # %% ../../nbs/06_diffusion/04_generate.ipynb #49c5f7d0
-MOST_IMAGES = 10_000_000  # of a plan
-
-
 def read_plan(
     path: str | Path,  # a CSV file
     vocab: Vocabulary,  # the classes

@@ -33,6 +33,7 @@ from .objective import to_images, to_signal
 from ..files import read_json
 from ..labels import Vocabulary
 from ..plots import details
+from ..training import check_finite
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided',
@@ -585,9 +586,7 @@ def from_pretrained(
         lacking = sorted(set(getattr(pipe, name).state_dict()) - names)
         if lacking:
             raise InputError(f'{folder / name} lacks the weights {lacking[0]}: copy the folder again')
-        for key, weight in getattr(pipe, name).state_dict().items():
-            if not weight.isfinite().all():
-                raise InputError(f'{folder / name} holds weights that are no numbers, in {key}: train it again')
+        check_finite(getattr(pipe, name).state_dict(), folder / name)
     return pipe
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #e62eca5d

@@ -5,7 +5,6 @@
 # %% ../../nbs/06_diffusion/03_train.ipynb #44575a5c
 from __future__ import annotations
 
-import contextlib
 import html
 import re
 import textwrap
@@ -28,9 +27,9 @@ from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
-from ..files import atomic_path, claim_settings, exclusive, partial_of, remove, write_json
+from ..files import atomic_path, claim_settings, write_json
 from ..plots import show_cells
-from ..training import RUNTIME, LoopConfig, fit, seeded, this_process
+from ..training import MOST_STEPS, RUNTIME, LoopConfig, disk_errors, fit, hold_folder, seeded, this_process
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
@@ -51,9 +50,8 @@ class GeneratorConfig(Config):
     # length, rate, moving average
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=0.995)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, slower
-    preview_every: int = pydantic.Field(
-        0, ge=0, le=100_000_000
-    )  # steps between pictures of the same few images; 0 = none
+    # steps between pictures of the same few images; 0 = none
+    preview_every: int = pydantic.Field(0, ge=0, le=MOST_STEPS)
 
     @pydantic.model_validator(mode='after')
     def _known_to_the_papers(self):
@@ -341,7 +339,7 @@ def _save(denoiser, batches, scheduler, log, settings, folder):
     store, config, conditions = batches.store, batches.config, batches.conditions
     pipe = pipeline_of(denoiser, store, config, scheduler, conditions)
     pipe.set_progress_bar_config(disable=True)
-    with atomic_path(folder / 'pipeline') as partial:
+    with atomic_path(folder / 'pipeline') as partial, disk_errors(folder / 'pipeline'):
         pipe.save_pretrained(partial)
         picture = _save_samples(pipe, store, config, batches.seed, partial / 'samples.png')
         card = model_card(denoiser, store, config, batches.seed, log, conditions, picture)
@@ -377,11 +375,10 @@ def train_generator(
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
     settings = _settings(store, config, seed)
-    with exclusive(folder) if this_process().is_main_process else contextlib.nullcontext():
+    with hold_folder(folder):
         if this_process().is_main_process:
             claim_settings(folder / 'settings.json', settings)
         if (folder / 'pipeline').exists():
-            remove(partial_of(folder / 'pipeline'))
             return open_pipeline(folder)
         scheduler = make_scheduler(config.objective)
         batches = TrainingImages(store, config, seed, conditions)

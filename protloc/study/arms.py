@@ -16,35 +16,19 @@ import pydantic
 from ..classify.backbone import check_size
 from ..classify.mixing import STRATEGIES, build_strategy
 from ..classify.train import ClassifierConfig, check_partners, check_strategy
-from ..core import Config, InputError, lookup, one_line, read_config, shown
+from ..core import Config, InputError, Seed, lookup, one_line, read_config, shown
 from ..data.fields import FieldConfig
 from ..data.layouts import FolderConfig
+from ..data.simulate.datasets import SimulateConfig
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
 from ..files import check_name, parse_yaml, read_yaml
 
 # %% auto #0
-__all__ = ['MOST_IMAGES', 'Images', 'Number', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'SimulateConfig', 'PrepareConfig',
-           'DataConfig', 'ArmConfig', 'StudyConfig', 'presets', 'read_preset', 'commands_of', 'with_overrides',
-           'section_of', 'study_config', 'section_config', 'arm_of']
-
-# %% ../../nbs/09_study/00_arms.ipynb #47cda5a5
-MOST_IMAGES = 10_000_000
-Images = Annotated[int, pydantic.Field(ge=0, le=MOST_IMAGES)]
-
-
-class SimulateConfig(Config):
-    "Simulated cells, see `simulate_store`"
-
-    size: int = pydantic.Field(32, ge=32, le=512)  # pixels
-    counts: dict[str, Images] = dict(train=2000, val=400, test=800)  # images in each split
-    classes: tuple[str, ...] | None = None  # HPA classes; None for all 28
-    temper: float = pydantic.Field(0.5, ge=0, le=10)  # exponent of HPA's label-set counts; below 1 flattens the tail
-    shift: float = pydantic.Field(0.0, ge=0, le=1)  # how far test cell lines are moved beyond training's
-    cells: int = pydantic.Field(1, ge=1, le=1000)  # in an image; more make a field
-    # antibodies of every class in each split; four, or fewer in small splits, unless given
-    least: int | None = pydantic.Field(None, ge=1, le=MOST_IMAGES)
+__all__ = ['Number', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig',
+           'presets', 'read_preset', 'commands_of', 'with_overrides', 'section_of', 'study_config', 'section_config',
+           'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(FolderConfig, FieldConfig):
@@ -127,7 +111,7 @@ class StudyConfig(Config):
 
     about: str = pydantic.Field('', max_length=2000)  # one line for people
     # of data, generator and, with the arm's seed, of each classifier
-    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)
+    seed: Seed = 0
     seeds: int = pydantic.Field(3, ge=1, le=1000)  # classifiers an arm
     data: DataConfig = DataConfig()  # where the real images come from
     generator: GeneratorConfig = GeneratorConfig()  # how it is trained

@@ -14,7 +14,7 @@ import pandas as pd
 import pydantic
 from fastcore.basics import patch
 
-from ..core import Config, InputError, read_config
+from ..core import Config, InputError, Seed, read_config
 from ..data.readers.tables import read_table, with_numbers, write_table
 from ..data.store import ImageStore
 from protloc.files import (
@@ -163,7 +163,7 @@ class RunSettings(Config):
 
     model_config = pydantic.ConfigDict(extra='ignore')
     about: str  # one line for people
-    seed: int = pydantic.Field(ge=0, le=2**63 - 1)
+    seed: Seed
     seeds: int = pydantic.Field(ge=1, le=1000)  # classifiers an arm
     arms: tuple[_NamedArm, ...] = pydantic.Field(min_length=1)
 

@@ -15,11 +15,11 @@ import pydantic
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['TRAIN_LINES', 'TEST_LINES', 'class_numbers', 'hpa_sets', 'label_set_probabilities', 'draw_label_sets', 'plan_images',
-           'Simulation', 'simulate_store', 'oracle_store']
+__all__ = ['TRAIN_LINES', 'TEST_LINES', 'Images', 'class_numbers', 'hpa_sets', 'label_set_probabilities', 'draw_label_sets',
+           'plan_images', 'SimulateConfig', 'simulate_store', 'oracle_store']
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #f00e7724
-from ...core import Config, InputError, derive_seed, read_config, rng_for, shown
+from ...core import MOST_IMAGES, Config, InputError, check_seed, derive_seed, read_config, rng_for, shown
 from ..helpers import check_workers, ordered_map
 from ..readers.tables import read_table
 from .cells import CellLine
@@ -155,8 +155,6 @@ def _batches(plan, workers, *settings):
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #17037930
 def _write(path, plan, classes, size, made, *, seed, shift=0.0, cells=1, workers=1, source='simulated'):
     "Simulate planned images into a store"
-    check_workers(workers)
-    check_room(path, len(plan) * len(STAINS) * size**2)
     vocab = Vocabulary([SIMULATED.names[k] for k in classes])
     place = {k: i for i, k in enumerate(classes)}
     with (
@@ -178,16 +176,20 @@ def _write(path, plan, classes, size, made, *, seed, shift=0.0, cells=1, workers
     return ImageStore(path)
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #b85bae06
-class Simulation(Config):
-    "The numbers of a simulated data set, as in `simulate_store`"
+Images = Annotated[int, pydantic.Field(ge=0, le=MOST_IMAGES)]
 
-    counts: dict[str, Annotated[int, pydantic.Field(ge=0, le=10_000_000)]] = dict(train=2000, val=400, test=400)
-    size: int = pydantic.Field(32, ge=32, le=512)
-    temper: float = pydantic.Field(0.5, ge=0, le=10)
-    seed: int = pydantic.Field(0, ge=0, le=2**63 - 1)
-    shift: float = pydantic.Field(0.0, ge=0, le=1)
-    cells: int = pydantic.Field(1, ge=1, le=1000)
-    least: int | None = pydantic.Field(None, ge=1, le=10_000_000)
+
+class SimulateConfig(Config):
+    "Simulated cells, see `simulate_store`"
+
+    size: int = pydantic.Field(32, ge=32, le=512)  # pixels
+    counts: dict[str, Images] = dict(train=2000, val=400, test=800)  # images in each split
+    classes: tuple[str, ...] | None = None  # HPA classes; None for all 28
+    temper: float = pydantic.Field(0.5, ge=0, le=10)  # exponent of HPA's label-set counts; below 1 flattens the tail
+    shift: float = pydantic.Field(0.0, ge=0, le=1)  # how far test cell lines are moved beyond training's
+    cells: int = pydantic.Field(1, ge=1, le=1000)  # in an image; more make a field
+    # antibodies of every class in each split; four, or fewer in small splits, unless given
+    least: int | None = pydantic.Field(None, ge=1, le=MOST_IMAGES)
 
 # %% ../../../nbs/04_data/04_simulate/04_datasets.ipynb #3d36743a
 def simulate_store(
@@ -210,13 +212,14 @@ def simulate_store(
     if not 0 <= shift <= 1:
         raise InputError(f'the shift of the test cell lines must be from 0 to 1, not {shown(shift)}')
     cells = int(cells)
-    given = dict(counts=counts, temper=temper, least=least, seed=seed, shift=shift, cells=cells)
-    read_config(Simulation, dict(given, size=size), 'simulate')
+    check_seed(seed)
+    given = dict(counts=counts, temper=temper, least=least, shift=shift, cells=cells)
+    read_config(SimulateConfig, dict(given, size=size), 'simulate')
     if not sum(counts.values()):
         raise InputError('simulate: there would be no image: ask for some in train, val or test')
     check_workers(workers)
     check_room(path, sum(counts.values()) * len(STAINS) * size**2)
-    made = dict(kind='simulated', **given)
+    made = dict(kind='simulated', counts=counts, temper=temper, least=least, seed=seed, shift=shift, cells=cells)
     plan = plan_images(counts, numbers, temper, seed, least)
     return _write(path, plan, numbers, size, made, seed=seed, shift=shift, cells=cells, workers=workers)
 
@@ -235,6 +238,8 @@ def oracle_store(
     classes = class_numbers(list(real.vocab))
     check_picture(real.size, made.get('cells', 1))
     cells = int(made.get('cells', 1))
+    check_workers(workers)
+    check_room(path, len(labels) * len(STAINS) * real.size**2)
     rng = rng_for(seed, 'oracle')
     plan = []
     for i, row in enumerate(labels):
