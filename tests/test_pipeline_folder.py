@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
+import safetensors
 import torch
 import yaml
 from diffusers import ConfigMixin, DDIMScheduler, DDPMPipeline, DiffusionPipeline, ModelMixin, UNet2DModel
@@ -454,3 +455,22 @@ def test_numbers_of_steps():
     pipe.scheduler = diffusers.LCMScheduler.from_config(trained.config)
     with pytest.raises(InputError, match='made for distilled models'):
         pipe('Cytosol')
+
+
+def test_a_full_disk_while_the_pipeline_is_saved_is_one_sentence(protloc, tmp_path, monkeypatch):
+    simulate_store(tmp_path / 'cells', dict(train=24, val=8, test=8), 32, ['Nucleoli', 'Cytosol'])
+    words = ['train-generator', tmp_path / 'cells', tmp_path / 'g', '--set', 'unet.widths=[16, 32]']
+    words += ['--set', 'loop={steps: 2, batch_size: 4}']
+
+    def save(weights, filename, **options):
+        raise safetensors.SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+
+    with monkeypatch.context() as full:
+        full.setattr('safetensors.torch.save_file', save)
+        code, _, err = protloc(*words)
+    sentence = err.strip().splitlines()[-1]
+    assert code == 2 and sentence.startswith('protloc: ') and 'pipeline' in sentence, err
+    assert 'No space left on device' in sentence and 'free some space' in sentence
+    assert not [path.name for path in (tmp_path / 'g').rglob('.*protloc*')]
+    code, _, err = protloc(*words)
+    assert code == 0 and (tmp_path / 'g' / 'pipeline' / 'model_index.json').exists(), err
