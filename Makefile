@@ -1,6 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(CORES) --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test quick lint docs lab export clean
 
@@ -10,10 +11,10 @@ demo: .venv/.installed  ## the main job on the embedded data; ends with the path
 test: lint  ## every check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES)
 	$(BIN)/python docs/build.py
-	$(BIN)/pytest
+	$(PYTEST)
 
 quick: lint  ## what to run between two edits: under two minutes
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: .venv/.installed-dev  ## exported code is current; ruff, types, directions of imports
 	$(BIN)/python tests/check_notebooks.py

@@ -194,7 +194,19 @@ def _hold(*files, overwrite=False):
 
 # %% ../nbs/11_cli.ipynb #405a3513
 class _Command(typer.core.TyperCommand):
-    "A command that takes finite numbers alone, and lets go of its files at its end"
+    "A command that takes finite numbers and no empty words, and lets go of its files at its end"
+
+    def parse_args(self, ctx, args):
+        "Read the words; raises `InputError` for an empty one: the path '' would be the working folder"
+        given, *_ = self.make_parser(ctx).parse_args(list(args))
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            words = value if isinstance(value, tuple | list) else [value]
+            if any(isinstance(word, str) and not word.strip() for word in words):
+                is_argument = parameter.param_type_name == 'argument'
+                name = parameter.name.upper() if is_argument else parameter.opts[0]
+                raise InputError(f'{name} is empty: give it a value' + (', or leave it out' * (not is_argument)))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
         "Do it"
@@ -725,7 +737,7 @@ Scheduler = Annotated[
 Edit = Annotated[
     Optional[float],
     typer.Option(
-        min=0,
+        min=0.001,
         max=1,
         metavar='STRENGTH',
         help='Edit training images instead of drawing from noise: near 0 hardly, 1 completely. They keep their labels'

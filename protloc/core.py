@@ -95,7 +95,7 @@ def lookup(
 
 # %% ../nbs/00_core.ipynb #90624867
 _MENDS = {
-    ('ENOSPC', 'EDQUOT'): 'free some space, or choose a folder on another disk',
+    ('ENOSPC', 'EDQUOT'): 'free some space and run the same command again, or choose a folder on another disk',
     ('EACCES', 'EPERM', 'EROFS'): 'change its permissions, or choose another place',
     ('ENOENT', 'ESTALE'): 'check the path',
     ('ENOTDIR', 'EISDIR', 'EEXIST', 'ENOTEMPTY'): 'choose another name, or move what is there',
@@ -176,9 +176,12 @@ def read_config(
         return kind.model_validate(values)
     except pydantic.ValidationError as e:
         error = e.errors()[0]
-    if error['type'] == 'value_error':
-        raise InputError(f"{where}: {error['ctx']['error']}")
     field = one_line('.'.join(map(str, error['loc']))) or 'the whole'
+    if error['type'] == 'value_error':
+        reason = str(error['ctx']['error'])
+        names = [name for name in error['loc'] if isinstance(name, str)]
+        named = not names or names[-1] in reason
+        raise InputError(f'{where}: {reason}' if named else f"{where}: '{field}' is wrong: {reason}")
     if error['type'] != 'extra_forbidden':
         raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {shown(error['input'])}")
     known = _fields_beside(kind, error['loc'])

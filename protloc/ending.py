@@ -46,6 +46,9 @@ def say(
 ) -> int:  # the exit code
     "Print to the standard error"
     with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+        bars = getattr(sys.modules.get('tqdm'), 'tqdm', None)
+        for bar in list(getattr(bars, '_instances', ())):
+            bar.close()  # else the sentence would stand at the end of its line
         print(text, file=sys.stderr)
     return code
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import yaml
 from .core import InputError, command_line, describe_os_error, has_control, one_line, shown
 
 # %% auto #0
-__all__ = ['CHANGED', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text', 'read_json',
-           'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove', 'partial_of', 'lock_of',
-           'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'write_text', 'write_json', 'check_outputs',
-           'check_room', 'first_difference', 'claim_settings']
+__all__ = ['CHANGED', 'MOST_LETTERS', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text',
+           'read_json', 'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove',
+           'partial_of', 'lock_of', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'sweep_within',
+           'write_text', 'write_json', 'check_outputs', 'check_room', 'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
 def check_file(
@@ -104,6 +105,7 @@ def read_json_lines(
     return objects
 
 # %% ../nbs/00_files.ipynb #fe108e1b
+MOST_LETTERS = 1_000_000  # of a YAML text
 MOST_NODES = 100_000  # of a YAML text, with all that its aliases stand for
 
 
@@ -115,9 +117,8 @@ def _count_nodes(node, counted, above=()):
         parts = []
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != '<<']
-            twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-            if twice is not None:
-                raise InputError(f'{shown(twice)} is there twice')
+            if len(set(keys)) < len(keys):
+                raise InputError(f'{shown(Counter(keys).most_common(1)[0][0])} is there twice')
             parts = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
@@ -132,6 +133,8 @@ def parse_yaml(
     where: str,  # file or option, for the message
 ):  # a value
     "The value of a YAML text; raises `InputError` where it is malformed, endless or ambiguous"
+    if len(text) > MOST_LETTERS:
+        raise InputError(f'{where} has {len(text):,} letters, settings have at most {MOST_LETTERS:,}: check the file')
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -294,20 +297,23 @@ def exclusive(
     except filelock.Timeout:
         raise InputError(f'{path} is being written by {_holder(file)}: {mend}') from None
     _HELD.add(path)
+    is_native = not hasattr(lock, 'pid')  # else the file itself is the lock, with a text of filelock's own
     try:
-        file.write_text(f'process {os.getpid()} on {socket.gethostname()} ({command_line()})')
+        if is_native:
+            file.write_text(f'process {os.getpid()} on {socket.gethostname()} ({command_line()})')
         yield
     finally:
         _HELD.discard(path)
-        # removed while it is held: who waits for it notices, and makes a new one
-        file.unlink(missing_ok=True)
+        if is_native:
+            # removed while it is held: who waits for it notices, and makes a new one
+            file.unlink(missing_ok=True)
         lock.release()
 
 # %% ../nbs/00_files.ipynb #4796351a
 def is_cut_off(
     path: str | Path,  # an output, whole or not
 ) -> bool:
-    "Whether the same command was killed while it held an output"
+    "Whether the same command holds an output, or was killed while it did"
     lock = lock_of(path)
     return lock.is_file() and lock.read_text(errors='replace').endswith(f' ({command_line()})')
 
@@ -321,6 +327,18 @@ def sweep(
         with exclusive(path, wait=0):
             if partial.is_file():  # a folder may be a whole store that found its name taken
                 remove(partial)
+
+
+def sweep_within(
+    folder: str | Path,  # a folder that this process holds; may be absent
+    folders: bool = True,  # half-written folders too; without it they stay, to be gone on with
+):
+    "Remove what killed processes have left anywhere in a folder, but what another process is writing there now"
+    for ending in (PARTIAL, LOCK):
+        for left in list(Path(folder).rglob(f'.*{ending}')):
+            with contextlib.suppress(InputError), exclusive(left.with_name(left.name[1 : -len(ending)]), wait=0):
+                if ending == PARTIAL and (folders or left.is_file()):
+                    remove(left)  # a lock goes with the block
 
 # %% ../nbs/00_files.ipynb #27cec2de
 def write_text(
@@ -383,7 +401,7 @@ def first_difference(
 ) -> str:  # e.g. 'loop.steps is 500 there and 600 now'; '' where they are equal
     "Name the first setting in which two trees of settings differ"
     if not (isinstance(there, dict) and isinstance(here, dict)):
-        then, now = ('not set' if value is None else value for value in (there, here))
+        then, now = ('not set' if value is None else one_line(value, 120) for value in (there, here))
         return '' if there == here else f'{name} is {then} there and {now} now'
     named = (first_difference(there.get(k), here.get(k), f'{name}.{k}'.strip('.')) for k in {**there, **here})
     return next(filter(None, named), '')

@@ -45,7 +45,6 @@ from .core import Config, InputError, derive_seed, one_line, read_config, sha256
 from .data.loading import loader
 from protloc.files import (
     CHANGED,
-    LOCK,
     PARTIAL,
     atomic_path,
     check_file,
@@ -54,6 +53,7 @@ from protloc.files import (
     read_json,
     read_json_lines,
     remove,
+    sweep_within,
     write_json,
     write_text,
 )
@@ -328,14 +328,24 @@ class Run:
 
 # %% ../nbs/05_training.ipynb #1be46d9b
 def _checkpoints(folder):
-    return sorted((Path(folder) / 'checkpoints').glob('step-*'))
+    return sorted(p for p in (Path(folder) / 'checkpoints').glob('step-*') if re.fullmatch(r'step-\d{8,}', p.name))
+
+
+def _drop_checkpoints(folder, kept=()):
+    "Remove all checkpoints but those to keep, and what is half-written; what else lies beside them stays"
+    half_written = (Path(folder) / 'checkpoints').glob(f'.step-*{PARTIAL}')
+    for path in {*_checkpoints(folder), *half_written} - set(kept):
+        remove(path)
+    if not kept:
+        with contextlib.suppress(OSError):  # it is not empty, or not there
+            (Path(folder) / 'checkpoints').rmdir()
 
 # %% ../nbs/05_training.ipynb #c9fe8ea9
 def save_checkpoint(
     run: Run,  # any time between two steps
     keep: int = 1,  # checkpoints to keep
 ):
-    "Write checkpoints/step-N and drop older ones"
+    "Write checkpoints/step-N and drop older ones; other files in the folder stay"
     folder = run.folder / 'checkpoints'
     newest = folder / f'step-{run.step:08d}'
     state = dict(
@@ -355,8 +365,7 @@ def save_checkpoint(
         (partial / 'state.pt').write_bytes(buffer.getbuffer())
         write_json(partial / 'sha256.json', {file.name: sha256(file) for file in sorted(partial.iterdir())})
     whole = [checkpoint for checkpoint in _checkpoints(run.folder) if checkpoint.name <= newest.name]
-    for path in set(folder.iterdir()) - set(whole[-keep:]):
-        remove(path)
+    _drop_checkpoints(run.folder, whole[-keep:])
 
 # %% ../nbs/05_training.ipynb #ceeab356
 def _is_whole(checkpoint):
@@ -422,15 +431,6 @@ def this_process() -> PartialState:  # its rank among how many, and its device
     return PartialState(cpu=not torch.accelerator.is_available())
 
 # %% ../nbs/05_training.ipynb #cb1231ac
-def _sweep(folder):
-    "Remove what a killed process has left half-written in a folder, where no other process is writing it now"
-    for ending in (PARTIAL, LOCK):
-        for left in Path(folder).glob(f'.*{ending}'):
-            with contextlib.suppress(InputError), exclusive(left.with_name(left.name[1 : -len(ending)]), wait=0):
-                if ending == PARTIAL:
-                    remove(left)
-
-
 @contextlib.contextmanager
 def hold_folder(
     folder: str | Path,  # of a training or a drawing; may be absent
@@ -443,7 +443,7 @@ def hold_folder(
         if main and not (again and is_held(folder)):
             try:
                 held.enter_context(exclusive(folder))
-                _sweep(folder)
+                sweep_within(folder)
             except InputError as error:
                 refusal = str(error)
         refusal = broadcast_object_list([refusal])[0]
@@ -721,7 +721,7 @@ def fit(
             if accelerator.is_main_process:
                 save_weights(model, folder / 'last.safetensors')
         if accelerator.is_main_process:
-            remove(folder / 'checkpoints')  # a kill in here leaves some of them, and the next call removes them
+            _drop_checkpoints(folder)  # a kill in here leaves some of them, and the next call removes them
         accelerator.wait_for_everyone()
     return run
 

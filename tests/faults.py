@@ -337,11 +337,14 @@ RIGHT = {  # what a parameter wants, where a good call does not show it
 }
 
 
+FOREIGN = 'a training may lie beside other files, which stay'
+
+
 def output_paths(words, is_file):
     "Wrong paths where something is written: what -> (value, why it may be fine)"
     purpose = 'a file of this kind is replaced' if is_file else ''
     yield 'a file', '{work}/odd/file', purpose
-    yield 'a folder', '{work}/odd/folder', ''
+    yield 'a folder', '{work}/odd/folder', FOREIGN if words.startswith('train') else ''
     for what, value in odd_paths().items():
         yield what, value, 'folders that are missing are made' if what == 'below a dangling link' else ''
     for what, value in STRANGE.items():
@@ -463,6 +466,7 @@ def as_sentences_have(value):
     if len(value) >= 60:
         return [value.replace('{work}/', '')[:20]]
     parts = {value.replace('{work}/', '').replace('{home}/', ''), os.path.basename(value), value.split('/')[-1]}
+    parts |= {'/home'} if value == '{home}' else set()
     parts |= {text.encode('ascii', 'backslashreplace').decode() for text in parts}
     parts |= {repr(text)[1:-1] for text in parts} | {value.replace('_', '') if value[0].isdigit() else value}
     parts |= {part for text in parts for part in text.split('/')} | {'nowhere'}
@@ -733,6 +737,18 @@ FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (r'pipeline/.*\.json$', r'_\w+ .*', 'a note of diffusers'),
     (r'pipeline/.*\.safetensors$', 'a tensor more', 'what is not needed is let be'),
     (r'pipeline/.*config\.json$', r'.* gone', 'diffusers fills in what is missing'),
+    (r'scheduler_config\.json$', 'lambda_min_clipped is negative', 'this bound may be negative'),
+    (
+        r'unet/config\.json$',
+        r'(num_train_timesteps|num_class_embeds|attn_norm_num_groups) is a number',
+        'null and numbers are taken there',
+    ),
+    (
+        r'(manifest|model_index)\.json$',
+        r'(channels|classes)\.\d+ is (another text|above)',
+        'names are what the file says that they are',
+    ),
+    (r'classifier\.json$', 'depths is twice', 'a set of depths'),
     (r'training\.json$', 'removed|a dangling link|a link to itself|a pipe|a folder', 'older generators have none'),
     (r'training\.json$', r'(config|store|versions|images|made)\b.*', 'a note of how it was trained'),
     (r'run/|half/', '.*', 'the stage that wrote it may be finished'),

@@ -1,5 +1,6 @@
 """Stores: no changed image is used, each has one writer, and nothing that has taken its name is replaced."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from protloc.core import InputError, sha256
 from protloc.data.loading import Batches, loader
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import HASHED, ImageStore, ResumableWriter, StoreWriter, write_store
-from protloc.files import PARTIAL, partial_of, write_json
+from protloc.files import PARTIAL, exclusive, partial_of, write_json
 from protloc.labels import Vocabulary
 
 CLASSES = Vocabulary(['Nucleoli', 'Cytosol'])
@@ -258,6 +259,39 @@ def test_what_was_cut_is_written_anew(tmp_path):
     store = ImageStore(tmp_path / 'store')
     assert store.images[:, 0, 0, 0].tolist() == [0, 1, 20, 30] and store.verify()
     assert store.table.id.tolist() == ['i0', 'i1', 'new2', 'new3']
+
+
+def hold(path, seconds, told):
+    try:
+        with exclusive(path, wait=0.2):
+            told.put('held')
+            time.sleep(seconds)
+    except InputError as error:
+        told.put(str(error))
+
+
+def test_one_writer_where_the_file_system_knows_no_locks(tmp_path, monkeypatch):
+    "There a file stands for the lock, and goes with it; that of a killed process is no hindrance"
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr('fcntl.flock', no_locks)
+    context = multiprocessing.get_context('fork')
+    told = context.SimpleQueue()
+    first, second, third = (
+        context.Process(target=hold, args=(tmp_path / 'cells', seconds, told), daemon=True) for seconds in (60, 0, 0)
+    )
+    first.start()
+    assert told.get() == 'held'
+    second.start()
+    assert 'cells is being written by' in told.get()
+    first.kill()
+    first.join()
+    third.start()
+    assert told.get() == 'held'
+    third.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_notes_that_a_kill_left_in_a_whole_store_go(tmp_path):

@@ -98,6 +98,14 @@ def test_damaged_checkpoints(tmp_path):
     assert sha256(tmp_path / 'cut' / 'last.safetensors') == sha256(tmp_path / 'whole' / 'last.safetensors')
 
 
+def test_what_others_put_beside_checkpoints_stays(tmp_path):
+    mine = [tmp_path / 'checkpoints' / name for name in ('notes.txt', 'step-00000003-good', '.step-of-mine')]
+    for path in mine:
+        path.mkdir(parents=True)
+    fit(build(), loss, Noise(), LoopConfig(steps=12, batch_size=16, lr=0.01, checkpoint_steps=3), tmp_path)
+    assert all(path.is_dir() for path in mine)
+
+
 @pytest.mark.parametrize('ema', [dict(ema_decay=0.9), dict(ema_length=0.1)])
 def test_accumulated_steps_are_whole_steps(tmp_path, ema):
     config = LoopConfig(steps=10, batch_size=16, lr=0.003, **ema)

@@ -63,7 +63,7 @@ def _exchange(new, path, aside):
 # %% ../../nbs/04_data/07_resplit.ipynb #a34847ea
 def _beside(store):
     "Where the new folder is made, and where the old one goes if the two cannot change names"
-    path = store.path.resolve()
+    path = Path(os.path.realpath(store.path))
     return [path.parent / f'.{path.name}.protloc-{end}' for end in ('split', 'before')]
 
 # %% ../../nbs/04_data/07_resplit.ipynb #0464761c
@@ -71,7 +71,7 @@ def reopen(
     path: str | Path,  # a store's folder
 ) -> ImageStore:
     "Open a store, and first put it back where a kill between two renames has left it aside"
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
     aside = place.parent / f'.{place.name}.protloc-before'
     if aside.exists() and not place.exists():
         with exclusive(place):
@@ -113,7 +113,7 @@ def _replace_held(store, table, made):
         manifest['sha256'] = {**manifest['sha256'], 'table': sha256(new / 'table.csv')}
         write_json(new / 'manifest.json', manifest)
         ImageStore(new)
-        _exchange(new, store.path.resolve(), aside)
+        _exchange(new, Path(os.path.realpath(store.path)), aside)
     finally:
         remove(new)
 

@@ -15,6 +15,7 @@ import sys
 import zlib
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -43,9 +44,10 @@ from protloc.files import (
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'MEND', 'StoreWriter', 'quotable', 'ResumableWriter',
-           'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts', 'label_set_counts', 'label_pairs',
-           'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows', 'write_store']
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'Hash', 'MEND', 'StoreWriter', 'quotable',
+           'ResumableWriter', 'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts',
+           'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows',
+           'write_store']
 
 # %% ../../nbs/04_data/03_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -346,12 +348,15 @@ def _close(self: ResumableWriter, kind, *error):
             remove(self.folder)
 
 # %% ../../nbs/04_data/03_store.ipynb #a98fa738
+Hash = Annotated[str, pydantic.Field(pattern='^[0-9a-f]{64}$')]
+
+
 class _Hashes(Config):
     "SHA-256 of the parts of a store; checksums are None in stores of 0.2.0 and earlier"
 
-    images: str
-    table: str
-    checksums: str | None = None
+    images: Hash
+    table: Hash
+    checksums: Hash | None = None
 
 
 class Manifest(Config):
@@ -592,8 +597,8 @@ def rows(
     "Positions of the images of one split; raises `InputError` where it is empty"
     positions = np.flatnonzero(self.table.split == split) if split else np.arange(len(self))
     if not len(positions):
-        splits = ', '.join(sorted(set(self.table.split)))
-        raise InputError(f"{self.path} has no image in its split '{split}': it has {splits!r}")
+        splits = ', '.join(sorted(set(self.table.split) - {''})) or 'none'
+        raise InputError(f"{self.path} has no image in its split '{split}': it has {splits}")
     return positions
 
 # %% ../../nbs/04_data/03_store.ipynb #265ced5f

@@ -233,7 +233,7 @@ class GenerateConfig(Config):
 
     @pydantic.field_validator('guidance_interval')
     def _ordered(cls, interval):
-        if interval[0] > interval[1]:
+        if interval[0] >= interval[1]:
             raise InputError(
                 f'guidance_interval must have the smaller share first, not {interval[0]} and {interval[1]}'
             )

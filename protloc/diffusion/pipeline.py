@@ -8,13 +8,16 @@ from __future__ import annotations
 import html
 import inspect
 import json
+import math
 import shutil
 import tempfile
+import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import diffusers
 import numpy as np
+import pydantic
 import torch
 from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.guiders.guider_utils import rescale_noise_cfg
@@ -25,11 +28,11 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo
 from torch import Tensor
 
-from ..core import InputError, derive_seed, lookup, one_line, shown
+from ..core import Config, InputError, derive_seed, lookup, one_line, read_config, shown
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
 from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
-from .objective import to_images, to_signal
+from .objective import SignalKind, to_images, to_signal
 from ..files import read_json
 from ..labels import Vocabulary
 from ..plots import details
@@ -37,7 +40,7 @@ from ..training import check_finite
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'with_scheduler', 'generators_for', 'guided',
-           'guidance_scales', 'LabelConditionedPipeline', 'read_settings']
+           'guidance_scales', 'LabelConditionedPipeline', 'read_settings', 'PipelineIndex']
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -467,6 +470,12 @@ for _name in _CLASS_NAMES:
 LOADABLE_CLASSES['protloc.diffusion.denoiser'] = LOADABLE_CLASSES['diffusers']
 
 
+def _with_lists(index):
+    "Lists of names, as model_index.json numbers them -> lists"
+    numbered = {key: index[key] for key in _LISTS if isinstance(index.get(key), dict)}
+    return {**index, **{key: [names.get(str(i)) for i in range(len(names))] for key, names in numbered.items()}}
+
+
 @patch
 def to_json_string(self: LabelConditionedPipeline) -> str:
     "The settings, as they are in a folder's model_index.json"
@@ -486,10 +495,7 @@ def extract_init_dict(
 ) -> tuple:  # as `ConfigMixin.extract_init_dict`
     "Read names, and sort components: the label encoder, which says what is missing, is opened before the U-Net"
     init, *others = super(LabelConditionedPipeline, cls).extract_init_dict(config_dict, **options)
-    for key in _LISTS:
-        if isinstance(init.get(key), dict):
-            init[key] = [init[key][str(i)] for i in range(len(init[key]))]
-    return dict(sorted(init.items())), *others
+    return dict(sorted(_with_lists(init).items())), *others
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #6f26ce03
 def read_settings(
@@ -500,22 +506,93 @@ def read_settings(
         raise InputError(f'{path} is missing: copy the whole folder of the pipeline again')
     return read_json(path, 'copy the folder of the pipeline again')
 
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #54f9fdc8
+class PipelineIndex(Config):
+    "What model_index.json says of a pipeline, besides its components"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+
+    classes: tuple[str, ...]
+    channels: tuple[str, ...]
+    patch_size: int = pydantic.Field(ge=1, le=64, strict=True)
+    signal: SignalKind
+    condition: str = ''
+    conditions: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode='after')
+    def _named(self):
+        for key in _LISTS:
+            names = getattr(self, key)
+            if not all(names) or len(set(names)) != len(names):
+                raise InputError(f'{key} has a name that is empty or there twice')
+        if bool(self.condition) != bool(self.conditions):
+            raise InputError('condition and conditions must be both there or both empty')
+        return self
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #47fa325e
+_CHOICES = {  # texts that diffusers compares with names, and takes any other one for something else
+    'class_embed_type': ('identity',),
+    'time_embedding_type': ('positional', 'fourier', 'learned'),
+    'downsample_type': ('conv', 'resnet'),
+    'upsample_type': ('conv', 'resnet'),
+    'mid_block_type': ('UNetMidBlock2D', None),
+}
+_NEEDED = ('sample_size',)  # though None is its default
+_MOST = dict(sample_size=65_536, layers_per_block=32, num_train_timesteps=100_000)  # a million of any other thing
+
+
+def _flaw(name, value, default, hint):
+    "What is wrong with a setting of a diffusers class; '' for nothing"
+    if name in _CHOICES:
+        return '' if value in _CHOICES[name] else f'one of {", ".join(map(str, _CHOICES[name]))} is expected'
+    if name in _NEEDED and value is None:
+        return 'a number is expected'
+    try:
+        types = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+        types.validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        return error.errors()[0]['msg']
+    least = -math.inf if isinstance(default, float) and default < 0 else 0
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not least <= number <= _MOST.get(name, 1e6):
+            return f'a number from {least} to {_MOST.get(name, 1e6):,.0f} is expected'
+    return ''
+
+# %% ../../nbs/06_diffusion/02_pipeline.ipynb #b05e09d5
+def _check_parameters(
+    kind: type,  # a model or a scheduler of diffusers
+    settings: dict,  # of its file
+    path: Path,  # of the file, for the message
+):
+    "Raise `InputError` for settings of another class, and for one that is missing, of another type or out of bounds"
+    mend = 'copy the folder of the pipeline again'
+    if settings.get('_class_name') != kind.__name__:
+        raise InputError(f'{path} has settings of {shown(settings.get("_class_name"))}, not of {kind.__name__}: {mend}')
+    make = inspect.unwrap(kind.__init__)
+    hints = typing.get_type_hints(make)
+    for name, parameter in inspect.signature(make).parameters.items():
+        value = settings.get(name, parameter.default)
+        if name not in (*settings, *_CHOICES, *_NEEDED) or name not in hints:
+            continue  # diffusers fills it in, or names it
+        if reason := _flaw(name, value, parameter.default, hints[name]):
+            raise InputError(f"{path}: '{name}' is {shown(value)}: {reason}; {mend}")
+
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #ba020215
 _COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='scheduler_config.json')
 
 
-def _is_known(name, value):
-    "Whether a component of model_index.json is of a class that protloc writes; any other could run code"
+def _class_of(name, value):
+    "The class of a component of model_index.json; None where protloc does not write it, as it could run code"
     library, class_name = value if len(value) == 2 else (None, None)
     if not isinstance(class_name, str):
-        return False
+        return None
     if library == 'diffusers':
         kind = {'unet': UNet2DModel, 'scheduler': SchedulerMixin}.get(name)
         found = getattr(diffusers, class_name, None)
     else:
         kind = ModelMixin if name in ('unet', 'label_encoder') and library == denoisers.__name__ else None
         found = vars(denoisers).get(class_name)
-    return kind is not None and isinstance(found, type) and issubclass(found, kind)
+    return found if kind is not None and isinstance(found, type) and issubclass(found, kind) else None
 
 
 def _check_components(
@@ -531,11 +608,13 @@ def _check_components(
             f' {mend}'
         )
     for name, value in index.items():
-        if isinstance(value, list) and name not in _LISTS and not _is_known(name, value):
+        if isinstance(value, list) and name not in _LISTS and not _class_of(name, value):
             raise InputError(f"{folder}/model_index.json names {shown(value)} as its {shown(name)}: {mend}")
     for name, file in _COMPONENTS.items():
         if name not in given:
-            read_settings(folder / name / file)
+            path = folder / name / file
+            _check_parameters(_class_of(name, index[name]), read_settings(path), path)
+    read_config(PipelineIndex, _with_lists(index), f'{folder}/model_index.json')
 
 # %% ../../nbs/06_diffusion/02_pipeline.ipynb #2185d163
 def _choose_variant(

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import Config, InputError, derive_seed, rng_for, versions
+from ..core import Config, InputError, Seed, derive_seed, read_config, rng_for, versions
 from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
@@ -403,6 +403,24 @@ def _train(denoiser, batches, scheduler, folder, seed):
     loss = generator_loss(config, scheduler)
     return fit(denoiser, loss, batches, loop, folder, seed, evaluate, name='generator').log
 
+# %% ../../nbs/06_diffusion/03_train.ipynb #9c6516fc
+class _TrainedObjective(Config):
+    "Of the objective in training.json, what opening a generator needs"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    num_train_timesteps: int | None = pydantic.Field(None, ge=2, le=100_000, strict=True)
+
+
+class _TrainedConfig(Config):
+    model_config = pydantic.ConfigDict(extra='ignore')
+    objective: _TrainedObjective
+
+
+class _Trained(Config):
+    model_config = pydantic.ConfigDict(extra='ignore')
+    config: _TrainedConfig
+    seed: Seed
+
 # %% ../../nbs/06_diffusion/03_train.ipynb #aed84bf8
 def open_pipeline(
     folder: str | Path,  # of a generator, or of its pipeline
@@ -423,8 +441,7 @@ def _mend_timesteps(pipe, path):
     "Give a generator of protloc 0.2.0 the timesteps of its training: its scheduler has 1000, whatever they were"
     if not path.is_file():
         return
-    objective = read_settings(path).get('config', {}).get('objective', {})
     scheduler = pipe.scheduler
-    trained = objective.get('num_train_timesteps', scheduler.config.num_train_timesteps)
-    if trained != scheduler.config.num_train_timesteps:
+    trained = read_config(_Trained, read_settings(path), str(path)).config.objective.num_train_timesteps
+    if trained not in (None, scheduler.config.num_train_timesteps):
         pipe.scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=trained)

@@ -27,13 +27,13 @@ from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
 from ..diffusion.train import train_generator
 from protloc.files import (
-    LOCK,
-    PARTIAL,
     claim_settings,
     exclusive,
+    lock_of,
     partial_of,
     read_array,
     remove,
+    sweep_within,
     write_json,
 )
 from .arms import ArmConfig, PrepareConfig, StudyConfig
@@ -47,7 +47,7 @@ __all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 
 def check_folder(run: RunFolder):
     "Raise `InputError` where a folder holds files and no study; what a killed beginning leaves is none"
     begun = (run.config, run.versions)
-    leftovers = {partial_of(path).name for path in begun} | {f'.{path.name}{LOCK}' for path in begun}
+    leftovers = {partial_of(path).name for path in begun} | {lock_of(path).name for path in begun}
     leftovers.add(run.versions.name)
     if run.config.exists() and not run.config.stat().st_size:
         leftovers.add(run.config.name)
@@ -292,21 +292,6 @@ def _left_as_found(run, was_there):
         raise
 
 # %% ../../nbs/09_study/03_runner.ipynb #49508049
-def _tidy(run):
-    "Remove what a killed process left in a run's folder and nobody would write again: locks, and files half written"
-    for lock in run.path.rglob(f'.*{LOCK}'):
-        with contextlib.suppress(InputError), exclusive(_named_by(lock, LOCK), wait=0):
-            pass  # the lock goes with the block; where another process holds it, it stays
-    for partial in run.path.rglob(f'.*.npy{PARTIAL}'):
-        if partial.is_file():
-            remove(partial)
-
-
-def _named_by(path, ending):
-    "The file or folder that a lock or partial file is for"
-    return path.with_name(path.name[1:].removesuffix(ending))
-
-
 def check_predictions(
     config: StudyConfig,
     real: ImageStore,
@@ -339,7 +324,7 @@ def run_study(
     torch.set_num_threads(cores())
     # claimed while it is held: another process must not replace the settings of a study that has just begun
     with exclusive(run.path), _left_as_found(run, was_there):
-        _tidy(run)
+        sweep_within(run.path, folders=False)
         claim_folder(run.path, config)
         run.read_stages()  # a damaged log is named before hours of work
         real = real_images(config, run)
