@@ -16,6 +16,10 @@ QUIET = 'ignore:resource_tracker:UserWarning'
 
 def main():
     "Call the command line; what asked to stop while it was imported is handed over"
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        if getattr(sys, name) is None:  # closed, as some daemons do
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, 'w'))
     asked = []
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:

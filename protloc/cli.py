@@ -191,6 +191,8 @@ def _hold(*files, overwrite=False):
         raise InputError(f'{there[0]} exists already: choose another name, or replace it with --overwrite')
     for path in files:
         _HELD.enter_context(exclusive(path))
+        if path not in there and Path(path).exists() and not overwrite:
+            raise InputError(f'{path} has been written meanwhile: choose another name, or replace it with --overwrite')
 
 # %% ../nbs/11_cli.ipynb #405a3513
 class _Command(typer.core.TyperCommand):

@@ -250,7 +250,9 @@ def atomic_path(
             if partial.is_dir():
                 remove(path)
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
+                error.filename = str(path)
             remove(partial)
             raise
 
@@ -362,7 +364,7 @@ def check_outputs(
     outputs: Mapping[str, str | Path | None],  # option or argument -> the path to write; None is let pass
     inputs: Mapping[str, str | Path | None],  # option or argument -> a path to read; None is let pass
 ):
-    "Raise `InputError` for an output over, above or below an input or another output, or behind a dangling link"
+    "Raise `InputError` for an output over, above or below an input or another output, or a dangling link or a device"
     there = {name: Path(os.path.realpath(path)) for name, path in inputs.items() if path}
     for name, path in outputs.items():
         if not path:
@@ -370,6 +372,8 @@ def check_outputs(
         if os.path.islink(path) and not os.path.exists(path):
             raise InputError(f'{path} ({name}) is a link to {os.readlink(path)}, which does not exist: remove the link')
         here = Path(os.path.realpath(path))
+        if os.path.exists(here) and not (here.is_file() or here.is_dir()):
+            raise InputError(f'{path} ({name}) is a device or a pipe, not a file: choose another name')
         for other, taken in there.items():
             if here == taken or here in taken.parents or taken in here.parents:
                 how = 'is the same as' if here == taken else 'contains' if here in taken.parents else 'lies in'

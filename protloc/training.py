@@ -36,15 +36,16 @@ from tqdm.auto import tqdm
 # %% auto #0
 __all__ = ['MOST_STEPS', 'RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng',
            'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'check_finite',
-           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'hold_folder',
-           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
-           'check_loop', 'fit', 'LogLine']
+           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'check_own',
+           'hold_folder', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
+           'enough_memory', 'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #62a1987e
 from .core import Config, InputError, derive_seed, one_line, read_config, sha256, shown
 from .data.loading import loader
 from protloc.files import (
     CHANGED,
+    LOCK,
     PARTIAL,
     atomic_path,
     check_file,
@@ -431,6 +432,17 @@ def this_process() -> PartialState:  # its rank among how many, and its device
     return PartialState(cpu=not torch.accelerator.is_available())
 
 # %% ../nbs/05_training.ipynb #cb1231ac
+def check_own(
+    folder: str | Path,  # of a training; may be absent or empty
+):
+    "Raise `InputError` where a folder holds files and no training: its names may be another program's"
+    folder = Path(folder)
+    inside = [path for path in folder.iterdir() if not path.name.endswith((PARTIAL, LOCK))] if folder.is_dir() else []
+    noted = folder / 'settings.json'
+    if inside and not (noted.is_file() and 'config' in read_json(noted)):
+        raise InputError(f'{folder} is not empty and holds no training: choose another folder')
+
+
 @contextlib.contextmanager
 def hold_folder(
     folder: str | Path,  # of a training or a drawing; may be absent
@@ -463,6 +475,11 @@ def accelerator_for(
         return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, **options)
     except ValueError as e:
         reason = str(e).rstrip('.')
+        if 'MASTER_ADDR' in reason:
+            raise InputError(
+                'the environment speaks of several processes (WORLD_SIZE, LOCAL_RANK, PMI_SIZE ...) and not of how they'
+                ' meet: unset these variables, or start with torchrun'
+            ) from None
         raise InputError(f'mixed_precision: {mixed_precision} cannot be had here ({reason}): use no') from None
 
 # %% ../nbs/05_training.ipynb #d911aed6

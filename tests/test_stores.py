@@ -16,9 +16,10 @@ from test_bad_input import refused
 
 from protloc.core import InputError, sha256
 from protloc.data.loading import Batches, loader
+from protloc.data.resplit import replace_table, table_as_written
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import HASHED, ImageStore, ResumableWriter, StoreWriter, write_store
-from protloc.files import PARTIAL, exclusive, partial_of, write_json
+from protloc.files import PARTIAL, exclusive, lock_of, partial_of, write_json
 from protloc.labels import Vocabulary
 
 CLASSES = Vocabulary(['Nucleoli', 'Cytosol'])
@@ -112,6 +113,27 @@ def test_images_are_read_as_from_an_array(tmp_path):
     with pytest.raises(IndexError):
         store.images[8]
     assert torch.equal(torch.from_numpy(store.images[[1, 2]]), torch.from_numpy(plain[[1, 2]]))
+
+
+def test_images_cannot_be_changed_in_place(tmp_path):
+    store = make(tmp_path / 'store', 8)
+    with pytest.raises(InputError, match='cannot be changed: work on a copy'):
+        store.images += 1
+
+
+def test_new_splits_keep_who_may_read_them(tmp_path):
+    store = make(tmp_path / 'store', 40)
+    for name in ('table.csv', 'manifest.json'):
+        (store.path / name).chmod(0o640)
+    replace_table(store, table_as_written(store))
+    assert {(store.path / name).stat().st_mode & 0o777 for name in ('table.csv', 'manifest.json')} == {0o640}
+
+
+def test_a_full_disk_names_the_store(tmp_path):
+    with pytest.raises(OSError) as caught:
+        with StoreWriter(tmp_path / 'store', ('r', 'g', 'b', 'y'), CLASSES, 16):
+            raise OSError(28, 'No space left on device')
+    assert caught.value.filename == str(tmp_path / 'store')
 
 
 def test_stores_without_checksums_open(tmp_path):
@@ -295,9 +317,14 @@ def test_one_writer_where_the_file_system_knows_no_locks(tmp_path, monkeypatch):
 
 
 def test_notes_that_a_kill_left_in_a_whole_store_go(tmp_path):
+    "The lock shows that they were left; files of these names that somebody else put there stay"
     write_ten(tmp_path / 'store')
     for name in ('log.jsonl', 'settings.json'):
         (tmp_path / 'store' / name).write_text('{}')
+    with pytest.raises(InputError, match='exists already'):
+        write_ten(tmp_path / 'store')
+    assert (tmp_path / 'store' / 'log.jsonl').exists() and (tmp_path / 'store' / 'settings.json').exists()
+    lock_of(tmp_path / 'store').touch()
     with pytest.raises(InputError, match='exists already'):
         write_ten(tmp_path / 'store')
     assert sorted(os.listdir(tmp_path / 'store')) == ['checksums.npy', 'images.npy', 'manifest.json', 'table.csv']

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'check_partners', 'choose_second_store', 'strategy_batches', 'check_labels', 'teacher_labels',
-           'build_classifier', 'check_strategy', 'check_teacher', 'check_weights', 'check_classifier',
+           'build_classifier', 'check_strategy', 'check_teacher', 'weights_hash', 'check_weights', 'check_classifier',
            'train_classifier']
 
 # %% ../../nbs/07_classify/07_train.ipynb #8a3c80af
@@ -50,6 +50,7 @@ from protloc.training import (
     RUNTIME,
     LoopConfig,
     check_loop,
+    check_own,
     fit,
     fork_rng,
     hold_folder,
@@ -279,8 +280,10 @@ def check_teacher(
         raise InputError(f"the strategy '{name}' takes no teacher: leave out --teacher, or choose another strategy")
 
 # %% ../../nbs/07_classify/07_train.ipynb #cf6657d9
-def _weights_hash(path):
-    "Hash of a file of weights, or of a classifier's; None for what is neither, as 'imagenet'"
+def weights_hash(
+    path: str | Path,  # a file of weights, or the folder of a trained classifier
+) -> str | None:
+    "The weights' SHA-256; None for what is neither, as 'imagenet'"
     for file in (Path(path), Path(path) / 'classifier.safetensors'):
         if file.is_file():
             return sha256(file)
@@ -292,8 +295,8 @@ def _settings(real, synthetic, config, teacher, **others):
     return dict(
         config=config.model_dump(exclude={'loop': RUNTIME}),
         **others,
-        weights=_weights_hash(config.weights),
-        teacher=None if teacher is None else _weights_hash(teacher),
+        weights=weights_hash(config.weights),
+        teacher=None if teacher is None else weights_hash(teacher),
         stores=[store and store.manifest['sha256'] for store in (real, synthetic)],
     )
 
@@ -421,6 +424,7 @@ def train_classifier(
         _claim(folder, settings)
         return load_classifier(folder)[0]
 
+    check_own(folder)
     model = build_classifier(real, config, strategy, seed)
     if strategy.needs_teacher:
         _teacher_for(teacher, synthetic)

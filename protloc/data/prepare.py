@@ -30,7 +30,7 @@ from ..files import check_room, remove
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['BAD_COLUMNS', 'check_bad_list', 'prepare']
+__all__ = ['BAD_COLUMNS', 'folder_stamp', 'check_bad_list', 'prepare']
 
 # %% ../../nbs/04_data/09_prepare.ipynb #b8f5d65f
 def _stamp(folder, names):
@@ -99,6 +99,15 @@ def _row_stamps(fields, splits):
     table = fields.table
     rows = zip(table.Id, table.Target, table.Group, splits, table.Files, table.Mask, strict=True)
     return [sha256(repr((alike, *map(str, row))))[:16] for row in rows]
+
+
+def folder_stamp(
+    fields,  # of `labelled_fields`
+) -> str:
+    "A hash of a folder's fields: names, labels and groups, and the names, sizes and times of their files"
+    table = fields.table
+    rows = zip(table.Id, table.Target, table.Group, table.Files, table.Mask, strict=True)
+    return sha256(repr([(*map(str, row), _stamp(fields.folder, filter(None, (*row[3], row[4])))) for row in rows]))
 
 
 def _check_notes(notes, fields, stamps):

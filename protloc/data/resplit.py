@@ -112,6 +112,8 @@ def _replace_held(store, table, made):
         manifest['made'] = {**manifest['made'], **made}
         manifest['sha256'] = {**manifest['sha256'], 'table': sha256(new / 'table.csv')}
         write_json(new / 'manifest.json', manifest)
+        for name in ('table.csv', 'manifest.json'):
+            shutil.copymode(store.path / name, new / name)
         ImageStore(new)
         _exchange(new, Path(os.path.realpath(store.path)), aside)
     finally:

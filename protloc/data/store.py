@@ -34,6 +34,7 @@ from protloc.files import (
     claim_settings,
     exclusive,
     is_held,
+    lock_of,
     partial_of,
     read_array,
     read_json,
@@ -44,7 +45,7 @@ from protloc.files import (
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'Hash', 'MEND', 'StoreWriter', 'quotable',
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'Hash', 'MEND', 'StoreWriter', 'quotable', 'TryAgain',
            'ResumableWriter', 'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts',
            'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows',
            'write_store']
@@ -88,7 +89,7 @@ def _check_free(self: StoreWriter):
     if not os.path.lexists(self.path):
         return
     is_store = all((self.path / name).is_file() for name in ('images.npy', 'table.csv', 'manifest.json'))
-    if is_store and not is_held(self.path):
+    if is_store and not is_held(self.path) and os.path.lexists(lock_of(self.path)):  # a killed process had it
         sweep(self.path)
         for name in NOTES:
             remove(self.path / name)
@@ -179,10 +180,18 @@ def _close(self: StoreWriter, kind, *error):
         # a full disk has raised its error already
         with contextlib.suppress(OSError):
             self.file.close()
+        self._name_error(*error)
         if kind is None:
             self._give_name()
         else:
             remove(self.folder)
+
+
+@patch
+def _name_error(self: StoreWriter, error, trace):
+    "An error of the disk says which store was written"
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        error.filename = str(self.path)
 
 
 @patch
@@ -216,6 +225,10 @@ def quotable(
     return f'{start}, hash {sha256(text)[:12]}'
 
 # %% ../../nbs/04_data/03_store.ipynb #6eb4a312
+class TryAgain(InputError):
+    "Something is damaged that the same command makes anew: what is done is kept"
+
+
 class ResumableWriter(StoreWriter):
     "A `StoreWriter` that goes on where a killed process was"
 
@@ -342,9 +355,14 @@ def _close(self: ResumableWriter, kind, *error):
         for file in (self.file, self.log):
             with contextlib.suppress(OSError):
                 file.close()
+        self._name_error(*error)
         if kind is None:
             self._give_name()
-        elif issubclass(kind, InputError) and not (self.folder / 'manifest.json').exists():
+        elif (
+            issubclass(kind, InputError)
+            and not issubclass(kind, TryAgain)
+            and not (self.folder / 'manifest.json').exists()
+        ):
             remove(self.folder)
 
 # %% ../../nbs/04_data/03_store.ipynb #a98fa738
@@ -448,6 +466,8 @@ def __array__(self: StoredImages, dtype=None, copy=None) -> np.ndarray:
 
 @patch
 def __array_ufunc__(self: StoredImages, ufunc, method, *inputs, **kwargs):
+    if kwargs.get('out'):
+        raise InputError("a store's images cannot be changed: work on a copy, np.array(store.images)")
     inputs = [np.asarray(values) if isinstance(values, StoredImages) else values for values in inputs]
     return getattr(ufunc, method)(*inputs, **kwargs)
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..core import MOST_IMAGES, Config, InputError, lookup, one_line, rng_for, sha256, shown
 from ..data.readers.tables import check_separator, read_table
-from ..data.store import ImageStore, ResumableWriter
+from ..data.store import ImageStore, ResumableWriter, TryAgain
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
 from ..files import atomic_path, partial_of, remove
 from ..labels import Vocabulary
@@ -386,7 +386,7 @@ def _read_block(file):
             return block['images'], block['fidelity'], block['reason']
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         remove(file)
-        raise InputError(f'{file} was damaged and has been removed: run the same command again to draw it') from None
+        raise TryAgain(f'{file} was damaged and has been removed: run the same command again to draw it') from None
 
 
 def _save_block(file, block):

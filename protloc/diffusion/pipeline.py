@@ -512,8 +512,8 @@ class PipelineIndex(Config):
 
     model_config = pydantic.ConfigDict(extra='ignore')
 
-    classes: tuple[str, ...]
-    channels: tuple[str, ...]
+    classes: tuple[str, ...] = pydantic.Field(min_length=1)
+    channels: tuple[str, ...] = pydantic.Field(min_length=1)
     patch_size: int = pydantic.Field(ge=1, le=64, strict=True)
     signal: SignalKind
     condition: str = ''
@@ -583,7 +583,7 @@ _COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='s
 
 def _class_of(name, value):
     "The class of a component of model_index.json; None where protloc does not write it, as it could run code"
-    library, class_name = value if len(value) == 2 else (None, None)
+    library, class_name = value if isinstance(value, list) and len(value) == 2 else (None, None)
     if not isinstance(class_name, str):
         return None
     if library == 'diffusers':
@@ -608,7 +608,8 @@ def _check_components(
             f' {mend}'
         )
     for name, value in index.items():
-        if isinstance(value, list) and name not in _LISTS and not _class_of(name, value):
+        is_component = name in _COMPONENTS or isinstance(value, list) and name not in _LISTS
+        if is_component and not _class_of(name, value):
             raise InputError(f"{folder}/model_index.json names {shown(value)} as its {shown(name)}: {mend}")
     for name, file in _COMPONENTS.items():
         if name not in given:

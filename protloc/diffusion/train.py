@@ -29,7 +29,17 @@ from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_sche
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
 from ..files import atomic_path, claim_settings, write_json
 from ..plots import show_cells
-from ..training import MOST_STEPS, RUNTIME, LoopConfig, disk_errors, fit, hold_folder, seeded, this_process
+from protloc.training import (
+    MOST_STEPS,
+    RUNTIME,
+    LoopConfig,
+    check_own,
+    disk_errors,
+    fit,
+    hold_folder,
+    seeded,
+    this_process,
+)
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'generator_loss', 'pipeline_of', 'preview_rows',
@@ -375,6 +385,7 @@ def train_generator(
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
     settings = _settings(store, config, seed)
+    check_own(folder)
     with hold_folder(folder):
         if this_process().is_main_process:
             claim_settings(folder / 'settings.json', settings)

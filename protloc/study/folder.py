@@ -46,6 +46,7 @@ class RunFolder:
         self.versions = path / 'versions.json'
         self.log = path / 'log.jsonl'  # stages and their seconds
         self.real = path / 'real'  # the store of real images, if they were made for this run
+        self.inputs = path / 'inputs.json'  # hashes of what was read from outside of the run
         self.store_note = path / 'store.json'  # where the user's own store is, and its hashes
         self.generator = path / 'generator'
         self.generator_log = self.generator / 'log.jsonl'

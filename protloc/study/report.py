@@ -90,7 +90,7 @@ def _executed(run):
             str(executed),
             parameters=dict(folder=str(run.path)),
             kernel_name='python3',
-            cwd=str(run.path),
+            cwd=scratch,  # Python imports what lies there: not from the run's folder, which may be another one's
             progress_bar=dict(desc='report'),
         )
         return executed.read_text(encoding='utf-8')

@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier, probabilities
-from ..classify.train import train_classifier
-from ..core import InputError, derive_seed, end_with, interrupts_kept, versions
+from ..classify.train import train_classifier, weights_hash
+from ..core import InputError, derive_seed, end_with, interrupts_kept, sha256, versions
 from ..data.layouts import labelled_fields
-from ..data.prepare import prepare
+from ..data.prepare import folder_stamp, prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
@@ -32,6 +32,7 @@ from protloc.files import (
     lock_of,
     partial_of,
     read_array,
+    read_json,
     remove,
     sweep_within,
     write_json,
@@ -40,15 +41,15 @@ from .arms import ArmConfig, PrepareConfig, StudyConfig
 from .folder import RunFolder
 
 # %% auto #0
-__all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'real_images', 'synthetic_images', 'train_arm',
-           'cores', 'train_arms', 'judge_synthetic', 'check_predictions', 'run_study']
+__all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs', 'real_images', 'synthetic_images',
+           'train_arm', 'cores', 'train_arms', 'judge_synthetic', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/03_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):
     "Raise `InputError` where a folder holds files and no study; what a killed beginning leaves is none"
     begun = (run.config, run.versions)
     leftovers = {partial_of(path).name for path in begun} | {lock_of(path).name for path in begun}
-    leftovers.add(run.versions.name)
+    leftovers |= {run.versions.name, run.inputs.name}
     if run.config.exists() and not run.config.stat().st_size:
         leftovers.add(run.config.name)
     if not run.path.exists() or leftovers.issuperset(path.name for path in run.path.iterdir()):
@@ -124,6 +125,36 @@ def is_store(
 ) -> bool:
     "Whether a folder says that it is a store"
     return (Path(folder) / 'manifest.json').exists()
+
+# %% ../../nbs/09_study/03_runner.ipynb #cc9bc99a
+def _inputs_of(config, run):
+    "Of each file or folder that the settings name: its path, its hash, and whether a stage has used it already"
+    given, plan, weights = config.data.folder, config.generate.plan, config.classifier.weights
+    if given and Path(given).is_dir() and not is_store(given):
+        how = config.data.prepare
+        fields = labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
+        yield 'data.folder', given, folder_stamp(fields), run.real.exists()
+    if plan.endswith('.csv') and Path(plan).is_file():
+        drawn = any(run.synthetic(source).exists() for source in ('generator', 'oracle'))
+        yield 'generate.plan', plan, sha256(Path(plan)), drawn
+    if Path(weights).exists():
+        yield 'classifier.weights', weights, weights_hash(weights), run.classifiers.exists()
+
+
+def claim_inputs(
+    config: StudyConfig,
+    run: RunFolder,  # held
+):
+    "Note what the study reads from outside; raises `InputError` where it has changed since a stage read it"
+    noted = read_json(run.inputs) if run.inputs.exists() else {}
+    for name, path, found, used in _inputs_of(config, run):
+        if used and noted.get(name, found) != found:
+            raise InputError(
+                f'{path} ({name}) has changed since this study read it: put back what was there, or choose another'
+                ' folder with --out'
+            )
+        noted[name] = found
+    write_json(run.inputs, noted)
 
 # %% ../../nbs/09_study/03_runner.ipynb #14b64986
 def real_images(
@@ -283,7 +314,7 @@ def _left_as_found(run, was_there):
     try:
         yield
     except InputError:
-        notes = {run.config.name, run.versions.name}
+        notes = {run.config.name, run.versions.name, run.inputs.name}
         if notes.issuperset(path.name for path in run.path.iterdir()):
             for name in notes:
                 remove(run.path / name)
@@ -326,6 +357,7 @@ def run_study(
     with exclusive(run.path), _left_as_found(run, was_there):
         sweep_within(run.path, folders=False)
         claim_folder(run.path, config)
+        claim_inputs(config, run)
         run.read_stages()  # a damaged log is named before hours of work
         real = real_images(config, run)
         check_predictions(config, real, run)
