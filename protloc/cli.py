@@ -199,12 +199,12 @@ class _Command(typer.core.TyperCommand):
     "A command that takes finite numbers and no empty words, and lets go of its files at its end"
 
     def parse_args(self, ctx, args):
-        "Read the words; raises `InputError` for an empty one: the path '' would be the working folder"
+        "Read the words; raises `InputError` for an empty one, but a split: '' are all images, and a path '.'"
         given, *_ = self.make_parser(ctx).parse_args(list(args))
         for parameter in self.params:
             value = given.get(parameter.name)
             words = value if isinstance(value, tuple | list) else [value]
-            if any(isinstance(word, str) and not word.strip() for word in words):
+            if any(isinstance(word, str) and not word.strip() for word in words) and parameter.name != 'split':
                 is_argument = parameter.param_type_name == 'argument'
                 name = parameter.name.upper() if is_argument else parameter.opts[0]
                 raise InputError(f'{name} is empty: give it a value' + (', or leave it out' * (not is_argument)))
@@ -558,6 +558,8 @@ def info(
     _check_is(STORE, store)
     _check_file(sheet)
     _writes({'--sheet': sheet}, STORE=store)
+    if sheet:
+        _check_ending(sheet, '.png', '.jpg', '.pdf', '.svg')
     _hold(sheet, overwrite=overwrite)
     import yaml
 
@@ -573,7 +575,7 @@ def info(
     print(f"\nWhere they came from\n{yaml.safe_dump(images.manifest['made'], sort_keys=False).rstrip()}")
     if sheet:
         with atomic_path(sheet) as partial:
-            contact_sheet(images).savefig(partial, format='png', dpi=100, bbox_inches='tight')
+            contact_sheet(images).savefig(partial, format=sheet.suffix[1:], dpi=100, bbox_inches='tight')
         print(f'Contact sheet: {sheet.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #8f4f88b0

@@ -1,6 +1,7 @@
 """A reading that was stopped, over a folder that has changed since: nothing is refused, and nothing old stays."""
 
 import os
+import re
 import shutil
 import time
 
@@ -9,9 +10,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from protloc.core import InputError
 from protloc.data import prepare as room
 from protloc.data.store import ImageStore, ResumableWriter
 from protloc.labels import STAINS
+from protloc.study.arms import study_config
+from protloc.study.runner import claim_folder, claim_inputs
 
 OPTIONS = ('--size', 32, '--workers', 1)
 
@@ -193,3 +197,55 @@ def test_what_is_no_list_of_bad_fields_stays(protloc, challenge, tmp_path, what,
     code, _, err = protloc('prepare', challenge, tmp_path / 'store', *OPTIONS)
     assert code == 2 and f'{place} is where bad fields would be listed, and is no such list: move it' in err
     assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.glob('[ks]*')) == before
+
+
+def relabel(challenge, tmp_path):
+    table = challenge / 'train.csv'
+    table.write_text(table.read_text().replace('f3,0 25', 'f3,5'))
+
+
+def replace_an_image(challenge, tmp_path):
+    repaint(challenge / 'train' / 'f3_green.png')
+
+
+def plan_others(challenge, tmp_path):
+    (tmp_path / 'plan.csv').write_text('classes,n\nCytosol,33\n')
+
+
+def weigh_otherwise(challenge, tmp_path):
+    (tmp_path / 'begin.pth').write_bytes(b'other weights')
+
+
+@pytest.mark.parametrize(
+    'change,named',
+    [
+        (relabel, 'challenge (data.folder)'),
+        (replace_an_image, 'challenge (data.folder)'),
+        (plan_others, 'plan.csv (generate.plan)'),
+        (weigh_otherwise, 'begin.pth (classifier.weights)'),
+    ],
+)
+def test_a_study_goes_on_with_what_it_read(challenge, tmp_path, change, named):
+    "What a stage has used and somebody changed since is named; what none has used is noted anew"
+    (tmp_path / 'plan.csv').write_text('classes,n\nNucleoplasm,20\n')
+    (tmp_path / 'begin.pth').write_bytes(b'weights')
+    files = [f'generate.plan={tmp_path}/plan.csv', f'classifier.weights={tmp_path}/begin.pth']
+    config = study_config('standard', challenge, ['data.prepare.size=32', *files])
+    run = claim_folder(tmp_path / 'run', config)
+    for _ in range(2):
+        claim_inputs(config, run)
+        change(challenge, tmp_path)
+    claim_inputs(config, run)
+    for made in (run.real, run.synthetic(), run.classifiers):
+        made.mkdir()
+    claim_inputs(config, run)
+    (challenge / 'notes.txt').write_text('no image')
+    claim_inputs(config, run)
+    if change is relabel:
+        (challenge / 'train.csv').write_text((challenge / 'train.csv').read_text().replace('f3,5', 'f3,6'))
+    elif change is replace_an_image:
+        repaint(challenge / 'train' / 'f3_green.png', 9)
+    else:
+        (tmp_path / named.split()[0]).write_bytes(b'classes,n\nCytosol,34\n')
+    with pytest.raises(InputError, match=re.escape(f'{named} has changed since this study read it')):
+        claim_inputs(config, run)

@@ -1,12 +1,15 @@
 """Whatever ends a command ends it in one sentence, and leaves what it read as it was."""
 
+import contextlib
 import errno
 import hashlib
 import importlib
 import os
 import pkgutil
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -24,7 +27,7 @@ import yaml
 
 import protloc as package
 from protloc.core import Config, InputError, read_config
-from protloc.data.store import StoreWriter, write_store
+from protloc.data.store import ImageStore, StoreWriter, write_store
 from protloc.files import exclusive, read_text
 from protloc.labels import HPA, STAINS, Vocabulary
 from protloc.study.arms import StudyConfig, arm_of, read_preset, section_config, study_config, with_overrides
@@ -184,6 +187,7 @@ def things(tmp_path_factory):
     return folder
 
 
+REFUSALS = ('not to be changed', 'which does not exist', 'exists already', ' wants a ', 'name a file that ends in')
 OVER = [
     'info S --sheet S/images.npy',
     'info S --sheet S/new.png',
@@ -237,11 +241,56 @@ def test_no_output_over_an_input(protloc, things, monkeypatch, words):
         assert result[0] == 2  # whatever is said first: that file is missing
     else:
         refused(result)
-        assert any(
-            text in result[2] for text in ('not to be changed', 'which does not exist', 'exists already', ' wants a ')
-        ), result[2]
+        assert any(text in result[2] for text in REFUSALS), result[2]
     assert hashes(things) == before
     assert sorted(path.name for path in things.rglob('*')) == names
+
+
+def test_a_device_is_not_replaced(protloc, things, tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    refused(protloc('info', things / 'S', '--sheet', tmp_path / 'pipe.png', '--overwrite'), 'is a device or a pipe')
+    assert stat.S_ISFIFO((tmp_path / 'pipe.png').stat().st_mode)
+
+
+def test_what_was_written_while_a_command_waited_is_not_replaced(protloc, things, tmp_path, monkeypatch):
+    sheet = tmp_path / 'sheet.png'
+
+    @contextlib.contextmanager
+    def another_was_faster(path):
+        Path(path).write_bytes(b'its sheet')
+        yield
+
+    monkeypatch.setattr('protloc.cli.exclusive', another_was_faster)
+    refused(protloc('info', things / 'S', '--sheet', sheet), 'has been written meanwhile', '--overwrite')
+    assert sheet.read_bytes() == b'its sheet'
+
+
+@pytest.mark.parametrize('word', ['', ' '])
+def test_empty_words(protloc, things, word, tmp_path, monkeypatch):
+    "A path '' would be the working folder"
+    monkeypatch.chdir(tmp_path)
+    refused(protloc('report', word), 'FOLDER is empty')
+    refused(protloc('train-classifier', things / 'S', word), 'OUT is empty')
+    refused(protloc('info', things / 'S', f'--sheet={word}'), '--sheet is empty')
+    refused(protloc('simulate', 'out', '--classes', word), '--classes is empty')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('command', ['train-classifier', 'train-generator'])
+def test_a_training_keeps_out_of_other_folders(protloc, things, command, tmp_path):
+    (tmp_path / 'project' / 'checkpoints').mkdir(parents=True)
+    for name in ('settings.json', 'log.jsonl', 'checkpoints/epoch10.pt'):
+        (tmp_path / 'project' / name).write_text('{}')
+    refused(protloc(command, things / 'S', tmp_path / 'project'), 'is not empty and holds no training')
+    assert sum(path.read_text() == '{}' for path in (tmp_path / 'project').rglob('*') if path.is_file()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('closed', ['2>&-', '>&-', '>&- 2>&-'])
+def test_closed_streams(closed, tmp_path):
+    command = f'{shlex.join(PROTLOC)} simulate out --train 6 --val 3 --test 3 --classes Nucleoli,Cytosol {closed}'
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+    assert len(ImageStore(tmp_path / 'out')) == 12
 
 
 def test_files_are_replaced_on_request_alone(protloc, things, tmp_path):

@@ -544,7 +544,7 @@ def test_command_line(protloc, real, drawn, tmp_path):
     for words, message in (
         (['--min-fidelity', 0.5], 'needs a classifier'),
         (['--plan', 'equal'], "there is no plan 'equal'"),
-        (['--edit', 0], "'strength' is wrong"),
+        (['--edit', 0], "'--edit': Input should be greater than or equal to 0.001"),
         (['--best-of', 2], '--best-of needs a classifier'),
     ):
         code, _, err = protloc('generate', folder, tmp_path / 'bad', *options, *words)

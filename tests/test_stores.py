@@ -341,7 +341,9 @@ def test_a_large_store_opens_in_less_than_a_second(tmp_path):
     (store.path / 'table.csv').write_text('\n'.join(rows) + '\n')
     np.save(store.path / 'checksums.npy', np.full(n, zlib.crc32(np.zeros(shape, np.uint8)), np.uint32))
     hashes = {name: sha256(store.path / file) for name, file in HASHED.items()}
-    write_json(store.path / 'manifest.json', dict(store.manifest, n=n, size=512, sha256=dict(images='', **hashes)))
+    write_json(
+        store.path / 'manifest.json', dict(store.manifest, n=n, size=512, sha256=dict(images='0' * 64, **hashes))
+    )
     began = time.perf_counter()
     large = ImageStore(store.path)
     seconds = time.perf_counter() - began

@@ -154,7 +154,7 @@ def test_a_list_of_names_is_no_component(name, folder, marker):
     try:
         assert list(open_pipeline(folder).config[name]) == [EVIL, 'Evil']
     except InputError as error:
-        assert name == 'channels' and str(folder) in str(error)
+        assert name != 'classes' and str(folder) in str(error)
 
 
 AUTO = {
@@ -170,9 +170,12 @@ def test_code_that_only_lies_there_is_not_run(folder, marker):
     put_code(folder)
     change(folder / 'model_index.json', auto_map=AUTO, custom_pipeline='pipeline', trust_remote_code=True)
     for file in ('unet/config.json', 'label_encoder/config.json', 'scheduler/scheduler_config.json'):
-        change(folder / file, auto_map=AUTO, _class_name='Evil', _module=EVIL, trust_remote_code=True)
+        change(folder / file, auto_map=AUTO, _module=EVIL, trust_remote_code=True)
     for opened in (open_pipeline, LabelConditionedPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
         assert torch.equal(draw_first(opened(folder)), whole)
+    change(folder / file, _class_name='Evil')
+    with pytest.raises(InputError, match="has settings of 'Evil', not of "):
+        open_pipeline(folder)
 
 
 def draw_first(pipe):
@@ -301,3 +304,11 @@ def test_names_stay_text_in_a_card():
     text = page.get_text()
     assert ', '.join(WORDS) in text and f'of each cell_line: {", ".join(WORDS)}' in text
     assert repr(WORDS[0]) in page.find_all('code', class_='language-python')[0].get_text()
+
+
+@pytest.mark.slow
+def test_a_report_imports_nothing_from_its_folder(finished, tmp_path, protloc):
+    run, marker = shutil.copytree(finished, tmp_path / 'run'), tmp_path / 'it_ran'
+    for name in ('numpy', 'pandas', 'seaborn', 'sitecustomize', 'protloc'):
+        (run / f'{name}.py').write_text(f'open({str(marker)!r}, "w").write("ran")')
+    assert protloc('report', run)[0] == 0 and not marker.exists()

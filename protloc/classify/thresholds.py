@@ -81,6 +81,9 @@ def choose_thresholds(
             f'{predicted.shape} probabilities, {labels.shape} labels and {len(classes)} classes do not fit together:'
             ' give those of one or more images'
         )
+    for what, values in (('probabilities', predicted), ('labels', labels)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise InputError(f'the {what} must lie between 0 and 1, and some do not')
     chosen = lookup('rule for thresholds', rule, RULES)(predicted, labels)
     table = pd.Series(chosen, pd.Index(classes, name='class'), name='threshold')
     if path.suffix == '.csv':

@@ -277,7 +277,7 @@ def open_real(self: RunFolder) -> ImageStore:
         if not self.real.exists():
             raise self.unfinished('the store of real images')
         return ImageStore(self.real)
-    mend = 'choose another folder with --out'
+    mend = 'put back what was there, or begin a study in another folder with `protloc run`'
     noted = read_config(StoreNote, read_json(self.store_note, mend), str(self.store_note))
     if not Path(noted.path).exists():
         raise InputError(f'{noted.path}, the store of {self.path}, is gone: put it back, a link is enough')

@@ -9,10 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-from protloc.files import exclusive
+from protloc.files import exclusive, sweep_within
 from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
-from protloc.study.runner import _tidy, check_folder, claim_folder
+from protloc.study.runner import check_folder, claim_folder, claim_inputs
 
 EVENTS = ('replace', 'rename', 'unlink', 'mkdir', 'rmdir', 'open')
 
@@ -23,8 +23,9 @@ def begin(folder):
     check_folder(run)
     run.path.mkdir(parents=True, exist_ok=True)
     with exclusive(run.path):
-        _tidy(run)
+        sweep_within(run.path, folders=False)
         claim_folder(run.path, config)
+        claim_inputs(config, run)
 
 
 def die_at(number, folder):
@@ -58,7 +59,7 @@ while not die_at(number, folder / 'run'):
     begin(folder / 'run')
     assert sorted(path.name for path in folder.iterdir()) == ['run'], list(folder.iterdir())
     there = sorted(path.name for path in (folder / 'run').iterdir())
-    assert there == ['config.yaml', 'versions.json'], (number, there)
+    assert there == ['config.yaml', 'inputs.json', 'versions.json'], (number, there)
     assert RunFolder(folder / 'run').read_settings() == config.model_dump(mode='json')
     shutil.rmtree(folder / 'run')
     number += 1
