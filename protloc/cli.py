@@ -55,7 +55,7 @@ def _call(words):
 def main(
     asked=(),  # numbers of signals that asked to stop while this module was imported
 ):
-    "Entry point: one sentence and exit code 2 for bad input, 1 for a bug, or 130 after Ctrl-C"
+    "Entry point: one sentence, and 2 for bad input, 1 for a bug, 130 or 143 when stopped, 141 when nobody reads"
     speak_any_terminal()
     with stoppable(asked):
         command = command_name()
@@ -239,13 +239,15 @@ Data = Annotated[
     Optional[Path],
     typer.Option(
         help='Your images: a store made by `prepare`, or a folder that `prepare` reads, whose options are set as'
-        ' --set data.prepare.NAME=VALUE.'
+        ' --set data.prepare.NAME=VALUE, with underscores: data.prepare.group_from=plate.'
     ),
 ]
 RunOut = Annotated[Optional[Path], typer.Option(help='Folder of the run; runs/PRESET by default.')]
 SkipBadOfRun = Annotated[
     bool,
-    typer.Option('--skip-bad', help='Leave out fields of --data that cannot be used; they are listed in OUT.bad.csv.'),
+    typer.Option(
+        '--skip-bad', help='Leave out fields of --data that cannot be used; they are listed in OUT.bad.csv either way.'
+    ),
 ]
 Jobs = Annotated[int, typer.Option(min=1, max=1024, help='Classifiers trained at the same time; they share the cores.')]
 
@@ -377,7 +379,7 @@ class _NamesFormats(_Command):
         "Write the help"
         from protloc.data.readers.images import READERS
 
-        formats = ', '.join(ending.lstrip('.') for ending in READERS)
+        formats = ', '.join(ending.lstrip('.') for ending in READERS) + " (czi, lif, nd2, zarr with the extra 'bioio')"
         for parameter in self.params:
             parameter.help = parameter.help and parameter.help.replace('FORMATS', formats)
         super().format_help(ctx, formatter)

@@ -263,9 +263,15 @@ _HELD: set[Path] = set()  # what this process holds, links resolved
 def is_held(
     path: str | Path,  # of a file or folder
 ) -> bool:
-    "Whether this process holds it, or a folder that it lies in"
+    "Whether this process holds it, or a folder that it lies in, under its final or its temporary name"
     path = Path(os.path.realpath(path))
-    return not _HELD.isdisjoint((path, *path.parents))
+    return not _HELD.isdisjoint(map(_final, (path, *path.parents)))
+
+
+def _final(path):
+    "The name that a partial file or folder is to get; of others their own"
+    whole = path.name.removesuffix(PARTIAL)
+    return path.with_name(whole[1:]) if whole != path.name else path
 
 
 def _holder(lock_file):
