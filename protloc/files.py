@@ -26,7 +26,8 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 __all__ = ['CHANGED', 'MOST_LETTERS', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text',
            'read_json', 'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove',
            'partial_of', 'lock_of', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'sweep_within',
-           'write_text', 'write_json', 'check_outputs', 'check_room', 'first_difference', 'claim_settings']
+           'scratch_folder', 'write_text', 'write_json', 'check_outputs', 'check_room', 'first_difference',
+           'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
 def check_file(
@@ -349,6 +350,20 @@ def sweep_within(
                     remove(left)  # a lock goes with the block
 
 # %% ../nbs/00_files.ipynb #27cec2de
+@contextlib.contextmanager
+def scratch_folder(
+    path: str | Path,  # an output that is held: what is needed on the way to it lies beside it
+) -> Generator[Path]:
+    "An empty folder that goes with the block; what a killed process has left in it goes at its beginning"
+    folder = partial_of(f'{path}.scratch')
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 def write_text(
     path: str | Path,  # the file
     text: str,  # its whole content

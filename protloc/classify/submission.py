@@ -20,7 +20,7 @@ from .predict import check_new, probabilities, reading_of
 from ..core import InputError
 from ..data.prepare import prepare
 from ..data.readers.tables import write_table
-from ..files import atomic_path
+from ..files import atomic_path, scratch_folder
 from ..labels import Vocabulary
 from ..training import disk_errors
 
@@ -50,14 +50,17 @@ def predict_folder(
     bad_list: str | Path = 'bad.csv',  # where fields that cannot be used are listed
     skip_bad: bool = False,  # leave them out
     tta: bool = False,  # see `probabilities`
+    # an output that is held: beside it the images are kept meanwhile; in the system's temporary folder unless given
+    scratch: str | Path | None = None,
     **files,  # settings of `FolderConfig`: which files are read, e.g. match, exclude, labels
 ) -> pd.DataFrame:  # index Id, a column for each class: probabilities
     "Probabilities of each field in a folder, in the order of their names; raises `InputError` for bad images"
     reading = reading_of(card)
-    with tempfile.TemporaryDirectory() as scratch, _depth_explained(reading.get('depths')):
+    place = scratch_folder(scratch) if scratch else tempfile.TemporaryDirectory()
+    with place as kept, _depth_explained(reading.get('depths')):
         store = prepare(
             folder,
-            Path(scratch) / 'store',
+            Path(kept) / 'store',
             card['size'],
             labelled=False,
             workers=workers,

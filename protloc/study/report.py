@@ -9,7 +9,6 @@ import contextlib
 import html
 import os
 import re
-import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import nbformat
 import papermill
 
 from ..core import InputError
-from ..files import exclusive, is_held, write_text
+from ..files import exclusive, is_held, scratch_folder, write_text
 from .folder import RunFolder
 from .verdict import Study, write_results
 
@@ -83,14 +82,14 @@ def _named_errors(folder):
 # %% ../../nbs/09_study/06_report.ipynb #84b3eba4
 def _executed(run):
     "The template, executed with the run's folder as its parameter; as text"
-    with tempfile.TemporaryDirectory() as scratch, as_file(files('protloc') / 'assets' / 'report.ipynb') as template:
-        executed = Path(scratch) / 'executed.ipynb'
+    with scratch_folder(run.report) as scratch, as_file(files('protloc') / 'assets' / 'report.ipynb') as template:
+        executed = scratch / 'executed.ipynb'
         papermill.execute_notebook(
             str(template),
             str(executed),
             parameters=dict(folder=str(run.path)),
             kernel_name='python3',
-            cwd=scratch,  # Python imports what lies there: not from the run's folder, which may be another one's
+            cwd=str(scratch),  # Python imports what lies there: not from the run's folder, which may be another one's
             progress_bar=dict(desc='report'),
         )
         return executed.read_text(encoding='utf-8')
