@@ -488,7 +488,7 @@ def array(change):
 
 def with_nan(a):
     a = a.copy()
-    a.reshape(-1)[0] = np.nan if a.dtype.kind == 'f' else 255
+    a.reshape(-1)[:1] = np.nan if a.dtype.kind == 'f' else 255
     return a
 
 
