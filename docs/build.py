@@ -70,7 +70,11 @@ def write_pages(cfg, processed: Path, pages: Path):
         )
         if rel.stem == 'index':
             nb.cells.append(nbformat.v4.new_markdown_cell(toctrees(cfg.nbs_path)))
-        path = pages / page_of(rel).with_suffix('.ipynb')
+        page = page_of(rel).with_suffix('.ipynb')
+        for cell in nb.cells:
+            if cell.cell_type == 'markdown':
+                cell.source = on_site(cell.source, notebook, page, source, r'(?!https?:)[^)#]+\.md')
+        path = pages / page
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, path)
     write_texts(source, pages)
@@ -89,18 +93,23 @@ def texts() -> dict[Path, Path]:
     }
 
 
+def on_site(text: str, path: Path, page: Path, source: str, links: str = r'(?!https?:|#)[^)]+') -> str:
+    "The Markdown of a file with its links as its page has them: to other texts' pages, or to the repository"
+    published = texts()
+
+    def target(match):
+        linked = (path.parent / match[1]).resolve()
+        if linked not in published:
+            return f']({source}/{linked.relative_to(ROOT).as_posix()})'
+        return f']({os.path.relpath(published[linked], page.parent)})'
+
+    return re.sub(rf'\]\(({links})\)', target, text)
+
+
 def write_texts(source: str, pages: Path):
     "Markdown files -> pages; links between them stay on the site, others lead to the repository"
-    published = texts()
-    for path, page in published.items():
-
-        def target(match, path=path, page=page):
-            linked = (path.parent / match[1]).resolve()
-            if linked not in published:
-                return f']({source}/{linked.relative_to(ROOT).as_posix()})'
-            return f']({os.path.relpath(published[linked], page.parent)})'
-
-        text = re.sub(r'\]\((?!https?:|#)([^)]+)\)', target, path.read_text(encoding='utf-8'))
+    for path, page in texts().items():
+        text = on_site(path.read_text(encoding='utf-8'), path, page, source)
         if page.name == 'index.md':
             text += '\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n'
         (pages / page).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ NBS = ROOT / 'nbs'
 def readme():
     notebook = nbformat.read(NBS / 'index.ipynb', as_version=4)
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r'(\]\(|src=")(?!https?:|#)', r'\1nbs/', text).strip()
+    text = re.sub(r'(\]\(|src=")(?!https?:|#)', r'\1nbs/', text).replace('](nbs/../', '](').strip()
     (ROOT / 'README.md').write_text(
         '<!-- made from nbs/index.ipynb by docs/derived.py -->\n\n' + text + '\n', encoding='utf-8'
     )
