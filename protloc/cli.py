@@ -561,7 +561,7 @@ def info(
     _check_file(sheet)
     _writes({'--sheet': sheet}, STORE=store)
     if sheet:
-        _check_ending(sheet, '.png', '.jpg', '.pdf', '.svg')
+        _check_ending(str(sheet).lower(), '.png', '.jpg', '.jpeg', '.pdf', '.svg')
     _hold(sheet, overwrite=overwrite)
     import yaml
 
@@ -577,7 +577,7 @@ def info(
     print(f"\nWhere they came from\n{yaml.safe_dump(images.manifest['made'], sort_keys=False).rstrip()}")
     if sheet:
         with atomic_path(sheet) as partial:
-            contact_sheet(images).savefig(partial, format=sheet.suffix[1:], dpi=100, bbox_inches='tight')
+            contact_sheet(images).savefig(partial, format=sheet.suffix[1:].lower(), dpi=100, bbox_inches='tight')
         print(f'Contact sheet: {sheet.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #8f4f88b0

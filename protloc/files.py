@@ -352,10 +352,10 @@ def sweep_within(
 # %% ../nbs/00_files.ipynb #27cec2de
 @contextlib.contextmanager
 def scratch_folder(
-    path: str | Path,  # an output that is held: what is needed on the way to it lies beside it
+    path: str | Path,  # an output that is held, a file: the folder has its temporary name until it is written
 ) -> Generator[Path]:
     "An empty folder that goes with the block; what a killed process has left in it goes at its beginning"
-    folder = partial_of(f'{path}.scratch')
+    folder = partial_of(path)
     remove(folder)
     folder.mkdir(parents=True)
     try:
@@ -393,7 +393,7 @@ def check_outputs(
         if os.path.islink(path) and not os.path.exists(path):
             raise InputError(f'{path} ({name}) is a link to {os.readlink(path)}, which does not exist: remove the link')
         here = Path(os.path.realpath(path))
-        if os.path.exists(here) and not (here.is_file() or here.is_dir()):
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise InputError(f'{path} ({name}) is a device or a pipe, not a file: choose another name')
         for other, taken in there.items():
             if here == taken or here in taken.parents or taken in here.parents:

@@ -34,18 +34,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['MOST_STEPS', 'RUNTIME', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at', 'fork_rng',
-           'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights', 'check_finite',
-           'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process', 'check_own',
-           'hold_folder', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
-           'enough_memory', 'check_loop', 'fit', 'LogLine']
+__all__ = ['MOST_STEPS', 'RUNTIME', 'OWN_NAMES', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at',
+           'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights',
+           'check_finite', 'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process',
+           'check_own', 'hold_folder', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average',
+           'averaged', 'enough_memory', 'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #62a1987e
 from .core import Config, InputError, derive_seed, one_line, read_config, sha256, shown
 from .data.loading import loader
 from protloc.files import (
     CHANGED,
-    LOCK,
     PARTIAL,
     atomic_path,
     check_file,
@@ -432,15 +431,25 @@ def this_process() -> PartialState:  # its rank among how many, and its device
     return PartialState(cpu=not torch.accelerator.is_available())
 
 # %% ../nbs/05_training.ipynb #cb1231ac
+OWN_NAMES = (
+    'settings.json',
+    'log.jsonl',
+    'checkpoints',
+    'previews',
+    'pipeline',
+    'last.safetensors',
+    'best.safetensors',
+)
+
+
 def check_own(
     folder: str | Path,  # of a training; may be absent or empty
 ):
-    "Raise `InputError` where a folder holds files and no training: its names may be another program's"
-    folder = Path(folder)
-    inside = [path for path in folder.iterdir() if not path.name.endswith((PARTIAL, LOCK))] if folder.is_dir() else []
-    noted = folder / 'settings.json'
-    if inside and not (noted.is_file() and 'config' in read_json(noted)):
-        raise InputError(f'{folder} is not empty and holds no training: choose another folder')
+    "Raise `InputError` where names that a training has are another program's"
+    noted = Path(folder) / 'settings.json'
+    there = [name for name in OWN_NAMES if os.path.lexists(Path(folder) / name)]
+    if there and not (noted.is_file() and 'config' in read_json(noted, 'choose another folder, or remove it')):
+        raise InputError(f'{folder} holds {" and ".join(there)}, and no training: choose another folder')
 
 
 @contextlib.contextmanager

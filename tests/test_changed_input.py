@@ -205,7 +205,7 @@ def relabel(challenge, tmp_path):
 
 
 def replace_an_image(challenge, tmp_path):
-    repaint(challenge / 'train' / 'f3_green.png')
+    (challenge / 'train' / 'f3_green.png').write_bytes(bytes(1000))
 
 
 def plan_others(challenge, tmp_path):
@@ -244,8 +244,25 @@ def test_a_study_goes_on_with_what_it_read(challenge, tmp_path, change, named):
     if change is relabel:
         (challenge / 'train.csv').write_text((challenge / 'train.csv').read_text().replace('f3,5', 'f3,6'))
     elif change is replace_an_image:
-        repaint(challenge / 'train' / 'f3_green.png', 9)
+        (challenge / 'train' / 'f3_green.png').write_bytes(bytes(999))
     else:
         (tmp_path / named.split()[0]).write_bytes(b'classes,n\nCytosol,34\n')
     with pytest.raises(InputError, match=re.escape(f'{named} has changed since this study read it')):
         claim_inputs(config, run)
+
+
+def test_a_copy_of_the_images_or_none_is_no_change(challenge, tmp_path, capsys):
+    "Times are another's after a copy, and an unmounted disk is an empty folder"
+    config = study_config('standard', challenge, ['data.prepare.size=32', 'generate.plan=match'])
+    run = claim_folder(tmp_path / 'run', config)
+    claim_inputs(config, run)
+    run.real.mkdir()
+    for image in (challenge / 'train').iterdir():
+        os.utime(image, (1, 1))
+    claim_inputs(config, run)
+    assert 'were copied or written again since this study read them' in capsys.readouterr().err
+    shutil.rmtree(challenge)
+    for _ in range(2):
+        claim_inputs(config, run)
+        challenge.mkdir(exist_ok=True)
+    assert capsys.readouterr().err == ''

@@ -281,8 +281,11 @@ def test_a_training_keeps_out_of_other_folders(protloc, things, command, tmp_pat
     (tmp_path / 'project' / 'checkpoints').mkdir(parents=True)
     for name in ('settings.json', 'log.jsonl', 'checkpoints/epoch10.pt'):
         (tmp_path / 'project' / name).write_text('{}')
-    refused(protloc(command, things / 'S', tmp_path / 'project'), 'is not empty and holds no training')
+    refused(protloc(command, things / 'S', tmp_path / 'project'), 'and no training: choose another folder')
     assert sum(path.read_text() == '{}' for path in (tmp_path / 'project').rglob('*') if path.is_file()) == 3
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'train.log').touch()  # of a scheduler, say
+    assert protloc(command, things / 'S', tmp_path / 'new', '--set', 'loop.steps=1')[0] == 0
 
 
 @pytest.mark.slow

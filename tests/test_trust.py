@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.denoiser import UNetConfig
 from protloc.diffusion.generate import _read_block
-from protloc.diffusion.pipeline import LabelConditionedPipeline
+from protloc.diffusion.pipeline import LabelConditionedPipeline, known_schedulers
 from protloc.diffusion.train import GeneratorConfig, model_card, open_pipeline, train_generator
 from protloc.files import parse_yaml, read_array
 from protloc.labels import Vocabulary
@@ -312,3 +313,12 @@ def test_a_report_imports_nothing_from_its_folder(finished, tmp_path, protloc):
     for name in ('numpy', 'pandas', 'seaborn', 'sitecustomize', 'protloc'):
         (run / f'{name}.py').write_text(f'open({str(marker)!r}, "w").write("ran")')
     assert protloc('report', run)[0] == 0 and not marker.exists()
+
+
+@pytest.mark.parametrize('name', sorted(set(known_schedulers().values()) - {'SASolverScheduler', 'PNDMScheduler'}))
+def test_a_generator_with_another_scheduler_is_opened_again(name, folder, tmp_path):
+    "What diffusers notes of it, values that are not set among them, is no damage"
+    pipe = open_pipeline(folder)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / 'again')
+    assert type(open_pipeline(tmp_path / 'again').scheduler).__name__ == name

@@ -33,7 +33,7 @@ from ..labels import Vocabulary
 __all__ = ['BAD_COLUMNS', 'folder_stamp', 'check_bad_list', 'prepare']
 
 # %% ../../nbs/04_data/09_prepare.ipynb #b8f5d65f
-def _stamp(folder, names):
+def _stamp(folder, names, times=True):
     "A hash of the names, sizes and times of some files, and of what lies in those that are folders"
     stamps = []
     for name in names:
@@ -43,7 +43,8 @@ def _stamp(folder, names):
         for file in (path, *files):
             try:
                 status = os.stat(file)
-                stamps.append((os.path.relpath(file, folder) if files else name, status.st_size, status.st_mtime_ns))
+                named = os.path.relpath(file, folder) if files else name
+                stamps.append((named, status.st_size, times and status.st_mtime_ns))
             except OSError as error:
                 stamps.append((name, error.errno))
     return sha256(repr(stamps))[:16]
@@ -103,11 +104,13 @@ def _row_stamps(fields, splits):
 
 def folder_stamp(
     fields,  # of `labelled_fields`
+    times: bool = True,  # a copy has other times than its original
 ) -> str:
     "A hash of a folder's fields: names, labels and groups, and the names, sizes and times of their files"
     table = fields.table
     rows = zip(table.Id, table.Target, table.Group, table.Files, table.Mask, strict=True)
-    return sha256(repr([(*map(str, row), _stamp(fields.folder, filter(None, (*row[3], row[4])))) for row in rows]))
+    named = [(*map(str, row), _stamp(fields.folder, filter(None, (*row[3], row[4])), times)) for row in rows]
+    return sha256(repr(named))
 
 
 def _check_notes(notes, fields, stamps):

@@ -538,15 +538,17 @@ _CHOICES = {  # texts that diffusers compares with names, and takes any other on
     'mid_block_type': ('UNetMidBlock2D', None),
 }
 _NEEDED = ('sample_size',)  # though None is its default
-_MOST = dict(sample_size=65_536, layers_per_block=32, num_train_timesteps=100_000)  # a million of any other thing
+_MOST = dict(sample_size=65_536, layers_per_block=128, num_train_timesteps=100_000)  # a million of any other thing
 
 
 def _flaw(name, value, default, hint):
     "What is wrong with a setting of a diffusers class; '' for nothing"
     if name in _CHOICES:
         return '' if value in _CHOICES[name] else f'one of {", ".join(map(str, _CHOICES[name]))} is expected'
-    if name in _NEEDED and value is None:
+    if value is None and (name in _NEEDED or hint in (int, float)):
         return 'a number is expected'
+    if value is None or value == default and type(value) is type(default):
+        return ''  # not set: what is made from another scheduler's settings has such
     try:
         types = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
         types.validate_json(json.dumps(value), strict=True)
@@ -565,7 +567,7 @@ def _check_parameters(
     path: Path,  # of the file, for the message
 ):
     "Raise `InputError` for settings of another class, and for one that is missing, of another type or out of bounds"
-    mend = 'copy the folder of the pipeline again'
+    mend = 'copy the folder of the pipeline again, or save it with other settings'
     if settings.get('_class_name') != kind.__name__:
         raise InputError(f'{path} has settings of {shown(settings.get("_class_name"))}, not of {kind.__name__}: {mend}')
     make = inspect.unwrap(kind.__init__)

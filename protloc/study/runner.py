@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,8 @@ from .arms import ArmConfig, PrepareConfig, StudyConfig
 from .folder import RunFolder
 
 # %% auto #0
-__all__ = ['check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs', 'real_images', 'synthetic_images',
-           'train_arm', 'cores', 'train_arms', 'judge_synthetic', 'check_predictions', 'run_study']
+__all__ = ['WRITTEN', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs', 'real_images',
+           'synthetic_images', 'train_arm', 'cores', 'train_arms', 'judge_synthetic', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/03_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):
@@ -127,13 +128,18 @@ def is_store(
     return (Path(folder) / 'manifest.json').exists()
 
 # %% ../../nbs/09_study/03_runner.ipynb #cc9bc99a
+WRITTEN = 'data.folder, written'  # the times of its files
+
+
 def _inputs_of(config, run):
     "Of each file or folder that the settings name: its path, its hash, and whether a stage has used it already"
     given, plan, weights = config.data.folder, config.generate.plan, config.classifier.weights
     if given and Path(given).is_dir() and not is_store(given):
-        how = config.data.prepare
-        fields = labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
-        yield 'data.folder', given, folder_stamp(fields), run.real.exists()
+        how, used = config.data.prepare, run.real.exists()
+        with contextlib.suppress(*[InputError] * used):  # who has the images in a store may take the folder away
+            fields = labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
+            yield 'data.folder', given, folder_stamp(fields, times=False), used
+            yield WRITTEN, given, folder_stamp(fields), used
     if plan.endswith('.csv') and Path(plan).is_file():
         drawn = any(run.synthetic(source).exists() for source in ('generator', 'oracle'))
         yield 'generate.plan', plan, sha256(Path(plan)), drawn
@@ -148,7 +154,14 @@ def claim_inputs(
     "Note what the study reads from outside; raises `InputError` where it has changed since a stage read it"
     noted = read_json(run.inputs) if run.inputs.exists() else {}
     for name, path, found, used in _inputs_of(config, run):
-        if used and noted.get(name, found) != found:
+        changed = used and noted.get(name, found) != found
+        if changed and name == WRITTEN:
+            print(
+                f'note: files in {path} were copied or written again since this study read them, with the same names'
+                ' and sizes: it goes on with what it read',
+                file=sys.stderr,
+            )
+        elif changed:
             raise InputError(
                 f'{path} ({name}) has changed since this study read it: put back what was there, or choose another'
                 ' folder with --out'
