@@ -9,6 +9,7 @@ import contextlib
 import html
 import os
 import re
+import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -80,9 +81,20 @@ def _named_errors(folder):
         ) from None
 
 # %% ../../nbs/09_study/06_report.ipynb #84b3eba4
+@contextlib.contextmanager
+def _temporary_files_in(folder):
+    "Inside the block temporary files lie in a folder: Jupyter leaves that of a kernel's ports behind after a kill"
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def _executed(run):
     "The template, executed with the run's folder as its parameter; as text"
-    with scratch_folder(run.report) as scratch, as_file(files('protloc') / 'assets' / 'report.ipynb') as template:
+    packaged = as_file(files('protloc') / 'assets' / 'report.ipynb')
+    with scratch_folder(run.report) as scratch, _temporary_files_in(scratch), packaged as template:
         executed = scratch / 'executed.ipynb'
         papermill.execute_notebook(
             str(template),
