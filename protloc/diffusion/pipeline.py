@@ -545,8 +545,8 @@ def _flaw(name, value, default, hint):
     "What is wrong with a setting of a diffusers class; '' for nothing"
     if name in _CHOICES:
         return '' if value in _CHOICES[name] else f'one of {", ".join(map(str, _CHOICES[name]))} is expected'
-    if value is None and (name in _NEEDED or hint in (int, float)):
-        return 'a number is expected'
+    if value is None and (name in _NEEDED or default is not None and hint in (int, float, bool)):
+        return 'a value is expected'
     if value is None or value == default and type(value) is type(default):
         return ''  # not set: what is made from another scheduler's settings has such
     try:
