@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 
 from protloc.core import InputError
 from protloc.data.simulate.datasets import simulate_store
-from protloc.data.store import ImageStore
+from protloc.data.store import ImageStore, TryAgain
 from protloc.diffusion.denoiser import LabelEncoder, UNetConfig, build_denoiser, fold
 from protloc.diffusion.edit import edit
 from protloc.diffusion.filter import Judge, KnownImages, image_fidelity
@@ -505,9 +505,9 @@ def test_a_dropped_candidate_never_wins(drawn):
     assert block['fidelity'].tolist() == [0.6, 0.6] and set(block['reason']) == {''}
 
 
-@pytest.mark.parametrize('error, kept', [(RuntimeError, True), (InputError, False)])
+@pytest.mark.parametrize('error, kept', [(RuntimeError, True), (InputError, False), (TryAgain, True)])
 def test_an_error_costs_no_finished_blocks_but_bad_input_leaves_nothing(drawn, tmp_path, error, kept):
-    "A GPU that runs out of memory, or another process that ends, must not cost the work of hours"
+    "A GPU that runs out of memory, another process that ends, or a damaged block must not cost the work of hours"
     whole, folder, _ = drawn
     pipe = quiet(open_pipeline(folder))
     hook = interrupted(pipe, 5, error)
