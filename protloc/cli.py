@@ -1028,7 +1028,7 @@ def predict(
     models, card = load_classifiers([classifier, *(also or [])])
     limits = read_thresholds(threshold, card['classes'])
     files = dict(labels=labels, match=match or (), exclude=exclude or (), max_megapixels=max_megapixels)
-    predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, out, **files)
+    predicted = predict_folder(models, card, folder, workers, f'{out}.bad.csv', skip_bad, tta, scratch=out, **files)
     if probabilities:
         write_probabilities(predicted, probabilities, overwrite=True)
     write_table(submission(predicted, limits), out)

@@ -25,9 +25,9 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 # %% auto #0
 __all__ = ['CHANGED', 'MOST_LETTERS', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text',
            'read_json', 'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove',
-           'partial_of', 'lock_of', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep', 'sweep_within',
-           'scratch_folder', 'write_text', 'write_json', 'check_outputs', 'check_room', 'first_difference',
-           'claim_settings']
+           'partial_of', 'lock_of', 'name_error', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep',
+           'sweep_within', 'scratch_folder', 'write_text', 'write_json', 'check_outputs', 'check_room',
+           'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
 def check_file(
@@ -237,6 +237,15 @@ def lock_of(
     return path.parent / f'.{path.name}{LOCK}'
 
 # %% ../nbs/00_files.ipynb #2a696d44
+def name_error(
+    error: BaseException | None,  # that ended a writing
+    path: str | Path,  # what was written
+):
+    "An error of the disk that names no file, as a full one, names this"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
+
+
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # the final name of a file or folder
@@ -252,8 +261,7 @@ def atomic_path(
                 remove(path)
             os.replace(partial, path)
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk
-                error.filename = str(path)
+            name_error(error, path)
             remove(partial)
             raise
 

@@ -50,6 +50,7 @@ from protloc.files import (
     check_file,
     exclusive,
     is_held,
+    name_error,
     read_json,
     read_json_lines,
     remove,
@@ -240,8 +241,7 @@ def disk_errors(
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        name_error(error, path)
         raise
     except safetensors.SafetensorError as error:
         number = re.search(r'os error (\d+)', str(error))

@@ -738,7 +738,7 @@ FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (r'pipeline/.*\.json$', r'_\w+ .*', 'a note of diffusers'),
     (r'pipeline/.*\.safetensors$', 'a tensor more', 'what is not needed is let be'),
     (r'pipeline/.*config\.json$', r'.* gone', 'diffusers fills in what is missing'),
-    (r'scheduler_config\.json$', r'\w+ is null', 'it is not set'),
+    (r'scheduler_config\.json$', 'time_shift_type is null', 'it is not set'),
     (r'scheduler_config\.json$', 'lambda_min_clipped is negative', 'this bound may be negative'),
     (
         r'unet/config\.json$',

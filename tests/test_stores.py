@@ -286,10 +286,10 @@ def test_what_was_cut_is_written_anew(tmp_path):
 def hold(path, seconds, told):
     try:
         with exclusive(path, wait=0.2):
-            told.put('held')
+            told.send('held')
             time.sleep(seconds)
     except InputError as error:
-        told.put(str(error))
+        told.send(str(error))
 
 
 def test_one_writer_where_the_file_system_knows_no_locks(tmp_path, monkeypatch):
@@ -300,19 +300,21 @@ def test_one_writer_where_the_file_system_knows_no_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr('fcntl.flock', no_locks)
     context = multiprocessing.get_context('fork')
-    told = context.SimpleQueue()
-    first, second, third = (
-        context.Process(target=hold, args=(tmp_path / 'cells', seconds, told), daemon=True) for seconds in (60, 0, 0)
-    )
-    first.start()
-    assert told.get() == 'held'
-    second.start()
-    assert 'cells is being written by' in told.get()
+
+    def said(seconds):
+        told, telling = context.Pipe(duplex=False)
+        process = context.Process(target=hold, args=(tmp_path / 'cells', seconds, telling), daemon=True)
+        process.start()
+        assert told.poll(20)
+        return process, told.recv()
+
+    first, held = said(60)
+    assert held == 'held' and 'cells is being written by' in said(0)[1]
     first.kill()
     first.join()
-    third.start()
-    assert told.get() == 'held'
+    third, held = said(0)
     third.join()
+    assert held == 'held'
     assert list(tmp_path.iterdir()) == []
 
 

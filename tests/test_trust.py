@@ -151,11 +151,12 @@ def test_a_generator_names_only_classes_of_protloc(case, folder, made, marker, t
 @pytest.mark.parametrize('name', ['classes', 'channels', 'conditions'])
 def test_a_list_of_names_is_no_component(name, folder, marker):
     put_code(folder)
-    change(folder / 'model_index.json', **{name: [EVIL, 'Evil']})
+    both = dict(condition='line') if name == 'conditions' else {}
+    change(folder / 'model_index.json', **{name: [EVIL, 'Evil']}, **both)
     try:
         assert list(open_pipeline(folder).config[name]) == [EVIL, 'Evil']
     except InputError as error:
-        assert name != 'classes' and str(folder) in str(error)
+        assert name == 'channels' and str(folder) in str(error)
 
 
 AUTO = {
@@ -174,8 +175,10 @@ def test_code_that_only_lies_there_is_not_run(folder, marker):
         change(folder / file, auto_map=AUTO, _module=EVIL, trust_remote_code=True)
     for opened in (open_pipeline, LabelConditionedPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
         assert torch.equal(draw_first(opened(folder)), whole)
-    change(folder / file, _class_name='Evil')
-    with pytest.raises(InputError, match="has settings of 'Evil', not of "):
+    for file in ('unet/config.json', 'label_encoder/config.json', 'scheduler/scheduler_config.json'):
+        change(folder / file, _class_name='Evil')
+    assert torch.equal(draw_first(DiffusionPipeline.from_pretrained(folder)), whole)
+    with pytest.raises(InputError, match="has settings of 'Evil', not of UNet2DModel"):
         open_pipeline(folder)
 
 

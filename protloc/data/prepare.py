@@ -30,11 +30,11 @@ from ..files import check_room, remove
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['BAD_COLUMNS', 'folder_stamp', 'check_bad_list', 'prepare']
+__all__ = ['BAD_COLUMNS', 'folder_stamps', 'check_bad_list', 'prepare']
 
 # %% ../../nbs/04_data/09_prepare.ipynb #b8f5d65f
-def _stamp(folder, names, times=True):
-    "A hash of the names, sizes and times of some files, and of what lies in those that are folders"
+def _stats(folder, names):
+    "Names, sizes and times of some files, and of what lies in those that are folders"
     stamps = []
     for name in names:
         path = os.path.join(folder, name)
@@ -44,10 +44,15 @@ def _stamp(folder, names, times=True):
             try:
                 status = os.stat(file)
                 named = os.path.relpath(file, folder) if files else name
-                stamps.append((named, status.st_size, times and status.st_mtime_ns))
+                stamps.append((named, status.st_size, status.st_mtime_ns))
             except OSError as error:
                 stamps.append((name, error.errno))
-    return sha256(repr(stamps))[:16]
+    return stamps
+
+
+def _stamp(folder, names):
+    "Their hash"
+    return sha256(repr(_stats(folder, names)))[:16]
 
 # %% ../../nbs/04_data/09_prepare.ipynb #6b7daca9
 def _read_block(job):
@@ -102,15 +107,15 @@ def _row_stamps(fields, splits):
     return [sha256(repr((alike, *map(str, row))))[:16] for row in rows]
 
 
-def folder_stamp(
+def folder_stamps(
     fields,  # of `labelled_fields`
-    times: bool = True,  # a copy has other times than its original
-) -> str:
-    "A hash of a folder's fields: names, labels and groups, and the names, sizes and times of their files"
+) -> tuple[str, str]:  # the second one with the files' times, which a copy does not keep
+    "Hashes of a folder's fields: names, labels and groups, and the names and sizes of their files"
     table = fields.table
-    rows = zip(table.Id, table.Target, table.Group, table.Files, table.Mask, strict=True)
-    named = [(*map(str, row), _stamp(fields.folder, filter(None, (*row[3], row[4])), times)) for row in rows]
-    return sha256(repr(named))
+    rows = list(zip(table.Id, table.Target, table.Group, table.Files, table.Mask, strict=True))
+    stats = [_stats(fields.folder, filter(None, (*names, mask))) for *_, names, mask in rows]
+    lasting = [(*map(str, row), [stat[:2] for stat in files]) for row, files in zip(rows, stats, strict=True)]
+    return sha256(repr(lasting)), sha256(repr(stats))
 
 
 def _check_notes(notes, fields, stamps):

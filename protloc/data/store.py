@@ -35,6 +35,7 @@ from protloc.files import (
     exclusive,
     is_held,
     lock_of,
+    name_error,
     partial_of,
     read_array,
     read_json,
@@ -46,7 +47,7 @@ from protloc.files import (
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'Hash', 'MEND', 'StoreWriter', 'quotable', 'TryAgain',
+__all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'MEND', 'StoreWriter', 'quotable', 'TryAgain',
            'ResumableWriter', 'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts',
            'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows',
            'write_store']
@@ -181,18 +182,11 @@ def _close(self: StoreWriter, kind, *error):
         # a full disk has raised its error already
         with contextlib.suppress(OSError):
             self.file.close()
-        self._name_error(*error)
+        name_error(error[0], self.path)
         if kind is None:
             self._give_name()
         else:
             remove(self.folder)
-
-
-@patch
-def _name_error(self: StoreWriter, error, trace):
-    "An error of the disk says which store was written"
-    if isinstance(error, OSError) and error.errno and error.filename is None:
-        error.filename = str(self.path)
 
 
 @patch
@@ -357,7 +351,7 @@ def _close(self: ResumableWriter, kind, *error):
         for file in (self.file, self.log):
             with contextlib.suppress(OSError):
                 file.close()
-        self._name_error(*error)
+        name_error(error[0], self.path)
         if kind is None:
             self._give_name()
         elif issubclass(kind, InputError) and not (issubclass(kind, TryAgain) or self._is_whole()):
@@ -370,15 +364,15 @@ def _is_whole(self: ResumableWriter):
     return (self.folder / 'manifest.json').exists()
 
 # %% ../../nbs/04_data/03_store.ipynb #a98fa738
-Hash = Annotated[str, pydantic.Field(pattern='^[0-9a-f]{64}$')]
+_Hash = Annotated[str, pydantic.Field(pattern='^[0-9a-f]{64}$')]
 
 
 class _Hashes(Config):
     "SHA-256 of the parts of a store; checksums are None in stores of 0.2.0 and earlier"
 
-    images: Hash
-    table: Hash
-    checksums: Hash | None = None
+    images: _Hash
+    table: _Hash
+    checksums: _Hash | None = None
 
 
 class Manifest(Config):

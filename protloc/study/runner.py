@@ -21,7 +21,7 @@ from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier, weights_hash
 from ..core import InputError, derive_seed, end_with, interrupts_kept, sha256, versions
 from ..data.layouts import labelled_fields
-from ..data.prepare import folder_stamp, prepare
+from ..data.prepare import folder_stamps, prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
@@ -136,10 +136,11 @@ def _inputs_of(config, run):
     given, plan, weights = config.data.folder, config.generate.plan, config.classifier.weights
     if given and Path(given).is_dir() and not is_store(given):
         how, used = config.data.prepare, run.real.exists()
-        with contextlib.suppress(*[InputError] * used):  # who has the images in a store may take the folder away
-            fields = labelled_fields(given, how.of_folder, mask_ending=how.mask_ending)
-            yield 'data.folder', given, folder_stamp(fields, times=False), used
-            yield WRITTEN, given, folder_stamp(fields), used
+        # who has the images in a store may take the folder away
+        with contextlib.suppress(InputError) if used else contextlib.nullcontext():
+            lasting, with_times = folder_stamps(labelled_fields(given, how.of_folder, mask_ending=how.mask_ending))
+            yield 'data.folder', given, lasting, used
+            yield WRITTEN, given, with_times, used
     if plan.endswith('.csv') and Path(plan).is_file():
         drawn = any(run.synthetic(source).exists() for source in ('generator', 'oracle'))
         yield 'generate.plan', plan, sha256(Path(plan)), drawn
