@@ -1,12 +1,17 @@
-"""What buys quality in the same training time on a small machine: one setting of the generator changed at a time.
+"""What buys quality in the same training time on a small machine: recipes of the generator, several trainings each.
 
-    python benchmarks/recipes.py [--minutes 0.75] [--out runs/quality]
+    python benchmarks/recipes.py [--trials NAME ...] [--minutes 0.75 5 15] [--seeds 0 1 2] [--out runs/recipes]
+    python benchmarks/recipes.py --table RESULTS.jsonl [--minutes ...]
 
-Prints JSON, one line per trial. Data, judge and measures are those of generator_quality.py, whose folder is used.
-Each trial trains for as many steps as fit into the time. The milliseconds of its step are the defaults' times a
-ratio, the median over some rounds in which the two take turns, so that a busy machine does not decide. One training
-each, with the same seed: intervals are over blocks of synthetic images and say nothing of other seeds. Run it again
-to continue.
+Prints JSON, one line per training and way of drawing. The images are simulated cells of 32 px with all 28 classes; a
+ResNet trained on the real training images judges. The synthetic images are drawn for the label sets of the validation
+split, unseen cells of the same lines, and measured beside them: power in four bands of spatial frequency over that of
+the training images (`band_ratios`), Fréchet distance, coverage, and label fidelity, over all classes and over those
+that are points or thin lines. A trial trains for as many steps as fit into the time. The milliseconds of its step are
+those of 'before' times a ratio, the median over some rounds in which the two take turns alone on the machine; both are
+measured once and noted (`--plan` measures and does no more), so trainings may then share the machine. `--table` gives
+the mean over the seeds with its 95 % interval, and that of the difference to 'before', seed by seed. Run it again to
+continue.
 """
 
 import argparse
@@ -16,37 +21,68 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 from generator_quality import configured, images
 
-from protloc.data.store import ImageStore
-from protloc.diffusion.generate import GenerateConfig, generate
+from protloc.data.store import ImageStore, StoreWriter
+from protloc.diffusion.generate import generators_for
+from protloc.diffusion.objective import to_images
 from protloc.diffusion.train import train_generator
-from protloc.evaluate.fidelity import features, measure
-from protloc.files import remove
+from protloc.evaluate.fidelity import band_ratios, coverage, features, frechet_distance, mean_interval
+from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
+from protloc.files import atomic_path, remove
 
-TRIALS = {
-    'defaults': [],
-    'patch size 1': ['unet.patch_size=1'],
-    'patch size 4': ['unet.patch_size=4'],
-    'half the width': ['unet.widths=[16, 32, 32]'],
-    'twice the width': ['unet.widths=[64, 128, 128]'],
-    'attention': ['unet.attention=true'],
-    'half the rate': ['loop.lr=0.001'],
-    'twice the rate': ['loop.lr=0.004'],
-    'batch 64': ['loop.batch_size=64'],
-    'EMA .98': ['loop.ema_decay=0.98'],
-    'power EMA .1': ['loop.ema_decay=null', 'loop.ema_length=0.1'],
-    'target epsilon': ['objective.prediction_type=epsilon'],
-    'target v': ['objective.prediction_type=v_prediction'],
-    'uniform weights': ['objective.weighting=uniform'],
-    'no square root': ['objective.signal=symmetric'],
-    'balance .5': ['balance=0.5'],
+BEFORE = {  # the settings up to protloc 0.2.0
+    'objective.prediction_type': 'sample',
+    'objective.preconditioning': 'none',
+    'objective.weighting': 'snr_plus_one',
+    'objective.gamma': 20,
+    'objective.sigma_min': 0,
+    'unet.patch_size': 2,
+    'loop.lr': 0.002,
+    'loop.ema_decay': 0.995,
+    'unet.resnet_time_scale_shift': 'default',
 }
+PLAIN = {'loop.lr': 0.004, 'loop.ema_decay': 0.99}
+FILM = {**PLAIN, 'unet.resnet_time_scale_shift': 'scale_shift'}
+COMPONENTS = {**FILM, 'objective.preconditioning': 'components'}
+UNIFORM = {'objective.weighting': 'uniform'}
+TRIALS = {
+    'before': {},
+    'before, twice the rate': PLAIN,
+    'before, scale and shift': FILM,
+    'v': {**FILM, 'objective.prediction_type': 'v_prediction'},
+    'flow': {**FILM, **UNIFORM, 'objective.prediction_type': 'flow'},
+    'EDM': {**FILM, **UNIFORM, 'objective.preconditioning': 'edm'},
+    'components': {**COMPONENTS, **UNIFORM},
+    'components, SNR + 1 to 20': COMPONENTS,
+    'components, SNR + 1 to 100': {**COMPONENTS, 'objective.gamma': 100},
+    'components, no scale': {**PLAIN, **UNIFORM, 'objective.preconditioning': 'components'},
+    'components, patches of 4': {**COMPONENTS, **UNIFORM, 'unet.patch_size': 4},
+    'components, long average': {**COMPONENTS, **UNIFORM, 'loop.ema_decay': None, 'loop.ema_length': 0.1},
+}
+DRAWS = {  # of the same trainings
+    'as it likes': dict(),
+    'to .03': dict(sigma_min=0.03),
+    'to .05': dict(sigma_min=0.05),
+    'to .03, 30 steps': dict(sigma_min=0.03, num_inference_steps=30),
+    'to .03, guidance 1': dict(sigma_min=0.03, guidance_scale=1.0),
+    'to .03, guidance in .2 to .8': dict(sigma_min=0.03, guidance_interval=(0.2, 0.8)),
+    'to .03, dithered': dict(sigma_min=0.03, dither=True),
+}
+POINTS = 'Actin filaments', 'Cell junctions', 'Centrosome', 'Microtubule organizing center'
 
 
-def seconds_per_step(changes, real, folder, steps=20):
+def settings(trial, steps):
+    "A trial's settings as `NAME=VALUE`"
+    values = {**BEFORE, **TRIALS[trial]}
+    return configured('ours', steps, [f'{name}={json.dumps(value)}' for name, value in values.items()])
+
+
+def seconds_per_step(trial, real, folder, steps=20):
     "Over the later half of a short training, so that the start does not count"
-    config = configured('ours', 2 * steps, changes)
+    config = settings(trial, 2 * steps)
     training = folder / f'timed-{time.time_ns()}'
     train_generator(real, training, config)
     line = json.loads((training / 'log.jsonl').read_text().splitlines()[-1])
@@ -54,75 +90,137 @@ def seconds_per_step(changes, real, folder, steps=20):
     return config.loop.batch_size / line['images_per_second']
 
 
-def time_trial(name, real, folder, rounds=2):
-    "A trial's step beside that of the defaults, and the milliseconds of the latter"
-    if name == 'defaults':
-        return dict(ratio=1.0, ms=1000 * seconds_per_step(TRIALS['defaults'], real, folder))
-    turns = []
-    for _ in range(rounds):
-        turns.append([seconds_per_step(TRIALS[trial], real, folder) for trial in ('defaults', name)])
-    ratio = statistics.median(changed / defaults for defaults, changed in turns)
-    return dict(ratio=ratio, ms=1000 * min(defaults for defaults, _ in turns))
-
-
-def steps_for(name, real, folder, minutes):
-    "How many steps of a trial fit into the time; measured once, beside the defaults"
-    path = folder / 'plan.json'
+def plan(trial, real, folder, rounds=2):
+    "A step of a trial over one of 'before', and the seconds of the latter; measured once"
+    path = folder / trial / 'plan.json'
     if not path.exists():
-        path.write_text(json.dumps(time_trial(name, real, folder)))
-    ratio = json.loads(path.read_text())['ratio']
-    ms = json.loads((folder.parent / 'defaults' / 'plan.json').read_text())['ms']
-    return ratio, max(int(6e4 * minutes / ms / ratio), 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        turns = [[seconds_per_step(name, real, folder) for name in ('before', trial)] for _ in range(rounds)]
+        ratio = statistics.median(changed / before for before, changed in turns) if trial != 'before' else 1.0
+        noted = dict(ratio=ratio, seconds=min(before for before, _ in turns))
+        with atomic_path(path) as partial:
+            partial.write_text(json.dumps(noted))
+    return json.loads(path.read_text())
 
 
-def draw(pipe, path, plan):
-    "The synthetic images of a trial; drawn once"
-    if not path.exists():
-        generate(pipe, path, plan, GenerateConfig(images=len(plan), batch_size=100))
+def draw(pipe, labels, path, sigma_min=0.0, dither=False, batch=100, **options):
+    "Draw images into a store, once"
+    if path.exists():
+        return ImageStore(path)
+    pipe.register_to_config(sigma_min=sigma_min)
+    pipe.set_progress_bar_config(disable=True)
+    with StoreWriter(path, pipe.config.channels, pipe.vocab, pipe.size, dict(kind='synthetic')) as writer:
+        for start in range(0, len(labels), batch):
+            rows = labels[start : start + batch]
+            signal = pipe(
+                rows, generator=generators_for(0, range(start, start + len(rows))), output_type='signal', **options
+            )
+            for number, (image, row) in enumerate(zip(finished(signal, pipe, dither, start), rows, strict=True)):
+                target = pipe.vocab.decode(row)
+                writer.add(image, id=f'{start + number}', target=target, split='train', source='synthetic')
     return ImageStore(path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--minutes', type=float, default=0.75, help='of training, for each')
+def finished(signal, pipe, dither, seed):
+    "Signals as stored images, perhaps rounded up or down by chance"
+    if not dither:
+        return to_images(signal, pipe.config.signal).numpy()
+    values = ((signal + 1) / 2).clamp(0, 1).square() * 255
+    chance = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed))
+    return (values + chance).floor().clamp(max=255).to(torch.uint8).numpy()
+
+
+def measured(judge, real, reference, synthetic):
+    "All measures of a set of synthetic images"
+    seen, scores = features(judge, synthetic, synthetic.rows())
+    by_class = label_fidelity_by_class(scores.numpy(), synthetic.labels, *reference[1:], real.vocab)
+    ratios = band_ratios(real.images[real.rows('train')], synthetic.images[:], real.channels)
+    n = min(len(seen), len(reference[0]))
+    return dict(
+        bands={channel: row.round(3).tolist() for channel, row in ratios.ratio.unstack().T.items()},
+        frechet=round(frechet_distance(reference[0][:n], seen[:n]), 2),
+        coverage=round(coverage(reference[0][:n], seen[:n]), 4),
+        fidelity_macro=round(label_fidelity(by_class), 4),
+        fidelity_micro=round(micro_label_fidelity(scores.numpy(), synthetic.labels, *reference[1:]), 4),
+        fidelity_points=round(label_fidelity(by_class.loc[list(POINTS)]), 4),
+        fidelity_by_class=by_class.round(3).T.to_dict('list'),
+    )
+
+
+def measures_of(lines):
+    "The numbers of some lines that are compared, a row each"
+    rows = []
+    for line in lines:
+        bands = np.array(list(line['bands'].values()))
+        row = {f'band {i + 1}': value for i, value in enumerate(bands.mean(0))}
+        row['worst band'] = np.exp(np.abs(np.log(bands)).max())
+        row |= {name: value for name, value in line.items() if name.startswith('fidelity') and 'class' not in name}
+        rows.append({**row, 'frechet': line['frechet'], 'coverage': line['coverage']})
+    return pd.DataFrame(rows, index=[line['seed'] for line in lines])
+
+
+def table(path, minutes):
+    "Print mean and interval of each trial and draw, and of the difference to 'before'"
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    lines = [line for line in lines if line['benchmark'] == 'recipes' and line.get('bands')]
+    for budget in minutes:
+        groups = {}
+        for line in lines:
+            if line['minutes'] == budget:
+                groups.setdefault((line['trial'], line['draw']), []).append(line)
+        before = measures_of(groups.get(('before', 'as it likes'), []))
+        for (trial, way), group in groups.items():
+            values = measures_of(group)
+            line = dict(benchmark='recipes table', minutes=budget, trial=trial, draw=way, trainings=len(values))
+            for name in values:
+                mean, low, high = mean_interval(values[name].to_numpy())
+                line[name] = [round(value, 3) for value in (mean, low, high)]
+                paired = (values[name] - before[name]).dropna() if len(before) else []
+                if len(paired) > 1 and (trial, way) != ('before', 'as it likes'):
+                    line[f'{name}, more than before'] = [round(v, 3) for v in mean_interval(paired.to_numpy())]
+            print(json.dumps(line))
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--minutes', type=float, nargs='+', default=[0.75, 5, 15], help='of training, for each')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--trials', nargs='+', default=list(TRIALS), choices=TRIALS, metavar='NAME')
+    parser.add_argument('--draws', nargs='+', default=['as it likes', 'to .03'], choices=DRAWS, metavar='NAME')
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--train', type=int, default=8000)
     parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')
-    parser.add_argument('--blocks', type=int, default=4, help='of synthetic images, for the intervals')
-    parser.add_argument('--trials', nargs='+', default=list(TRIALS))
     parser.add_argument('--plan', action='store_true', help='only measure the steps')
-    parser.add_argument('--out', type=Path, default=Path('runs/quality'))
-    args = parser.parse_args()
+    parser.add_argument('--table', metavar='RESULTS.jsonl', help='only compare lines that were printed before')
+    parser.add_argument('--out', type=Path, default=Path('runs/recipes'))
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.table:
+        return table(args.table, args.minutes)
     args.out.mkdir(parents=True, exist_ok=True)
     real, judge = images(args.out, args.size, args.train, args.images)
-    folders = {name: args.out / 'recipes' / name for name in dict.fromkeys(['defaults', *args.trials])}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    plans = {name: steps_for(name, real, folder, args.minutes) for name, folder in folders.items()}
+    plans = {trial: plan(trial, real, args.out) for trial in dict.fromkeys(['before', *args.trials])}
     if args.plan:
         return print(json.dumps(plans))
     unseen = real.rows('val')
-    if len(unseen) < args.images:
-        parser.error(f'{args.out} holds {len(unseen)} validation images: ask for no more with --images')
-    judged = *features(judge, real, unseen), real.labels[unseen]
-    for name, (ratio, steps) in plans.items():
-        folder = folders[name]
-        pipe = train_generator(real, folder / f'generator-{steps}', configured('ours', steps, TRIALS[name]))
-        synthetic = draw(pipe, folder / f'synthetic-{steps}', real.labels[unseen][: args.images])
-        rows = np.random.default_rng(0).permutation(args.images)
-        table = measure(judged, (*features(judge, synthetic, rows), synthetic.labels[rows]), real.vocab, args.blocks)
-        line = dict(
-            benchmark='recipes',
-            trial=name,
-            settings=TRIALS[name],
-            step_ratio=round(ratio, 2),
-            steps=steps,
-            minutes=args.minutes,
-            images=args.images,
-            parameters=sum(p.numel() for p in pipe.unet.parameters()),
-        )
-        line.update({key: row.round(3).tolist() for key, row in table.iterrows()})
-        print(json.dumps(line), flush=True)
+    reference = [*features(judge, real, unseen), real.labels[unseen]]
+    reference[1] = reference[1].numpy()
+    for minutes in args.minutes:
+        for seed in args.seeds:
+            for trial in args.trials:
+                steps = max(int(60 * minutes / plans['before']['seconds'] / plans[trial]['ratio']), 1)
+                folder = args.out / trial / f'{minutes:g}-minutes-{seed}'
+                started = time.perf_counter()
+                pipe = train_generator(real, folder / 'generator', settings(trial, steps), seed)
+                seconds = time.perf_counter() - started
+                for way in args.draws if trial not in ('flow',) else ['as it likes']:
+                    synthetic = draw(pipe, real.labels[unseen], folder / f'drawn {way}', **DRAWS[way])
+                    line = dict(benchmark='recipes', trial=trial, draw=way, minutes=minutes, seed=seed, steps=steps)
+                    line |= dict(step_ratio=round(plans[trial]['ratio'], 2), seconds=round(seconds, 1))
+                    print(json.dumps(line | measured(judge, real, reference, synthetic)), flush=True)
 
 
 if __name__ == '__main__':

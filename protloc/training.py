@@ -433,6 +433,7 @@ def this_process() -> PartialState:  # its rank among how many, and its device
 # %% ../nbs/05_training.ipynb #cb1231ac
 OWN_NAMES = (
     'settings.json',
+    'statistics.json',
     'log.jsonl',
     'checkpoints',
     'previews',

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -155,6 +155,9 @@ class UNetConfig(Config):
     patch_size: int = pydantic.Field(2, ge=1, le=64)  # edge of the patches that are folded into channels, in pixels
     attention: bool = False  # self-attention at the lowest resolution
     norm_groups: int = pydantic.Field(8, ge=1, le=8192)  # groups of GroupNorm
+    # how timestep and labels act in a residual block: 'default' adds them, 'scale_shift' scales and adds (Perez et al.
+    # 2018)
+    resnet_time_scale_shift: Literal['default', 'scale_shift'] = 'default'
 
     @pydantic.model_validator(mode='before')
     @classmethod
@@ -205,6 +208,7 @@ def build_unet(
         block_out_channels=config.widths,
         layers_per_block=config.layers_per_block,
         norm_num_groups=config.norm_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
         class_embed_type='identity',
         down_block_types=('DownBlock2D',) * halvings + (f'{prefix}DownBlock2D',),
         up_block_types=(f'{prefix}UpBlock2D',) + ('UpBlock2D',) * halvings,
@@ -369,6 +373,7 @@ class Denoiser(nn.Module):
                 f'labels of shape {tuple(labels.shape)} do not fit a denoiser of {num_classes} classes:'
                 f' give rows of {num_classes} numbers'
             )
+        noisy = noisy.to(self.unet.dtype)
         return self.unet(noisy, timesteps, class_labels=self.label_encoder(labels, drop)).sample
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #8e5481fe

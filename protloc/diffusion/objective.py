@@ -10,7 +10,7 @@ from typing import Literal
 
 import pydantic
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'noisify', 'timestep_weights',
-           'image_losses', 'losses_by_noise']
+__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'is_flow', 'noise_levels', 'noisify',
+           'timestep_weights', 'image_losses', 'losses_by_noise']
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #0297a7f3
 SignalKind = Literal['sqrt', 'symmetric', 'unit']
@@ -59,7 +59,13 @@ class ObjectiveConfig(Config):
     # a schedule of diffusers; 'squaredcos_cap_v2' is cosine
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'squaredcos_cap_v2'
     rescale_betas_zero_snr: bool = False  # nothing of the image is left at the last timestep
-    prediction_type: Literal['epsilon', 'v_prediction', 'sample'] = 'sample'  # what the denoiser predicts
+    # what the denoiser predicts; 'flow' is the velocity of flow matching, which has a noise schedule of its own
+    prediction_type: Literal['epsilon', 'v_prediction', 'sample', 'flow'] = 'sample'
+    # what the denoiser sees and answers is scaled for each noise level, see `Preconditioner`: by one spread of the
+    # images ('edm'), or by one for each principal component of their patches
+    preconditioning: Literal['none', 'edm', 'components'] = 'none'
+    # noise over image, in the signal's units: the last noise level that a solver visits; 0 = left to the solver
+    sigma_min: float = pydantic.Field(0.0, ge=0, le=100)
     num_train_timesteps: int = pydantic.Field(1000, ge=2, le=100_000)  # T
     # of the timesteps, see `timestep_weights`
     weighting: Literal['uniform', 'min_snr', 'snr_plus_one', 'cosine'] = 'snr_plus_one'
@@ -73,18 +79,54 @@ class ObjectiveConfig(Config):
                 'prediction_type epsilon has no answer at the last timestep of rescale_betas_zero_snr:'
                 ' use v_prediction or sample'
             )
+        if self.rescale_betas_zero_snr and self.prediction_type == 'flow':
+            raise InputError(
+                'prediction_type flow has a noise schedule of its own, which ends in pure noise:'
+                ' leave out rescale_betas_zero_snr'
+            )
+        if self.preconditioning != 'none' and self.prediction_type != 'sample':
+            raise InputError(
+                f"preconditioning '{self.preconditioning}' makes the clean image of what the denoiser answers:"
+                f" use prediction_type sample, not {self.prediction_type}, or preconditioning none"
+            )
         return self
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #067d2023
 def make_scheduler(
     config: ObjectiveConfig | None = None,  # the defaults unless given
-) -> DDPMScheduler:
+) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     "The forward process of a training, as a diffusers scheduler"
     config = config or ObjectiveConfig()
+    if config.prediction_type == 'flow':
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     options = dict(beta_schedule=config.beta_schedule, prediction_type=config.prediction_type)
     if config.rescale_betas_zero_snr:
         options.update(rescale_betas_zero_snr=True, timestep_spacing='trailing')
     return DDPMScheduler(num_train_timesteps=config.num_train_timesteps, **options)
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #da34b865
+def is_flow(
+    scheduler,  # a diffusers scheduler
+) -> bool:
+    "Whether a scheduler is one of flow matching"
+    return type(scheduler).__name__.startswith('FlowMatch') or bool(scheduler.config.get('use_flow_sigmas'))
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #45906581
+def noise_levels(
+    scheduler,  # a diffusers scheduler
+    timesteps: Tensor,  # (N,) whole numbers, or floats between them
+) -> tuple[Tensor, Tensor]:  # (N,) each: the shares of the clean image and of the noise
+    "How much of a noisy image is image, and how much is noise"
+    if is_flow(scheduler):
+        noise = timesteps / scheduler.config.num_train_timesteps
+        return 1 - noise, noise
+    kept = scheduler.alphas_cumprod.to(timesteps.device)
+    angles = torch.atan2((1 - kept).sqrt(), kept.sqrt())
+    low = timesteps.floor().long()
+    between = timesteps - low
+    high = (low + 1).clamp(max=len(angles) - 1)
+    angle = angles[low] * (1 - between) + angles[high] * between
+    return angle.cos(), angle.sin()
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(
@@ -94,6 +136,9 @@ def noisify(
     scheduler,  # a diffusers scheduler
 ) -> tuple[Tensor, Tensor]:  # the noisy images, and what the denoiser should answer
     "Add noise; the target goes with it"
+    if is_flow(scheduler):
+        share = noise_levels(scheduler, timesteps)[1].view(-1, 1, 1, 1)
+        return (1 - share) * clean + share * noise, noise - clean
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = scheduler.config.prediction_type
     if target == 'epsilon':
@@ -114,10 +159,15 @@ def timestep_weights(
         return torch.ones(len(timesteps), device=timesteps.device)
     if weighting == 'cosine':
         return 1 + torch.cos(math.pi * timesteps / scheduler.config.num_train_timesteps)
-    snr = compute_snr(scheduler, timesteps)
-    scales = dict(epsilon=snr, v_prediction=snr + 1, sample=torch.ones_like(snr))
+    if is_flow(scheduler):
+        image, noise = noise_levels(scheduler, timesteps)
+        snr, scale = (image / noise).square(), noise.square().reciprocal()
+    else:
+        snr = compute_snr(scheduler, timesteps)
+        scales = dict(epsilon=snr, v_prediction=snr + 1, sample=torch.ones_like(snr))
+        scale = scales[scheduler.config.prediction_type]
     weights = snr if weighting == 'min_snr' else snr + 1
-    return weights.clamp(max=gamma) / scales[scheduler.config.prediction_type]
+    return weights.clamp(max=gamma) / scale
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #46440204
 def image_losses(
@@ -128,11 +178,17 @@ def image_losses(
     scheduler,  # a diffusers scheduler
     weighting: str = 'snr_plus_one',  # see `timestep_weights`
     gamma: float = 20.0,  # cap of the weights of the clean image's error
+    preconditioner=None,  # a `Preconditioner`; `predict` then sees and answers what it says
 ) -> Tensor:  # (N,)
     "Weighted mean squared error of the prediction, for each image"
     noisy, target = noisify(clean, noise, timesteps, scheduler)
-    error = (predict(noisy, timesteps).float() - target).square().flatten(1).mean(1)
-    return timestep_weights(timesteps, scheduler, weighting, gamma) * error
+    if preconditioner:
+        target = preconditioner.target(clean, noisy, timesteps)
+        noisy = preconditioner.inputs(noisy, timesteps)
+    error = (predict(noisy, timesteps).float() - target).square()
+    if preconditioner and weighting in ('min_snr', 'snr_plus_one'):
+        error = error * preconditioner.scales(timesteps)[1].square()  # as an error of the clean image
+    return timestep_weights(timesteps, scheduler, weighting, gamma) * error.flatten(1).mean(1)
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #d1e76de7
 def losses_by_noise(
@@ -142,6 +198,7 @@ def losses_by_noise(
     bands: int = 4,  # equal stretches of the timesteps
 ) -> dict[str, Tensor]:  # 'loss_t0' (least noise) ... -> detached scalar
     "The loss of each band of noise levels; their mean is the loss"
-    in_band = F.one_hot(timesteps * bands // num_train_timesteps, bands).to(losses.dtype)
+    band = (timesteps * bands // num_train_timesteps).clamp(max=bands - 1)
+    in_band = F.one_hot(band, bands).to(losses.dtype)
     means = (losses.detach() @ in_band) * bands / len(losses)
     return {f'loss_t{i}': mean for i, mean in enumerate(means)}
