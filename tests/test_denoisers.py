@@ -83,7 +83,12 @@ def test_architectures_grow_and_xs_is_the_default():
     assert sorted(['l', 's', 'm', 'xs'], key=parameters) == ['xs', 's', 'm', 'l']
     assert UNetConfig() == UNetConfig(architecture='xs')
     assert UNetConfig().model_dump(exclude={'architecture'}) == dict(
-        widths=(32, 64, 64), layers_per_block=1, patch_size=2, attention=False, norm_groups=8
+        widths=(32, 64, 64),
+        layers_per_block=1,
+        patch_size=2,
+        attention=False,
+        norm_groups=8,
+        resnet_time_scale_shift='default',
     )
 
 
@@ -348,7 +353,9 @@ def apart(cells, tmp_path_factory):
     "A generator trained by one process, and a way to train it by several"
     folder = tmp_path_factory.mktemp('apart')
     loop = dict(steps=10, batch_size=12, lr=1e-3, ema_decay=0.9, checkpoint_steps=2)
-    config = GeneratorConfig(unet=dict(widths=(16, 32)), balance=0.5, condition='cell_line', loop=loop)
+    objective = dict(preconditioning='components', weighting='uniform', sigma_min=0.03)
+    unet = dict(widths=(16, 32), resnet_time_scale_shift='scale_shift')
+    config = GeneratorConfig(unet=unet, objective=objective, balance=0.5, condition='cell_line', loop=loop)
     (folder / 'settings.yaml').write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
     train_generator(cells, folder / 'one', config, seed=3)
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'is_flow', 'noise_levels', 'noisify',
-           'timestep_weights', 'image_losses', 'losses_by_noise']
+__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'is_flow', 'noise_levels',
+           'least_timestep', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #0297a7f3
 SignalKind = Literal['sqrt', 'symmetric', 'unit']
@@ -84,6 +84,12 @@ class ObjectiveConfig(Config):
                 'prediction_type flow has a noise schedule of its own, which ends in pure noise:'
                 ' leave out rescale_betas_zero_snr'
             )
+        if self.sigma_min and self.prediction_type == 'flow':
+            raise InputError(
+                'sigma_min is a noise level of diffusion, and prediction_type flow has its own: leave out sigma_min'
+            )
+        if self.sigma_min:
+            least_timestep(make_scheduler(self), self.sigma_min)
         if self.preconditioning != 'none' and self.prediction_type != 'sample':
             raise InputError(
                 f"preconditioning '{self.preconditioning}' makes the clean image of what the denoiser answers:"
@@ -127,6 +133,22 @@ def noise_levels(
     high = (low + 1).clamp(max=len(angles) - 1)
     angle = angles[low] * (1 - between) + angles[high] * between
     return angle.cos(), angle.sin()
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #09c43f80
+def least_timestep(
+    scheduler,  # a diffusers scheduler of diffusion
+    sigma_min: float,  # noise over image
+) -> int:  # timestep
+    "The first timestep with so much noise; raises `InputError` where no other one has more"
+    timesteps = torch.arange(scheduler.config.num_train_timesteps)
+    image, noise = noise_levels(scheduler, timesteps)
+    least = int((noise < sigma_min * image).sum())
+    if least >= len(timesteps) - 1:
+        raise InputError(
+            f'sigma_min {sigma_min:g} leaves no noise level to draw from, the largest is'
+            f' {(noise / image)[-1]:.3g}: make it smaller'
+        )
+    return least
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(

@@ -34,7 +34,7 @@ from ..core import Config, InputError, derive_seed, lookup, one_line, read_confi
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
 from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
-from .objective import SignalKind, is_flow, noise_levels, to_images, to_signal
+from .objective import SignalKind, is_flow, least_timestep, noise_levels, to_images, to_signal
 from .precondition import PatchStatistics, PreconditionedDenoiser, Preconditioner
 from ..files import read_json
 from ..labels import Vocabulary
@@ -471,14 +471,7 @@ def spaced_timesteps(
     chosen = 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters
     if not sigma_min or not chosen or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS)):
         return []
-    trained = scheduler.config.num_train_timesteps
-    image, noise = noise_levels(scheduler, torch.arange(trained))
-    last = int((noise < sigma_min * image).sum())
-    if last >= trained - 1:
-        raise InputError(
-            f'sigma_min {sigma_min} leaves no noise level to draw from, the largest is {(noise / image)[-1]:.3g}:'
-            ' make it smaller'
-        )
+    trained, last = scheduler.config.num_train_timesteps, least_timestep(scheduler, sigma_min)
     if num_inference_steps > trained - last:
         return []
     return np.linspace(trained - 1, last, num_inference_steps).round().astype(int).tolist()

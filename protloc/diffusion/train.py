@@ -46,8 +46,8 @@ from protloc.training import (
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'measured_statistics', 'preconditioner_of',
-           'generator_loss', 'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'train_generator',
-           'open_pipeline']
+           'generator_loss', 'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'generator_as_meant',
+           'train_generator', 'open_pipeline']
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -390,6 +390,26 @@ def _settings(store, config, seed):
     runtime = {'loop': RUNTIME, 'gradient_checkpointing': True, 'preview_every': True}
     return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
 
+
+_BEFORE = dict(unet=dict(resnet_time_scale_shift='default'), objective=dict(preconditioning='none', sigma_min=0.0))
+
+
+def generator_as_meant(
+    noted,  # the settings of a generator in a file, of this version or an older one
+):  # what they mean today
+    "What a version of protloc did not know, it did not do"
+    if not isinstance(noted, dict):
+        return noted
+    meant = dict(noted)
+    for name, before in _BEFORE.items():
+        if isinstance(section := noted.get(name), dict):
+            meant[name] = {**before, **section}
+    return meant
+
+
+def _as_meant(settings):
+    return {**settings, 'config': generator_as_meant(settings.get('config'))}
+
 # %% ../../nbs/06_diffusion/04_train.ipynb #4d2357c0
 def _save(denoiser, batches, scheduler, preconditioner, log, settings, folder):
     "Write pipeline/ with its card, whole or not at all"
@@ -435,7 +455,7 @@ def train_generator(
     check_own(folder)
     with hold_folder(folder):
         if this_process().is_main_process:
-            claim_settings(folder / 'settings.json', settings)
+            claim_settings(folder / 'settings.json', settings, meant=_as_meant)
         if (folder / 'pipeline').exists():
             return open_pipeline(folder)
         scheduler = make_scheduler(config.objective)

@@ -26,7 +26,7 @@ from ..data.simulate.datasets import oracle_store, simulate_store
 from ..data.split import SPLITS, Fractions
 from ..data.store import ImageStore
 from ..diffusion.generate import generate, plan_labels
-from ..diffusion.train import train_generator
+from ..diffusion.train import generator_as_meant, train_generator
 from protloc.files import (
     claim_settings,
     exclusive,
@@ -63,6 +63,7 @@ def check_folder(run: RunFolder):
 # %% ../../nbs/09_study/03_runner.ipynb #9650efdd
 def _as_meant(settings):
     "A run's settings as they are read today: of `data.prepare`, what an older version did not know had its default"
+    settings = {**settings, 'generator': generator_as_meant(settings.get('generator'))}
     data = settings.get('data')
     noted = data.get('prepare') if isinstance(data, dict) else None
     if not isinstance(noted, dict) or 'fit' in noted:
