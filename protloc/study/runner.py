@@ -65,7 +65,9 @@ def _as_meant(settings):
     "A run's settings as they are read today: of `data.prepare`, what an older version did not know had its default"
     settings = {**settings, 'generator': generator_as_meant(settings.get('generator'))}
     data = settings.get('data')
-    noted = data.get('prepare') if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return settings
+    noted = data.get('prepare')
     if not isinstance(noted, dict) or 'fit' in noted:
         return settings
     if noted.get('fractions') == Fractions().model_dump():  # noted where nobody had asked for any
