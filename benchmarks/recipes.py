@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py [--trials NAME ...] [--minutes 0.75 5 15] [--seeds 0 1 2] [--out runs/recipes]
     python benchmarks/recipes.py --table RESULTS.jsonl [--minutes ...]
+    python benchmarks/recipes.py --picture FILE.png --minutes 15 --trials before components
 
 Prints JSON, one line per training and way of drawing. The images are simulated cells of 32 px with all 28 classes; a
 ResNet trained on the real training images judges. The synthetic images are drawn for the label sets of the validation
@@ -10,8 +11,8 @@ the training images (`band_ratios`), Fréchet distance, coverage, and label fide
 that are points or thin lines. A trial trains for as many steps as fit into the time. The milliseconds of its step are
 those of 'before' times a ratio, the median over some rounds in which the two take turns alone on the machine; both are
 measured once and noted (`--plan` measures and does no more), so trainings may then share the machine. `--table` gives
-the mean over the seeds with its 95 % interval, and that of the difference to 'before', seed by seed. Run it again to
-continue.
+the mean over the seeds with its 95 % interval, and that of the difference to 'before', seed by seed; `--picture` shows
+an image of each class, real and drawn, at 1:1 and enlarged. Run it again to continue.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import statistics
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -28,10 +30,11 @@ from generator_quality import configured, images
 from protloc.data.store import ImageStore, StoreWriter
 from protloc.diffusion.generate import generators_for
 from protloc.diffusion.objective import to_images
-from protloc.diffusion.train import train_generator
+from protloc.diffusion.train import preview_rows, train_generator
 from protloc.evaluate.fidelity import band_ratios, coverage, features, frechet_distance, mean_interval
 from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 from protloc.files import atomic_path, remove
+from protloc.plots import composite
 
 BEFORE = {  # the settings up to protloc 0.2.0
     'objective.prediction_type': 'sample',
@@ -181,6 +184,33 @@ def table(path, minutes):
             print(json.dumps(line))
 
 
+def picture(args, real):
+    "One image of each class: real, and drawn for the same labels by the first seed of each trial, in columns"
+    labels = real.labels[real.rows('val')]
+    rows = preview_rows(labels, labels.shape[1])
+    columns = {'real': real.images[real.rows('val')[rows]]}
+    for trial in args.trials:
+        path = args.out / trial / f'{args.minutes[0]:g}-minutes-{args.seeds[0]}' / f'drawn {args.draws[-1]}'
+        columns[trial] = ImageStore(path).images[rows]
+    names = [name for name in real.vocab if labels[:, real.vocab.numbers[name]].any()]
+    figure, axes = plt.subplots(len(names), 2 * len(columns), figsize=(2.2 * len(columns), 1.05 * len(names)), dpi=160)
+    for number, (title, images) in enumerate(columns.items()):
+        coloured = composite(images, real.channels)
+        for ax, image, name in zip(axes[:, 2 * number : 2 * number + 2], coloured, names, strict=True):
+            ax[0].imshow(image, interpolation='nearest')
+            ax[0].set(xticks=[], yticks=[])
+            ax[1].set_axis_off()
+            edge = image.shape[0] / figure.dpi / (ax[1].get_position().width * figure.get_figwidth())
+            small = ax[1].inset_axes([0.1, 0.3, edge, edge])  # one pixel of the image for one of the picture
+            small.imshow(image, interpolation='nearest')
+            small.set_axis_off()
+            if number == 0:
+                ax[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
+        axes[0, 2 * number].set_title(title, fontsize=9, loc='left')
+    with atomic_path(Path(args.picture)) as partial:
+        figure.savefig(partial, format='png', bbox_inches='tight')
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, nargs='+', default=[0.75, 5, 15], help='of training, for each')
@@ -192,6 +222,7 @@ def arguments():
     parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')
     parser.add_argument('--plan', action='store_true', help='only measure the steps')
     parser.add_argument('--table', metavar='RESULTS.jsonl', help='only compare lines that were printed before')
+    parser.add_argument('--picture', metavar='FILE.png', help='only show what was drawn before')
     parser.add_argument('--out', type=Path, default=Path('runs/recipes'))
     return parser.parse_args()
 
@@ -202,6 +233,8 @@ def main():
         return table(args.table, args.minutes)
     args.out.mkdir(parents=True, exist_ok=True)
     real, judge = images(args.out, args.size, args.train, args.images)
+    if args.picture:
+        return picture(args, real)
     plans = {trial: plan(trial, real, args.out) for trial in dict.fromkeys(['before', *args.trials])}
     if args.plan:
         return print(json.dumps(plans))

@@ -18,6 +18,7 @@ import yaml
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..core import InputError
 from ..data.duplicates import near_duplicates
@@ -30,8 +31,8 @@ from .verdict import VERDICT_COLOURS, Study, write_results
 
 # %% auto #0
 __all__ = ['SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'show', 'fig_verdict', 'fig_scores', 'table_scores',
-           'examples', 'fig_cells', 'fig_fidelity', 'fig_classes', 'fig_training', 'table_data', 'generator_problem',
-           'leak_check', 'provenance']
+           'examples', 'fig_cells', 'fig_fidelity', 'fig_detail', 'fig_classes', 'fig_training', 'table_data',
+           'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/05_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -64,6 +65,7 @@ class Results:
         self.score_intervals = tables['score_intervals']  # a row an arm
         self.class_changes = tables['class_changes']  # a row a class and arm
         self.label_fidelity = tables.get('label_fidelity')  # a row a class; None without synthetic images
+        self.detail = tables.get('detail')  # a row a channel and band; None without, or of an older version
 
     def __repr__(self):
         return f'Results({str(self.run.path)!r})'
@@ -211,6 +213,38 @@ def fig_fidelity(results: Results) -> Figure:
     ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.45, 1), ncol=2)
     _despine(ax)
     return fig
+
+# %% ../../nbs/09_study/05_figures.ipynb #77b730da
+def fig_detail(results: Results) -> Figure:
+    "Power of synthetic over training images by spatial frequency, a panel a stain"
+    detail = results.detail
+    stains, bands = detail['channel'].unique(), sorted(detail.band.unique())
+    fig, axes = plt.subplots(1, len(stains), figsize=(2.2 * len(stains) + 0.6, 2.6), sharey=True, squeeze=False)
+    for ax, stain in zip(axes[0], stains, strict=True):
+        rows = detail[detail['channel'] == stain].sort_values('band')
+        ax.axhspan(0.9, 1.1, color='tab:green', alpha=0.15, lw=0)
+        ax.axhline(1, color='tab:green', lw=0.8)
+        ax.plot(bands, rows.real, 'o--', color='tab:gray', ms=4, lw=1, label='unseen real images')
+        errors = np.abs(rows[['low', 'high']].T - rows.ratio)
+        ax.errorbar(bands, rows.ratio, errors, fmt='s-', color='tab:orange', ms=4, label='synthetic images')
+        ax.set(title=plain(stain), yscale='log', xticks=bands)
+        ax.set_xticklabels([_band_name(i, len(bands)) for i in range(len(bands))], fontsize=8)
+        _despine(ax)
+    low, high = detail[['ratio', 'real']].min().min(), detail[['ratio', 'real']].max().max()
+    axes[0, 0].set_ylim(min(0.5, 0.9 * low), max(2, 1.1 * high))
+    axes[0, 0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 5, 10, 20]))
+    axes[0, 0].yaxis.set_major_formatter('{x:g}')
+    axes[0, 0].yaxis.set_minor_locator(NullLocator())
+    axes[0, 0].set_ylabel('power over training images')
+    fig.supxlabel('size of the detail', y=-0.04, fontsize=10)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc='lower center', bbox_to_anchor=(0.5, 0.98), ncol=2, frameon=False
+    )
+    return fig
+
+
+def _band_name(i, bands):
+    return {0: 'coarse', bands - 1: 'fine'}.get(i, '')
 
 # %% ../../nbs/09_study/05_figures.ipynb #93f78600
 def fig_classes(results: Results) -> Figure:

@@ -331,7 +331,7 @@ def read_predictions(
     return said
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
-NAMES = ('arm', 'class', 'split', 'verdict')  # columns of the results that hold texts
+NAMES = ('arm', 'channel', 'class', 'split', 'verdict')  # columns of the results that hold texts
 
 
 @patch

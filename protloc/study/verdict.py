@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from ..core import InputError
 from ..data.store import ImageStore
+from ..evaluate.fidelity import band_ratios
 from ..evaluate.intervals import bootstrap_weights, difference_intervals, macro, weighted_f1
 from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..metrics import per_class, scores
@@ -23,7 +24,7 @@ from .folder import RunFolder
 
 # %% auto #0
 __all__ = ['VERDICT_COLOURS', 'Study', 'all_scores', 'class_scores', 'resampled_f1', 'verdict', 'score_intervals',
-           'class_changes', 'in_words', 'fidelity_by_class', 'write_results']
+           'class_changes', 'in_words', 'fidelity_by_class', 'detail_by_band', 'write_results']
 
 # %% ../../nbs/09_study/04_verdict.ipynb #a70bc13d
 class Study:
@@ -183,11 +184,27 @@ def fidelity_by_class(
         study.real.vocab,
     )
 
+# %% ../../nbs/09_study/04_verdict.ipynb #6a057c57
+_MOST_IMAGES = 2000  # of a kind, whose detail is measured
+
+
+def detail_by_band(
+    study: Study,  # with synthetic images
+) -> pd.DataFrame:  # index (channel, band), columns ratio, low, high of synthetic images, and real of validation images
+    "`band_ratios` of synthetic and of validation images over training images"
+
+    def some(store, rows):
+        return store.images[rows[:: -(-len(rows) // _MOST_IMAGES)]]
+
+    train, val = (some(study.real, study.real.rows(split)) for split in ('train', 'val'))
+    table = band_ratios(train, some(study.synthetic, study.synthetic.rows()), study.real.channels)
+    return table.assign(real=band_ratios(train, val, study.real.channels).ratio)
+
 # %% ../../nbs/09_study/04_verdict.ipynb #d5731aec
 def write_results(
     study: Study,  # `InputError` where it is not finished
 ) -> pd.DataFrame:  # of `verdict`
-    "Write scores, classes, class_changes, verdict, score_intervals, label_fidelity and the verdict in words"
+    "Write scores, classes, class_changes, verdict, score_intervals, label_fidelity, detail and the verdict in words"
     f1 = resampled_f1(study)
     changes = verdict(study, f1)
     tables = dict(
@@ -199,6 +216,7 @@ def write_results(
     )
     if study.synthetic:
         tables['label_fidelity'] = fidelity_by_class(study).reset_index()
+        tables['detail'] = detail_by_band(study).reset_index()
     sentences = [in_words(arm, row, len(study.seeds)) for arm, row in changes.iterrows()]
     study.run.write_results(tables, '\n'.join(sentences) + '\n')
     return changes
