@@ -194,8 +194,8 @@ def picture(args, real):
         columns[trial] = ImageStore(path).images[rows]
     names = [name for name in real.vocab if labels[:, real.vocab.numbers[name]].any()]
     figure, axes = plt.subplots(len(names), 2 * len(columns), figsize=(2.2 * len(columns), 1.05 * len(names)), dpi=160)
-    for number, (title, images) in enumerate(columns.items()):
-        coloured = composite(images, real.channels)
+    for number, (title, shown) in enumerate(columns.items()):
+        coloured = composite(shown, real.channels)
         for ax, image, name in zip(axes[:, 2 * number : 2 * number + 2], coloured, names, strict=True):
             ax[0].imshow(image, interpolation='nearest')
             ax[0].set(xticks=[], yticks=[])

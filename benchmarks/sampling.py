@@ -5,8 +5,9 @@
 Prints JSON, one line per setting. The folder is one of `generator_quality.py`: its real images, its judge and one of
 its generators are used. All settings draw the same label sets from the same noise. The distance is the kernel
 distance to unseen real images in the judge's features, with a 95 % interval over blocks; `worse_than_ddpm` is the
-interval of the paired difference, block by block. The setting to use is the fastest one whose interval of the
-difference reaches down to 0. Run it again to continue.
+interval of the paired difference, block by block. `bands` is the power in four bands of spatial frequency over that of
+the training images, mean over the stains, and `band_error` the mean size of its logarithm. The setting to use is the
+fastest one whose interval of the difference reaches down to 0. Run it again to continue.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from protloc.classify.predict import load_classifier
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import open_pipeline
-from protloc.evaluate.fidelity import features, kernel_distance, mean_interval
+from protloc.evaluate.fidelity import band_ratios, features, kernel_distance, mean_interval
 from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 
 SETTINGS = {  # name -> scheduler, num_inference_steps, guidance_scale
@@ -74,6 +75,7 @@ def main():
         ddpm = ddpm or (distances, seconds)
         judged = drawn_scores.numpy(), store.labels, real_scores.numpy(), real.labels[rows]
         mean, low, high = mean_interval(distances)
+        ratios = band_ratios(real.images[real.rows('train')], store.images[:], real.channels)
         line = dict(
             benchmark='sampling',
             setting=name,
@@ -83,6 +85,8 @@ def main():
             kernel_distance=round(mean, 5),
             low=round(low, 5),
             high=round(high, 5),
+            bands=ratios.ratio.unstack().mean().round(3).tolist(),
+            band_error=round(float(np.abs(np.log(ratios.ratio)).mean()), 4),
             worse_than_ddpm=[round(x, 5) for x in mean_interval(distances - ddpm[0])],
             fidelity_macro=round(label_fidelity(label_fidelity_by_class(*judged, real.vocab)), 3),
             fidelity_micro=round(micro_label_fidelity(*judged), 3),

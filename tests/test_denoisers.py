@@ -88,7 +88,7 @@ def test_architectures_grow_and_xs_is_the_default():
         patch_size=2,
         attention=False,
         norm_groups=8,
-        resnet_time_scale_shift='default',
+        resnet_time_scale_shift='scale_shift',
     )
 
 
@@ -254,8 +254,9 @@ def test_solvers_start_from_pure_noise(name, target):
 def test_defaults_are_what_they_were():
     defaults, scheduler = ObjectiveConfig().model_dump(), make_scheduler()
     expected = dict(
-        signal='sqrt', rescale_betas_zero_snr=False, weighting='snr_plus_one', gamma=20, prediction_type='sample'
-    )
+        signal='sqrt', rescale_betas_zero_snr=False, weighting='snr_plus_one', gamma=20, prediction_type='sample',
+        preconditioning='components', sigma_min=0.03,
+    )  # fmt: skip
     assert {name: defaults[name] for name in expected} == expected
     assert not scheduler.config.rescale_betas_zero_snr and scheduler.config.timestep_spacing == 'leading'
     assert GeneratorConfig().unet.widths == (32, 64, 64)

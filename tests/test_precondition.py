@@ -373,7 +373,9 @@ def test_every_scheduler_with_its_usual_options(name, beta_schedule):
 
 def test_a_training_of_before_goes_on(cells, tmp_path):
     "Settings that a folder of protloc 0.2.0 does not have mean what that version did"
-    settings = config(preconditioning='none', weighting='snr_plus_one', sigma_min=0)
+    settings = config(preconditioning='none', sigma_min=0)
+    unet = settings.unet.model_copy(update=dict(resnet_time_scale_shift='default'))
+    settings = settings.model_copy(update=dict(unet=unet))
     train_generator(cells, tmp_path, settings)
     noted = json.loads((tmp_path / 'settings.json').read_text())
     for section, name in (

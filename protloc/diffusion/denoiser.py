@@ -138,8 +138,8 @@ ARCHITECTURES = {  # what differs from the defaults of `UNetConfig`
     's': dict(widths=(96, 192, 192), layers_per_block=2, attention=True, norm_groups=32),
     'm': dict(widths=(128, 256, 256, 256), layers_per_block=2, attention=True, norm_groups=32),
     'l': dict(widths=(192, 384, 384, 576), layers_per_block=3, attention=True, norm_groups=32),
-    'paper_simplified': dict(widths=(64,), patch_size=1),
-    'paper_original': dict(widths=(128,), patch_size=1),
+    'paper_simplified': dict(widths=(64,), patch_size=1, resnet_time_scale_shift='default'),
+    'paper_original': dict(widths=(128,), patch_size=1, resnet_time_scale_shift='default'),
 }
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #cb8007bb
@@ -157,7 +157,7 @@ class UNetConfig(Config):
     norm_groups: int = pydantic.Field(8, ge=1, le=8192)  # groups of GroupNorm
     # how timestep and labels act in a residual block: 'default' adds them, 'scale_shift' scales and adds (Perez et al.
     # 2018)
-    resnet_time_scale_shift: Literal['default', 'scale_shift'] = 'default'
+    resnet_time_scale_shift: Literal['default', 'scale_shift'] = 'scale_shift'
 
     @pydantic.model_validator(mode='before')
     @classmethod

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import pydantic
@@ -63,14 +64,21 @@ class ObjectiveConfig(Config):
     prediction_type: Literal['epsilon', 'v_prediction', 'sample', 'flow'] = 'sample'
     # what the denoiser sees and answers is scaled for each noise level, see `Preconditioner`: by one spread of the
     # images ('edm'), or by one for each principal component of their patches
-    preconditioning: Literal['none', 'edm', 'components'] = 'none'
+    preconditioning: Literal['none', 'edm', 'components'] = 'components'
     # noise over image, in the signal's units: the last noise level that a solver visits; 0 = left to the solver
-    sigma_min: float = pydantic.Field(0.0, ge=0, le=100)
+    sigma_min: float = pydantic.Field(0.03, ge=0, le=100)
     num_train_timesteps: int = pydantic.Field(1000, ge=2, le=100_000)  # T
     # of the timesteps, see `timestep_weights`
     weighting: Literal['uniform', 'min_snr', 'snr_plus_one', 'cosine'] = 'snr_plus_one'
     gamma: float = pydantic.Field(20.0, gt=0, le=1e6)  # cap of the weights of the clean image's error
     label_dropout: float = pydantic.Field(0.1, ge=0, lt=1)  # share of images trained without labels, for guidance
+
+    @pydantic.model_validator(mode='before')
+    @classmethod
+    def _fitting(cls, given):
+        "What is made for one target is left out where another one is asked for"
+        target = given.get('prediction_type', 'sample') if isinstance(given, Mapping) else 'sample'
+        return given if target == 'sample' else {'preconditioning': 'none', 'sigma_min': 0.0, **given}
 
     @pydantic.model_validator(mode='after')
     def _answerable(self):

@@ -62,7 +62,7 @@ class GeneratorConfig(Config):
     # a column of the store's table, such as cell_line, that the generator is given besides the labels; '' for none
     condition: str = ''
     # length, rate, moving average
-    loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=2e-3, warmup=50, ema_decay=0.995)
+    loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=4e-3, warmup=50, ema_decay=0.995)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, slower
     # steps between pictures of the same few images; 0 = none
     preview_every: int = pydantic.Field(0, ge=0, le=MOST_STEPS)
