@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['SignalKind', 'to_signal', 'to_images', 'ObjectiveConfig', 'make_scheduler', 'is_flow', 'noise_levels',
-           'least_timestep', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
+__all__ = ['SignalKind', 'to_signal', 'to_images', 'is_flow', 'noise_levels', 'least_timestep', 'ObjectiveConfig',
+           'make_scheduler', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #0297a7f3
 SignalKind = Literal['sqrt', 'symmetric', 'unit']
@@ -51,6 +51,46 @@ def to_images(
     if kind == 'sqrt':
         share = share.square()
     return (share * 255).round().to(torch.uint8)
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #da34b865
+def is_flow(
+    scheduler,  # a diffusers scheduler
+) -> bool:
+    "Whether a scheduler is one of flow matching"
+    return type(scheduler).__name__.startswith('FlowMatch') or bool(scheduler.config.get('use_flow_sigmas'))
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #45906581
+def noise_levels(
+    scheduler,  # a diffusers scheduler
+    timesteps: Tensor,  # (N,) whole numbers, or floats between them
+) -> tuple[Tensor, Tensor]:  # (N,) each: the shares of the clean image and of the noise
+    "How much of a noisy image is image, and how much is noise"
+    if is_flow(scheduler):
+        noise = timesteps / scheduler.config.num_train_timesteps
+        return 1 - noise, noise
+    kept = scheduler.alphas_cumprod.to(timesteps.device)
+    angles = torch.atan2((1 - kept).sqrt(), kept.sqrt())
+    low = timesteps.floor().long()
+    between = timesteps - low
+    high = (low + 1).clamp(max=len(angles) - 1)
+    angle = angles[low] * (1 - between) + angles[high] * between
+    return angle.cos(), angle.sin()
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #09c43f80
+def least_timestep(
+    scheduler,  # a diffusers scheduler of diffusion
+    sigma_min: float,  # noise over image
+) -> int:  # timestep
+    "The first timestep with so much noise; raises `InputError` where no other one has more"
+    timesteps = torch.arange(scheduler.config.num_train_timesteps)
+    image, noise = noise_levels(scheduler, timesteps)
+    least = int((noise < sigma_min * image).sum())
+    if least >= len(timesteps) - 1:
+        raise InputError(
+            f'sigma_min {sigma_min:g} leaves no noise level to draw from, the largest is'
+            f' {(noise / image)[-1]:.3g}: make it smaller'
+        )
+    return least
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #df23e8b1
 class ObjectiveConfig(Config):
@@ -117,46 +157,6 @@ def make_scheduler(
     if config.rescale_betas_zero_snr:
         options.update(rescale_betas_zero_snr=True, timestep_spacing='trailing')
     return DDPMScheduler(num_train_timesteps=config.num_train_timesteps, **options)
-
-# %% ../../nbs/06_diffusion/01_objective.ipynb #da34b865
-def is_flow(
-    scheduler,  # a diffusers scheduler
-) -> bool:
-    "Whether a scheduler is one of flow matching"
-    return type(scheduler).__name__.startswith('FlowMatch') or bool(scheduler.config.get('use_flow_sigmas'))
-
-# %% ../../nbs/06_diffusion/01_objective.ipynb #45906581
-def noise_levels(
-    scheduler,  # a diffusers scheduler
-    timesteps: Tensor,  # (N,) whole numbers, or floats between them
-) -> tuple[Tensor, Tensor]:  # (N,) each: the shares of the clean image and of the noise
-    "How much of a noisy image is image, and how much is noise"
-    if is_flow(scheduler):
-        noise = timesteps / scheduler.config.num_train_timesteps
-        return 1 - noise, noise
-    kept = scheduler.alphas_cumprod.to(timesteps.device)
-    angles = torch.atan2((1 - kept).sqrt(), kept.sqrt())
-    low = timesteps.floor().long()
-    between = timesteps - low
-    high = (low + 1).clamp(max=len(angles) - 1)
-    angle = angles[low] * (1 - between) + angles[high] * between
-    return angle.cos(), angle.sin()
-
-# %% ../../nbs/06_diffusion/01_objective.ipynb #09c43f80
-def least_timestep(
-    scheduler,  # a diffusers scheduler of diffusion
-    sigma_min: float,  # noise over image
-) -> int:  # timestep
-    "The first timestep with so much noise; raises `InputError` where no other one has more"
-    timesteps = torch.arange(scheduler.config.num_train_timesteps)
-    image, noise = noise_levels(scheduler, timesteps)
-    least = int((noise < sigma_min * image).sum())
-    if least >= len(timesteps) - 1:
-        raise InputError(
-            f'sigma_min {sigma_min:g} leaves no noise level to draw from, the largest is'
-            f' {(noise / image)[-1]:.3g}: make it smaller'
-        )
-    return least
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(
