@@ -41,6 +41,7 @@ BEFORE = {  # the settings up to protloc 0.2.0
     'objective.preconditioning': 'none',
     'objective.weighting': 'snr_plus_one',
     'objective.gamma': 20,
+    'objective.skip_spread': 0.5,
     'objective.sigma_min': 0,
     'unet.patch_size': 2,
     'loop.lr': 0.002,
@@ -50,6 +51,7 @@ BEFORE = {  # the settings up to protloc 0.2.0
 PLAIN = {'loop.lr': 0.004, 'loop.ema_decay': 0.99}
 FILM = {**PLAIN, 'unet.resnet_time_scale_shift': 'scale_shift'}
 COMPONENTS = {**FILM, 'objective.preconditioning': 'components'}
+WHOLE = {'objective.skip_spread': 1.0}
 UNIFORM = {'objective.weighting': 'uniform'}
 TRIALS = {
     'before': {},
@@ -57,18 +59,21 @@ TRIALS = {
     'before, scale and shift': FILM,
     'v': {**FILM, 'objective.prediction_type': 'v_prediction'},
     'flow': {**FILM, **UNIFORM, 'objective.prediction_type': 'flow'},
-    'EDM': {**FILM, **UNIFORM, 'objective.preconditioning': 'edm'},
-    'components': {**COMPONENTS, **UNIFORM},
-    'components, SNR + 1 to 20': COMPONENTS,
-    'components, SNR + 1 to 100': {**COMPONENTS, 'objective.gamma': 100},
-    'components, no scale': {**PLAIN, **UNIFORM, 'objective.preconditioning': 'components'},
-    'components, patches of 4': {**COMPONENTS, **UNIFORM, 'unet.patch_size': 4},
-    'components, long average': {**COMPONENTS, **UNIFORM, 'loop.ema_decay': None, 'loop.ema_length': 0.1},
+    'EDM': {**FILM, **UNIFORM, **WHOLE, 'objective.preconditioning': 'edm'},
+    'components': COMPONENTS,
+    'components, uniform': {**COMPONENTS, **UNIFORM},
+    'components, whole spread': {**COMPONENTS, **WHOLE},
+    'components, whole spread, uniform': {**COMPONENTS, **WHOLE, **UNIFORM},
+    'components, a quarter of the spread': {**COMPONENTS, 'objective.skip_spread': 0.25},
+    'components, no scale': {**COMPONENTS, 'unet.resnet_time_scale_shift': 'default'},
+    'components, patches of 4': {**COMPONENTS, 'unet.patch_size': 4},
+    'components, long average': {**COMPONENTS, 'loop.ema_decay': None, 'loop.ema_length': 0.1},
 }
 DRAWS = {  # of the same trainings
     'as it likes': dict(),
     'to .03': dict(sigma_min=0.03),
     'to .05': dict(sigma_min=0.05),
+    'to .08': dict(sigma_min=0.08),
     'to .03, 30 steps': dict(sigma_min=0.03, num_inference_steps=30),
     'to .03, guidance 1': dict(sigma_min=0.03, guidance_scale=1.0),
     'to .03, guidance in .2 to .8': dict(sigma_min=0.03, guidance_interval=(0.2, 0.8)),

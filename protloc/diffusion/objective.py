@@ -105,6 +105,8 @@ class ObjectiveConfig(Config):
     # what the denoiser sees and answers is scaled for each noise level, see `Preconditioner`: by one spread of the
     # images ('edm'), or by one for each principal component of their patches
     preconditioning: Literal['none', 'edm', 'components'] = 'components'
+    # share of that spread that the skip counts on; 1 is right on average, less leaves the background darker
+    skip_spread: float = pydantic.Field(0.5, gt=0, le=1)
     # noise over image, in the signal's units: the last noise level that a solver visits; 0 = left to the solver
     sigma_min: float = pydantic.Field(0.03, ge=0, le=100)
     num_train_timesteps: int = pydantic.Field(1000, ge=2, le=100_000)  # T

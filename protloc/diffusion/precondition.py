@@ -31,6 +31,7 @@ class PatchStatistics(Config):
     mean: _Numbers  # D values of a patch, as `fold` orders them
     sigma_data: _Numbers  # D standard deviations, along the components
     components: Annotated[tuple[_Numbers, ...], pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)]  # D rows
+    skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
 
     @pydantic.model_validator(mode='after')
     def _consistent(self):
@@ -51,6 +52,7 @@ _LEAST_SPREAD = 1e-3  # of a component that does not vary, such as an empty stai
 def patch_statistics(
     batches: Iterable[Tensor],  # (n, D, s, s) folded signals each
     kind: str = 'components',  # or 'edm': one mean and one spread for all values, as in Karras et al. (2022)
+    skip_spread: float = 1.0,  # share of the spread that the skip counts on, see `Preconditioner`
 ) -> PatchStatistics:
     "Measure patches; raises `InputError` for patches with more than `MOST_COMPONENTS` values"
     total = count = products = 0
@@ -71,7 +73,9 @@ def patch_statistics(
     largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
     rows = (columns * largest.sign()).T.flip(0)
     spread = variances.flip(0).clamp(min=_LEAST_SPREAD**2).sqrt()
-    return PatchStatistics(mean=mean.tolist(), sigma_data=spread.tolist(), components=rows.tolist())
+    return PatchStatistics(
+        mean=mean.tolist(), sigma_data=spread.tolist(), components=rows.tolist(), skip_spread=skip_spread
+    )
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #14edfa49
 class Preconditioner:
@@ -97,8 +101,10 @@ class Preconditioner:
     ) -> tuple[Tensor, Tensor, Tensor]:  # (N, D, 1, 1) each: c_skip, c_out, c_in
         "How noisy components, the answer, and what the denoiser sees are scaled"
         image, noise = (share.float().view(-1, 1, 1, 1) for share in noise_levels(self.scheduler, timesteps))
-        norm = ((image * self.spread).square() + noise.square()).sqrt()
-        return image * self.spread.square() / norm.square(), noise * self.spread / norm, 1 / norm
+        variance, counted = self.spread.square(), (self.statistics.skip_spread * self.spread).square()
+        skip = image * counted / (image.square() * counted + noise.square())
+        out = ((1 - image * skip).square() * variance + (skip * noise).square()).sqrt()
+        return skip, out, (image.square() * variance + noise.square()).rsqrt()
 
     def centred(
         self,

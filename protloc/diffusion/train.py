@@ -178,7 +178,7 @@ def measured_statistics(
         for some in np.array_split(rows, math.ceil(len(rows) * values / 2**22)):
             yield fold(to_signal(torch.from_numpy(store.images[np.sort(some)]), config.objective.signal), edge)
 
-    return patch_statistics(signals(), config.objective.preconditioning)
+    return patch_statistics(signals(), config.objective.preconditioning, config.objective.skip_spread)
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #a636660e
 def preconditioner_of(
@@ -392,7 +392,9 @@ def _settings(store, config, seed):
     return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
 
 
-_BEFORE = dict(unet=dict(resnet_time_scale_shift='default'), objective=dict(preconditioning='none', sigma_min=0.0))
+_BEFORE = dict(
+    unet=dict(resnet_time_scale_shift='default'), objective=dict(preconditioning='none', skip_spread=0.5, sigma_min=0.0)
+)
 
 
 def generator_as_meant(
