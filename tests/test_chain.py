@@ -38,7 +38,7 @@ def test_report_is_one_whole_file(finished):
     assert '@import' not in text
     assert 'Traceback' not in text
     assert 'class="card ' in text
-    assert len(list(run.figures.glob('*.png'))) == 6
+    assert len(list(run.figures.glob('*.png'))) == 7
     assert run.notebook.exists()
 
 
