@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from protloc.core import InputError
 from protloc.evaluate.fidelity import band_ratios, radial_power
 
 
@@ -40,3 +41,13 @@ def test_a_stain_that_is_empty_has_no_ratio():
     table = band_ratios(real, synthetic, ['red', 'green'])
     assert table.loc['green'].isna().to_numpy().any(1).all() and table.loc['red'].notna().to_numpy().all()
     assert list(table.index.names) == ['channel', 'band'] and len(table) == 8
+
+
+@pytest.mark.parametrize(
+    'shape,names', [((6, 2, 8, 8), 'ab'), ((6, 1, 16, 16), 'ab'), ((1, 2, 16, 16), 'ab'), ((6, 2, 16, 16), 'abc')]
+)
+def test_images_that_cannot_be_compared(shape, names):
+    rng = np.random.default_rng(0)
+    real, synthetic = rng.integers(0, 256, (6, 2, 16, 16), np.uint8), rng.integers(0, 256, shape, np.uint8)
+    with pytest.raises(InputError, match='cannot be compared: two or more of the same kind'):
+        band_ratios(real, synthetic, list(names))

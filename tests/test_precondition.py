@@ -181,6 +181,7 @@ def test_it_is_the_same_in_memory_and_from_its_folder(trained, cells):
     pipe = open_pipeline(folder)
     again = train_generator(cells, folder, config(**OBJECTIVES[name]))
     assert torch.equal(draw(pipe), draw(again)) and draw(pipe).float().std() > 0
+    assert generator_hash(pipe) == generator_hash(again)
     assert pipe.config.prediction_type == ('flow' if name == 'flow' else 'sample')
     assert (folder / 'statistics.json').exists() == (name != 'flow')
     by_diffusers = diffusers.DiffusionPipeline.from_pretrained(folder / 'pipeline')
@@ -217,7 +218,8 @@ def test_damaged_statistics_are_one_sentence(cells, tmp_path):
     noted = json.loads((tmp_path / 'whole' / 'statistics.json').read_text())
     index = json.loads((tmp_path / 'whole' / 'pipeline' / 'model_index.json').read_text())
     for change, message in (
-        (dict(sigma_data=[0.0] * 16), 'sigma_data must be above 0'),
+        (dict(sigma_data=[0.0] * 16), 'sigma_data'),
+        (dict(sigma_data=[1e300] * 16), 'sigma_data'),
         (dict(mean=[0.0] * 4), 'not all of 4 values'),
         (dict(components=[[1.0] * 16] * 16), 'not at right angles'),
         (dict(mean='none'), 'mean'),
@@ -252,6 +254,7 @@ def test_generators_of_before_are_opened_and_draw_the_same(cells, tmp_path):
         (dict(preconditioning='component'), 'preconditioning'),
         (dict(prediction_type='flow', rescale_betas_zero_snr=True), 'leave out rescale_betas_zero_snr'),
         (dict(prediction_type='flow', sigma_min=0.1), 'leave out sigma_min'),
+        (dict(prediction_type='flow', num_train_timesteps=30), 'at least 100 num_train_timesteps, not 30'),
         (dict(sigma_min=-1), 'sigma_min'),
         (dict(sigma_min=50, beta_schedule='linear', num_train_timesteps=300), 'leaves no noise level'),
     ],
@@ -267,6 +270,52 @@ def test_patches_that_are_too_large(tmp_path):
     settings = GeneratorConfig(unet=dict(patch_size=32, widths=(16,)), objective=OBJECTIVES['components'])
     with pytest.raises(InputError, match='at most 1024 values, these have 4096'):
         train_generator(store, tmp_path / 'generator', settings)
+    assert not (tmp_path / 'generator').exists()
+
+
+def test_statistics_of_another_training_are_refused(cells, tmp_path, monkeypatch):
+    settings = config(**OBJECTIVES['components'])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr('protloc.diffusion.train._train', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_generator(cells, tmp_path, settings)
+    noted = json.loads((tmp_path / 'statistics.json').read_text())
+    for other in (some_statistics().model_dump(), {**noted, 'skip_spread': 1.0}):
+        (tmp_path / 'statistics.json').write_text(json.dumps(other))
+        with pytest.raises(InputError, match='statistics.json is not of this training'):
+            train_generator(cells, tmp_path, settings)
+
+
+@pytest.mark.parametrize('target', ['epsilon', 'flow'])
+def test_a_pipeline_is_not_made_with_what_does_not_fit(target):
+    def made(**options):
+        trained = make_scheduler(ObjectiveConfig(prediction_type=target if 'scheduler' not in options else 'sample'))
+        options.pop('scheduler', None)
+        return LabelConditionedPipeline(Linear(), LabelEncoder(3, 8), trained, CLASSES, STAINS, 2, **options)
+
+    statistics = some_statistics(16).model_dump()
+    for options, message in (
+        (dict(preconditioning=statistics), f"no preconditioning for a model that predicts '{target}'"),
+        (dict(preconditioning=some_statistics().model_dump(), scheduler=1), 'is of 4 values, the images need 16'),
+        (dict(preconditioning={}), 'preconditioning'),
+        (dict(preconditioning=[1]), 'preconditioning'),
+        (dict(sigma_min=-1), 'from 0 to 100, not -1'),
+        (dict(sigma_min='x'), "from 0 to 100, not 'x'"),
+        (dict(sigma_min=float('nan')), 'from 0 to 100, not nan'),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            made(**options)
+        assert '\n' not in str(error.value)
+    assert made(preconditioning=statistics, scheduler=1).config.preconditioning
+
+
+def test_a_short_edit_with_pndm_begins_anew():
+    "The shortened scheduler of an edit is not tried as if it drew whole images"
+    pipe = exact('PNDMScheduler', 'epsilon', 'linear')
+    images = torch.full((1, 4, 32, 32), 150, dtype=torch.uint8)
+    options = dict(generator=generators_for(0, [0]), images=images, output_type='signal')
+    assert pipe('Cytosol', 1, 100, strength=0.05, **options).isfinite().all()
+    with pytest.raises(InputError, match='needs at least 4 solver steps'):
+        pipe('Cytosol', 1, 20, strength=0.05, **options)
 
 
 @pytest.mark.parametrize('name', FLOWS)

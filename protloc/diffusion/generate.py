@@ -260,7 +260,7 @@ def generator_hash(pipe: LabelConditionedPipeline) -> str:  # 16 hexadecimal dig
     weights = [value for module in (pipe.unet, pipe.label_encoder) for value in module.state_dict().values()]
     weights = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in weights]
     more = pipe.config.preconditioning, pipe.config.sigma_min
-    settings = json.dumps(more).encode() if any(more) else b''
+    settings = json.dumps(more, sort_keys=True).encode() if any(more) else b''
     return sha256(b''.join(value.numpy().tobytes() for value in weights) + settings)[:16]
 
 # %% ../../nbs/06_diffusion/05_generate.ipynb #68860e03

@@ -93,6 +93,9 @@ def least_timestep(
     return least
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #df23e8b1
+_LEAST_FLOW = 100  # timesteps: solvers begin 1/T before pure noise
+
+
 class ObjectiveConfig(Config):
     "Range, noise schedule, target and weights"
 
@@ -133,6 +136,10 @@ class ObjectiveConfig(Config):
             raise InputError(
                 'prediction_type flow has a noise schedule of its own, which ends in pure noise:'
                 ' leave out rescale_betas_zero_snr'
+            )
+        if self.prediction_type == 'flow' and self.num_train_timesteps < _LEAST_FLOW:
+            raise InputError(
+                f'prediction_type flow needs at least {_LEAST_FLOW} num_train_timesteps, not {self.num_train_timesteps}'
             )
         if self.sigma_min and self.prediction_type == 'flow':
             raise InputError(

@@ -121,6 +121,20 @@ def target_of(
     "What a scheduler takes a model's answers for"
     return 'flow' if is_flow(scheduler) else scheduler.config.prediction_type
 
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #ce4e04c2
+def _check_preconditioning(preconditioning, sigma_min, size, target):
+    "Raise `InputError` for what a pipeline cannot be preconditioned with, or a last noise level that is none"
+    if not isinstance(sigma_min, int | float) or isinstance(sigma_min, bool) or not 0 <= sigma_min <= 100:
+        raise InputError(f'sigma_min must be a number from 0 to 100, not {shown(sigma_min)}')
+    if preconditioning is None:
+        return
+    given = preconditioning if isinstance(preconditioning, dict) else {}
+    statistics = read_config(PatchStatistics, given, 'the preconditioning')
+    if len(statistics.mean) != size:
+        raise InputError(f'the preconditioning is of {len(statistics.mean)} values, the images need {size}')
+    if target != 'sample':
+        raise InputError(f"there is no preconditioning for a model that predicts '{target}', only for 'sample'")
+
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #f3c72e92
 _MEAN, _SPREAD = 0.25, 0.2  # of the values that a solver is tried on
 
@@ -170,7 +184,7 @@ def _model_input(solver, noisy, timestep):
     return solver.scale_model_input(noisy, timestep) if hasattr(solver, 'scale_model_input') else noisy
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #440b2b7f
-_FAILURES = AssertionError, ImportError, LookupError, NotImplementedError, ValueError  # of a solver, in words
+_FAILURES = AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError  # of a solver
 
 
 def _fault(
@@ -317,6 +331,8 @@ class LabelConditionedPipeline(DiffusionPipeline):
                 f'{len(channels)} channels in patches of {patch_size} need a U-Net with {needed} input channels,'
                 f' this one has {unet.config.in_channels}'
             )
+        prediction_type = prediction_type or target_of(scheduler)
+        _check_preconditioning(preconditioning, sigma_min, unet.config.in_channels, prediction_type)
         self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)
         self.register_to_config(
             classes=list(classes),
@@ -327,7 +343,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
             conditions=list(conditions),
             preconditioning=preconditioning,
             sigma_min=sigma_min,
-            prediction_type=prediction_type or target_of(scheduler),
+            prediction_type=prediction_type,
         )
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #1bac81db
@@ -414,6 +430,11 @@ def _checked_images(pipe, images, n):
 def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     "Where to start, and the timesteps to visit"
     scheduler, unet = pipe.scheduler, pipe.unet.config
+    if reason := _fault_of_settings(type(scheduler), scheduler.to_json_string()):
+        raise InputError(
+            f'{type(scheduler).__name__} cannot draw as it is set up ({reason}): make it with other options,'
+            ' or with `with_scheduler`'
+        )
     _set_timesteps(scheduler, num_inference_steps, pipe.device, pipe.config.sigma_min)
     timesteps = scheduler.timesteps
     shape = (n, unet.in_channels, unet.sample_size, unet.sample_size)
@@ -433,10 +454,6 @@ def _set_timesteps(scheduler, num_inference_steps, device, sigma_min=0.0):
     name = type(scheduler).__name__
     if hasattr(diffusers, name):
         scheduler_class(name)
-    if reason := _fault_of_settings(type(scheduler), scheduler.to_json_string()):
-        raise InputError(
-            f"{name} cannot draw as it is set up ({reason}): make it with other options, or with `with_scheduler`"
-        )
     if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
         raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
     trained = scheduler.config.num_train_timesteps
@@ -655,9 +672,6 @@ class PipelineIndex(Config):
                 raise InputError(f'{key} has a name that is empty or there twice')
         if bool(self.condition) != bool(self.conditions):
             raise InputError('condition and conditions must be both there or both empty')
-        needed = len(self.channels) * self.patch_size**2
-        if self.preconditioning and len(self.preconditioning.mean) != needed:
-            raise InputError(f'preconditioning is of {len(self.preconditioning.mean)} values, the images need {needed}')
         return self
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #47fa325e

@@ -18,19 +18,22 @@ from .denoiser import Denoiser
 from .objective import noise_levels
 
 # %% auto #0
-__all__ = ['MOST_COMPONENTS', 'PatchStatistics', 'patch_statistics', 'Preconditioner', 'PreconditionedDenoiser']
+__all__ = ['MOST_COMPONENTS', 'PatchStatistics', 'check_components', 'patch_statistics', 'Preconditioner',
+           'PreconditionedDenoiser']
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #b04db9c8
 MOST_COMPONENTS = 1024
-_Numbers = Annotated[tuple[float, ...], pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)]
+_Values = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
+_Signal = Annotated[float, pydantic.Field(ge=-2, le=2)]  # which lies between -1 and 1, but for rounding
+_Spread = Annotated[float, pydantic.Field(ge=1e-6, le=100)]
 
 
 class PatchStatistics(Config):
     "Mean and principal components of patches, in the signal's units"
 
-    mean: _Numbers  # D values of a patch, as `fold` orders them
-    sigma_data: _Numbers  # D standard deviations, along the components
-    components: Annotated[tuple[_Numbers, ...], pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)]  # D rows
+    mean: Annotated[tuple[_Signal, ...], _Values]  # D values of a patch, as `fold` orders them
+    sigma_data: Annotated[tuple[_Spread, ...], _Values]  # D standard deviations, along the components
+    components: Annotated[tuple[Annotated[tuple[_Signal, ...], _Values], ...], _Values]  # D rows
     skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
 
     @pydantic.model_validator(mode='after')
@@ -38,8 +41,6 @@ class PatchStatistics(Config):
         size = len(self.mean)
         if {len(self.sigma_data), len(self.components), *map(len, self.components)} != {size}:
             raise InputError(f'mean, sigma_data and components are not all of {size} values')
-        if min(self.sigma_data) <= 0:
-            raise InputError('sigma_data must be above 0')
         rows = torch.tensor(self.components, dtype=torch.float64)
         if not torch.allclose(rows @ rows.T, torch.eye(size, dtype=torch.float64), atol=1e-3):
             raise InputError('the components are not at right angles')
@@ -47,6 +48,17 @@ class PatchStatistics(Config):
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #661bad65
 _LEAST_SPREAD = 1e-3  # of a component that does not vary, such as an empty stain
+
+
+def check_components(
+    size: int,  # D, values of a patch
+):
+    "Raise `InputError` for patches with more than `MOST_COMPONENTS` values"
+    if size > MOST_COMPONENTS:
+        raise InputError(
+            f'preconditioning needs patches of at most {MOST_COMPONENTS} values, these have {size}:'
+            ' choose a smaller patch_size, or preconditioning none'
+        )
 
 
 def patch_statistics(
@@ -58,12 +70,10 @@ def patch_statistics(
     total = count = products = 0
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)
-        if len(values) > MOST_COMPONENTS:
-            raise InputError(
-                f'preconditioning needs patches of at most {MOST_COMPONENTS} values, these have {len(values)}:'
-                ' choose a smaller patch_size, or preconditioning none'
-            )
+        check_components(len(values))
         total, products, count = total + values.sum(1), products + values @ values.T, count + values.shape[1]
+    if not count:
+        raise InputError('there are no images whose patches could be measured')
     mean = total / count
     covariance = products / count - torch.outer(mean, mean)
     if kind == 'edm':

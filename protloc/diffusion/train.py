@@ -29,7 +29,7 @@ from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
-from .precondition import PatchStatistics, Preconditioner, patch_statistics
+from .precondition import PatchStatistics, Preconditioner, check_components, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
 from ..plots import show_cells
 from protloc.training import (
@@ -194,6 +194,9 @@ def preconditioner_of(
         if not path.exists():
             write_json(path, measured_statistics(batches.store, batches.config).model_dump())
         statistics = read_config(PatchStatistics, read_json(path), str(path))
+        needed = len(batches.store.channels) * batches.config.unet.patch_size**2
+        if (len(statistics.mean), statistics.skip_spread) != (needed, batches.config.objective.skip_spread):
+            raise InputError(f'{path} is not of this training: choose another folder, or remove this one')
     statistics = broadcast_object_list([statistics])[0]
     return Preconditioner(statistics, scheduler, this_process().device)
 
@@ -455,6 +458,8 @@ def train_generator(
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
     settings = _settings(store, config, seed)
+    if config.objective.preconditioning != 'none':
+        check_components(len(store.channels) * config.unet.patch_size**2)
     check_own(folder)
     with hold_folder(folder):
         if this_process().is_main_process:

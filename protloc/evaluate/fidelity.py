@@ -127,12 +127,18 @@ def band_ratios(
     confidence: float = 0.95,  # share of such intervals that hold the truth
 ) -> pd.DataFrame:  # index (channel, band from 1), columns ratio, low, high; NaN where real images have no power
     "Power of synthetic over that of real images by channel and band, with intervals over images (delta method)"
+    shapes = [images.shape[1:] for images in (real, synthetic)]
+    if shapes[0] != shapes[1] or shapes[0][0] != len(channels) or min(len(real), len(synthetic)) < 2:
+        raise InputError(
+            f'images of {len(real)} x {shapes[0]} and {len(synthetic)} x {shapes[1]} with {len(channels)} names of'
+            ' channels cannot be compared: two or more of the same kind are needed'
+        )
     means, relative = [], []
     for images in (real, synthetic):
         power = radial_power(images, bands)
         means.append(power.mean(0))
         with np.errstate(divide='ignore', invalid='ignore'):
-            relative.append(power.var(0) / len(power) / means[-1] ** 2)
+            relative.append(power.var(0, ddof=1) / len(power) / means[-1] ** 2)
     with np.errstate(divide='ignore', invalid='ignore'):
         ratio = np.where(means[0] > 0, means[1] / means[0], np.nan)
     spread = np.exp(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(sum(relative)))

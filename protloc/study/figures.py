@@ -230,7 +230,8 @@ def fig_detail(results: Results) -> Figure:
         ax.set(title=plain(stain), yscale='log', xticks=bands)
         ax.set_xticklabels([_band_name(i, len(bands)) for i in range(len(bands))], fontsize=8)
         _despine(ax)
-    low, high = detail[['ratio', 'real']].min().min(), detail[['ratio', 'real']].max().max()
+    seen = detail[['ratio', 'real']].where(lambda values: values > 0)  # a logarithmic axis has no 0
+    low, high = seen.min().min(), seen.max().max()
     axes[0, 0].set_ylim(min(0.5, 0.9 * low), max(2, 1.1 * high))
     axes[0, 0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 5, 10, 20]))
     axes[0, 0].yaxis.set_major_formatter('{x:g}')

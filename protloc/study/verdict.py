@@ -216,7 +216,8 @@ def write_results(
     )
     if study.synthetic:
         tables['label_fidelity'] = fidelity_by_class(study).reset_index()
-        tables['detail'] = detail_by_band(study).reset_index()
+        if min(len(study.synthetic), len(study.labels('val'))) > 1:
+            tables['detail'] = detail_by_band(study).reset_index()
     sentences = [in_words(arm, row, len(study.seeds)) for arm, row in changes.iterrows()]
     study.run.write_results(tables, '\n'.join(sentences) + '\n')
     return changes
