@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from protloc.core import InputError
-from protloc.evaluate.fidelity import band_ratios, radial_power
+from protloc.evaluate.detail import band_ratios, radial_power
 
 
 @pytest.mark.parametrize('size', [7, 32])

@@ -430,6 +430,8 @@ def _checked_images(pipe, images, n):
 def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     "Where to start, and the timesteps to visit"
     scheduler, unet = pipe.scheduler, pipe.unet.config
+    if hasattr(diffusers, type(scheduler).__name__):
+        scheduler_class(type(scheduler).__name__)
     if reason := _fault_of_settings(type(scheduler), scheduler.to_json_string()):
         raise InputError(
             f'{type(scheduler).__name__} cannot draw as it is set up ({reason}): make it with other options,'
@@ -452,8 +454,6 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
 def _set_timesteps(scheduler, num_inference_steps, device, sigma_min=0.0):
     "Choose the timesteps; raises `InputError` for a scheduler or a number of steps that cannot be taken"
     name = type(scheduler).__name__
-    if hasattr(diffusers, name):
-        scheduler_class(name)
     if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
         raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
     trained = scheduler.config.num_train_timesteps

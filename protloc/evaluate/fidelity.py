@@ -5,9 +5,6 @@
 # %% ../../nbs/08_evaluate/02_fidelity.ipynb #3f46718c
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import ceil
-
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +22,7 @@ from ..labels import Vocabulary
 
 # %% auto #0
 __all__ = ['features', 'frechet_distance', 'kernel_distance', 'knn_radius', 'covered_share', 'precision_recall', 'coverage',
-           'radial_power', 'band_ratios', 'mean_interval', 'measure']
+           'mean_interval', 'measure']
 
 # %% ../../nbs/08_evaluate/02_fidelity.ipynb #45262246
 def features(
@@ -100,51 +97,6 @@ def coverage(
 ) -> float:  # in [0, 1]
     "Share of real images that have a synthetic one within their kNN radius (Naeem et al. 2020)"
     return (torch.cdist(real, synthetic) <= knn_radius(real, k)[:, None]).any(1).float().mean().item()
-
-# %% ../../nbs/08_evaluate/02_fidelity.ipynb #dca1acfc
-def radial_power(
-    images: np.ndarray,  # (N, C, S, S) uint8
-    bands: int = 4,  # of equal width, from the lowest frequency to Nyquist
-) -> np.ndarray:  # (N, C, bands), mean power per frequency
-    "Power of each image and channel in bands of spatial frequency"
-    frequencies = torch.fft.fftfreq(images.shape[-1])
-    radius = torch.hypot(frequencies[:, None], frequencies)
-    band = (radius * 2 * bands).long().clamp(max=bands - 1)
-    members = nn.functional.one_hot(band, bands).double() * (radius > 0)[..., None]
-    members = members.flatten(0, 1) / members.sum((0, 1)).clamp(min=1)
-    powers = []
-    for block in np.array_split(images, ceil(images.size / 2**22)):  # a few megabytes at a time
-        spectrum = torch.fft.fft2(torch.tensor(block).double() / 255).abs().square()
-        powers.append(spectrum.flatten(2) @ members)
-    return torch.cat(powers).numpy()
-
-# %% ../../nbs/08_evaluate/02_fidelity.ipynb #524f9711
-def band_ratios(
-    real: np.ndarray,  # (N, C, S, S) uint8
-    synthetic: np.ndarray,  # (M, C, S, S) uint8
-    channels: Sequence[str],  # C names
-    bands: int = 4,
-    confidence: float = 0.95,  # share of such intervals that hold the truth
-) -> pd.DataFrame:  # index (channel, band from 1), columns ratio, low, high; NaN where real images have no power
-    "Power of synthetic over that of real images by channel and band, with intervals over images (delta method)"
-    shapes = [images.shape[1:] for images in (real, synthetic)]
-    if shapes[0] != shapes[1] or shapes[0][0] != len(channels) or min(len(real), len(synthetic)) < 2:
-        raise InputError(
-            f'images of {len(real)} x {shapes[0]} and {len(synthetic)} x {shapes[1]} with {len(channels)} names of'
-            ' channels cannot be compared: two or more of the same kind are needed'
-        )
-    means, relative = [], []
-    for images in (real, synthetic):
-        power = radial_power(images, bands)
-        means.append(power.mean(0))
-        with np.errstate(divide='ignore', invalid='ignore'):
-            relative.append(power.var(0, ddof=1) / len(power) / means[-1] ** 2)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        ratio = np.where(means[0] > 0, means[1] / means[0], np.nan)
-    spread = np.exp(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(sum(relative)))
-    index = pd.MultiIndex.from_product([channels, range(1, bands + 1)], names=['channel', 'band'])
-    values = [part.ravel() for part in (ratio, ratio / spread, ratio * spread)]
-    return pd.DataFrame(np.stack(values, 1), index, columns=['ratio', 'low', 'high'])
 
 # %% ../../nbs/08_evaluate/02_fidelity.ipynb #a3608128
 def mean_interval(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..core import InputError
 from ..data.store import ImageStore
-from ..evaluate.fidelity import band_ratios
+from ..evaluate.detail import band_ratios
 from ..evaluate.intervals import bootstrap_weights, difference_intervals, macro, weighted_f1
 from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..metrics import per_class, scores
