@@ -92,10 +92,43 @@ def least_timestep(
         )
     return least
 
-# %% ../../nbs/06_diffusion/01_objective.ipynb #df23e8b1
+# %% ../../nbs/06_diffusion/01_objective.ipynb #b76b2b42
 _LEAST_FLOW = 100  # timesteps: solvers begin 1/T before pure noise
 
 
+def _check_flow(objective):
+    "Raise `InputError` for what flow matching does not have"
+    if objective.rescale_betas_zero_snr:
+        raise InputError(
+            'prediction_type flow has a noise schedule of its own, which ends in pure noise:'
+            ' leave out rescale_betas_zero_snr'
+        )
+    if objective.sigma_min:
+        raise InputError(
+            'sigma_min is a noise level of diffusion, and prediction_type flow has its own: leave out sigma_min'
+        )
+    if objective.num_train_timesteps < _LEAST_FLOW:
+        raise InputError(
+            f'prediction_type flow needs at least {_LEAST_FLOW} num_train_timesteps,'
+            f' not {objective.num_train_timesteps}'
+        )
+
+
+def _check_target(objective):
+    "Raise `InputError` for a target that the noise schedule or the preconditioning does not fit"
+    target = objective.prediction_type
+    if objective.rescale_betas_zero_snr and target == 'epsilon':
+        raise InputError(
+            'prediction_type epsilon has no answer at the last timestep of rescale_betas_zero_snr:'
+            ' use v_prediction or sample'
+        )
+    if objective.preconditioning != 'none' and target != 'sample':
+        raise InputError(
+            f"preconditioning '{objective.preconditioning}' makes the clean image of what the denoiser answers:"
+            f' use prediction_type sample, not {target}, or preconditioning none'
+        )
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #df23e8b1
 class ObjectiveConfig(Config):
     "Range, noise schedule, target and weights"
 
@@ -127,31 +160,11 @@ class ObjectiveConfig(Config):
 
     @pydantic.model_validator(mode='after')
     def _answerable(self):
-        if self.rescale_betas_zero_snr and self.prediction_type == 'epsilon':
-            raise InputError(
-                'prediction_type epsilon has no answer at the last timestep of rescale_betas_zero_snr:'
-                ' use v_prediction or sample'
-            )
-        if self.rescale_betas_zero_snr and self.prediction_type == 'flow':
-            raise InputError(
-                'prediction_type flow has a noise schedule of its own, which ends in pure noise:'
-                ' leave out rescale_betas_zero_snr'
-            )
-        if self.prediction_type == 'flow' and self.num_train_timesteps < _LEAST_FLOW:
-            raise InputError(
-                f'prediction_type flow needs at least {_LEAST_FLOW} num_train_timesteps, not {self.num_train_timesteps}'
-            )
-        if self.sigma_min and self.prediction_type == 'flow':
-            raise InputError(
-                'sigma_min is a noise level of diffusion, and prediction_type flow has its own: leave out sigma_min'
-            )
-        if self.sigma_min:
+        if self.prediction_type == 'flow':
+            _check_flow(self)
+        elif self.sigma_min:
             least_timestep(make_scheduler(self), self.sigma_min)
-        if self.preconditioning != 'none' and self.prediction_type != 'sample':
-            raise InputError(
-                f"preconditioning '{self.preconditioning}' makes the clean image of what the denoiser answers:"
-                f" use prediction_type sample, not {self.prediction_type}, or preconditioning none"
-            )
+        _check_target(self)
         return self
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #067d2023

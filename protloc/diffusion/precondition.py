@@ -66,7 +66,7 @@ def patch_statistics(
     kind: str = 'components',  # or 'edm': one mean and one spread for all values, as in Karras et al. (2022)
     skip_spread: float = 1.0,  # share of the spread that the skip counts on, see `Preconditioner`
 ) -> PatchStatistics:
-    "Measure patches; raises `InputError` for patches with more than `MOST_COMPONENTS` values"
+    "Measure patches; raises `InputError` for none, or with more than `MOST_COMPONENTS` values"
     total = count = products = 0
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)

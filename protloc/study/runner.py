@@ -62,7 +62,7 @@ def check_folder(run: RunFolder):
 
 # %% ../../nbs/09_study/03_runner.ipynb #9650efdd
 def _as_meant(settings):
-    "A run's settings as they are read today: of `data.prepare`, what an older version did not know had its default"
+    "A run's settings as they are read today: what an older version did not know of generators and `data.prepare`"
     settings = {**settings, 'generator': generator_as_meant(settings.get('generator'))}
     data = settings.get('data')
     if not isinstance(data, dict):
