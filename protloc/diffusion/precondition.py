@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
 
 import pydantic
 import torch
@@ -23,17 +22,16 @@ __all__ = ['MOST_COMPONENTS', 'PatchStatistics', 'check_components', 'patch_stat
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #b04db9c8
 MOST_COMPONENTS = 1024
-_Values = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
-_Signal = Annotated[float, pydantic.Field(ge=-2, le=2)]  # which lies between -1 and 1, but for rounding
-_Spread = Annotated[float, pydantic.Field(ge=1e-6, le=100)]
 
 
 class PatchStatistics(Config):
     "Mean and principal components of patches, in the signal's units"
 
-    mean: Annotated[tuple[_Signal, ...], _Values]  # D values of a patch, as `fold` orders them
-    sigma_data: Annotated[tuple[_Spread, ...], _Values]  # D standard deviations, along the components
-    components: Annotated[tuple[Annotated[tuple[_Signal, ...], _Values], ...], _Values]  # D rows
+    mean: tuple[float, ...] = pydantic.Field(
+        min_length=1, max_length=MOST_COMPONENTS
+    )  # D values of a patch, as `fold` orders them
+    sigma_data: tuple[float, ...]  # D standard deviations, along the components
+    components: tuple[tuple[float, ...], ...]  # D rows of D numbers
     skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
 
     @pydantic.model_validator(mode='after')
@@ -41,6 +39,8 @@ class PatchStatistics(Config):
         size = len(self.mean)
         if {len(self.sigma_data), len(self.components), *map(len, self.components)} != {size}:
             raise InputError(f'mean, sigma_data and components are not all of {size} values')
+        if max(map(abs, self.mean)) > 2 or not 1e-6 <= min(self.sigma_data) <= max(self.sigma_data) <= 100:
+            raise InputError('mean and sigma_data are not those of signals, which lie between -1 and 1')
         rows = torch.tensor(self.components, dtype=torch.float64)
         if not torch.allclose(rows @ rows.T, torch.eye(size, dtype=torch.float64), atol=1e-3):
             raise InputError('the components are not at right angles')
