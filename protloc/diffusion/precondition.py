@@ -27,9 +27,8 @@ MOST_COMPONENTS = 1024
 class PatchStatistics(Config):
     "Mean and principal components of patches, in the signal's units"
 
-    mean: tuple[float, ...] = pydantic.Field(
-        min_length=1, max_length=MOST_COMPONENTS
-    )  # D values of a patch, as `fold` orders them
+    # D values of a patch, as `fold` orders them
+    mean: tuple[float, ...] = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
     sigma_data: tuple[float, ...]  # D standard deviations, along the components
     components: tuple[tuple[float, ...], ...]  # D rows of D numbers
     skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
