@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,8 +29,9 @@ import torch
 from generator_quality import configured, images
 
 from protloc.data.store import ImageStore, StoreWriter
+from protloc.diffusion import pipeline
 from protloc.diffusion.generate import generators_for
-from protloc.diffusion.objective import to_images
+from protloc.diffusion.objective import least_timestep, to_images
 from protloc.diffusion.train import preview_rows, train_generator
 from protloc.evaluate.detail import band_ratios
 from protloc.evaluate.fidelity import coverage, features, frechet_distance, mean_interval
@@ -70,15 +72,15 @@ TRIALS = {
     'components, patches of 4': {**COMPONENTS, 'unet.patch_size': 4},
     'components, long average': {**COMPONENTS, 'loop.ema_decay': None, 'loop.ema_length': 0.1},
 }
-DRAWS = {  # of the same trainings
+DRAWS = {  # of the same trainings; the quadratic timesteps are protloc's
     'as it likes': dict(),
-    'to .03': dict(sigma_min=0.03),
-    'to .05': dict(sigma_min=0.05),
-    'to .08': dict(sigma_min=0.08),
-    'to .03, 30 steps': dict(sigma_min=0.03, num_inference_steps=30),
-    'to .03, guidance 1': dict(sigma_min=0.03, guidance_scale=1.0),
-    'to .03, guidance in .2 to .8': dict(sigma_min=0.03, guidance_interval=(0.2, 0.8)),
-    'to .03, dithered': dict(sigma_min=0.03, dither=True),
+    **{f'evenly to .0{digit}': dict(sigma_min=digit / 100, evenly=True) for digit in (1, 2, 3, 5, 8)},
+    **{f'quadratic to .0{digit}': dict(sigma_min=digit / 100) for digit in (1, 2, 3, 5)},
+    'quadratic to .01, 10 steps': dict(sigma_min=0.01, num_inference_steps=10),
+    'quadratic to .01, 30 steps': dict(sigma_min=0.01, num_inference_steps=30),
+    'quadratic to .01, guidance 1': dict(sigma_min=0.01, guidance_scale=1.0),
+    'quadratic to .01, guidance in .2 to .8': dict(sigma_min=0.01, guidance_interval=(0.2, 0.8)),
+    'quadratic to .01, dithered': dict(sigma_min=0.01, dither=True),
 }
 POINTS = 'Actin filaments', 'Cell junctions', 'Centrosome', 'Microtubule organizing center'
 
@@ -112,12 +114,24 @@ def plan(trial, real, folder, rounds=2):
     return json.loads(path.read_text())
 
 
-def draw(pipe, labels, path, sigma_min=0.0, dither=False, batch=100, **options):
+def even_timesteps(scheduler, num_inference_steps, sigma_min):
+    "From pure noise to a noise level in steps of one length"
+    first, last = scheduler.config.num_train_timesteps - 1, least_timestep(scheduler, sigma_min)
+    return np.linspace(first, last, num_inference_steps).round().astype(int).tolist()
+
+
+def draw(pipe, labels, path, sigma_min=0.0, evenly=False, **options):
     "Draw images into a store, once"
     if path.exists():
         return ImageStore(path)
     pipe.register_to_config(sigma_min=sigma_min)
     pipe.set_progress_bar_config(disable=True)
+    spacing = even_timesteps if evenly else pipeline.spaced_timesteps
+    with mock.patch.object(pipeline, 'spaced_timesteps', spacing):
+        return write_drawn(pipe, labels, path, **options)
+
+
+def write_drawn(pipe, labels, path, dither=False, batch=100, **options):
     with StoreWriter(path, pipe.config.channels, pipe.vocab, pipe.size, dict(kind='synthetic')) as writer:
         for start in range(0, len(labels), batch):
             rows = labels[start : start + batch]
@@ -222,7 +236,9 @@ def arguments():
     parser.add_argument('--minutes', type=float, nargs='+', default=[0.75, 5, 15], help='of training, for each')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trials', nargs='+', default=list(TRIALS), choices=TRIALS, metavar='NAME')
-    parser.add_argument('--draws', nargs='+', default=['as it likes', 'to .03'], choices=DRAWS, metavar='NAME')
+    parser.add_argument(
+        '--draws', nargs='+', default=['as it likes', 'quadratic to .01'], choices=DRAWS, metavar='NAME'
+    )
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--train', type=int, default=8000)
     parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')

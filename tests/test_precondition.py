@@ -88,13 +88,13 @@ def test_statistics_are_those_of_numpy_however_they_are_batched():
 def test_scales_are_those_of_karras(timestep):
     "With x / alpha and sigma / alpha, the formulas are those of table 1 of the paper"
     statistics, scheduler = some_statistics(), make_scheduler()
-    skip, out, into = Preconditioner(statistics, scheduler).scales(torch.tensor([timestep]))
+    along = Preconditioner(statistics, scheduler)(torch.zeros(1, 4, 2, 2), torch.tensor([timestep]))
     kept = scheduler.alphas_cumprod[timestep].double()
     sigma, data = ((1 - kept) / kept).sqrt(), torch.tensor(statistics.sigma_data).double()
     norm = (sigma**2 + data**2).sqrt()
-    for ours, theirs in ((skip * kept.sqrt(), data**2 / norm**2), (out, sigma * data / norm)):
+    for ours, theirs in ((along.c_skip * kept.sqrt(), data**2 / norm**2), (along.c_out, sigma * data / norm)):
         torch.testing.assert_close(ours.flatten().double(), theirs, rtol=3e-3, atol=1e-9)
-    torch.testing.assert_close(into.flatten().double() * kept.sqrt(), 1 / norm, rtol=3e-3, atol=0)
+    torch.testing.assert_close(along.c_in.flatten().double() * kept.sqrt(), 1 / norm, rtol=3e-3, atol=0)
 
 
 def test_a_spread_of_one_is_the_velocity_but_for_its_sign():
@@ -105,9 +105,8 @@ def test_a_spread_of_one_is_the_velocity_but_for_its_sign():
     clean, noise = torch.randn(2, 3, size, 2, 2, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 500, 990])
     noisy, velocity = noisify(clean, noise, timesteps, scheduler)
-    torch.testing.assert_close(
-        Preconditioner(plain, scheduler).target(clean, noisy, timesteps), -velocity, rtol=1e-3, atol=2e-3
-    )
+    target = Preconditioner(plain, scheduler)(noisy, timesteps).target(clean)
+    torch.testing.assert_close(target, -velocity, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize('weighting', ['uniform', 'snr_plus_one', 'min_snr', 'cosine'])
@@ -118,7 +117,8 @@ def test_weights_of_the_clean_image_are_of_the_same_error(weighting):
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([100, 500, 900])
     noisy, _ = noisify(clean, noise, timesteps, scheduler)
-    right = preconditioner.target(clean, noisy, timesteps)
+    along = preconditioner(noisy, timesteps)
+    right = along.target(clean)
 
     def losses(answer, preconditioner):
         return image_losses(lambda *_: answer, clean, noise, timesteps, scheduler, weighting, 20.0, preconditioner)
@@ -127,7 +127,7 @@ def test_weights_of_the_clean_image_are_of_the_same_error(weighting):
     wrong = right + 0.1
     with_it = losses(wrong, preconditioner)
     if weighting in ('snr_plus_one', 'min_snr'):
-        torch.testing.assert_close(with_it, losses(preconditioner.clean(wrong, noisy, timesteps), None))
+        torch.testing.assert_close(with_it, losses(along.clean(wrong), None))
     else:
         torch.testing.assert_close(with_it, losses(clean + 0.1, None))
 
@@ -153,10 +153,8 @@ class Linear(ModelMixin, ConfigMixin):
         return type('Answer', (), dict(sample=torch.zeros_like(sample)))
 
 
-@pytest.mark.parametrize('name', ['dpm++', 'unipc', 'ddim', 'ddpm', 'DEISMultistepScheduler'])
-@pytest.mark.parametrize('sigma_min', [0.0, 0.02])
-def test_normally_distributed_patches_are_drawn_as_they_are(name, sigma_min):
-    "Each component comes out with its own spread, from .05 to .5, and the mean with it"
+def drawn_spreads(name, sigma_min, steps):
+    "Mean of patches drawn with exact answers, and their spread over the right one, for components from .3 to .05"
     generator = np.random.default_rng(0)
     components, _ = np.linalg.qr(generator.normal(size=(16, 16)))
     spread = np.geomspace(0.3, 0.05, 16)
@@ -168,12 +166,32 @@ def test_normally_distributed_patches_are_drawn_as_they_are(name, sigma_min):
         preconditioning=statistics.model_dump(), sigma_min=sigma_min,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    steps = 300 if name == 'ddpm' else 60
     drawn = pipe(['Cytosol'] * 4, 1, steps, generators_for(0, range(4)), output_type='signal')
     patches = torch.nn.functional.pixel_unshuffle(drawn, 2).permute(0, 2, 3, 1).reshape(-1, 16).double().numpy()
-    assert patches.mean() == pytest.approx(0.1, abs=0.02)
-    ratios = ((patches - 0.1) @ components.T).std(0) / spread
+    return patches.mean(), ((patches - 0.1) @ components.T).std(0) / spread
+
+
+@pytest.mark.parametrize('name', ['dpm++', 'unipc', 'ddim', 'ddpm', 'DEISMultistepScheduler'])
+@pytest.mark.parametrize('sigma_min', [0.0, 0.02])
+def test_normally_distributed_patches_are_drawn_as_they_are(name, sigma_min):
+    "Each component comes out with its own spread, and the mean with it"
+    mean, ratios = drawn_spreads(name, sigma_min, 300 if name == 'ddpm' else 60)
+    assert mean == pytest.approx(0.1, abs=0.02)
     assert ratios.min() > 0.75 and ratios.max() < 1.25
+
+
+def test_ten_steps_that_become_shorter_keep_what_is_fine():
+    mean, ratios = drawn_spreads('dpm++', 0.01, 10)
+    assert mean == pytest.approx(0.1, abs=0.01)
+    assert ratios.min() > 0.9 and ratios.max() < 1.1
+    assert drawn_spreads('dpm++', 0.0, 10)[1].min() < 0.4
+
+
+def test_too_few_steps_are_warned_of():
+    with pytest.warns(UserWarning, match='HeunDiscreteScheduler with 8 solver steps draws images .* take more steps'):
+        drawn_spreads('heun', 0.0, 8)
+    with pytest.warns(UserWarning, match='with 1 solver steps'):
+        drawn_spreads('ddim', 0.0, 1)
 
 
 def test_it_is_the_same_in_memory_and_from_its_folder(trained, cells):
@@ -237,7 +255,7 @@ def test_generators_of_before_are_opened_and_draw_the_same(cells, tmp_path):
     expected, name = draw(pipe), generator_hash(pipe)
     path = tmp_path / 'pipeline' / 'model_index.json'
     index = json.loads(path.read_text())
-    for key in ('preconditioning', 'sigma_min', 'prediction_type'):
+    for key in ('preconditioning', 'sigma_min', 'prediction_type', 'noise_schedule'):
         index.pop(key)
     path.write_text(json.dumps(index))
     old = open_pipeline(tmp_path)
@@ -347,6 +365,58 @@ def test_flow_and_diffusion_do_not_mix(cells, tmp_path):
     assert len(drawn) == 3 and drawn.images[:].std() > 0
 
 
+def test_a_scheduler_with_another_noise_schedule_is_refused(cells, tmp_path):
+    "Also after it was saved with the pipeline, where nothing else knows what the training had"
+    pipe = train_generator(cells, tmp_path / 'a', config(**OBJECTIVES['components']))
+    first, solver = draw(pipe), diffusers.DPMSolverMultistepScheduler
+    trained = pipe.scheduler
+    for wrong in (
+        solver(prediction_type='sample'),
+        solver.from_config(trained.config, beta_schedule='linear'),
+        solver.from_config(trained.config, num_train_timesteps=500),
+    ):
+        pipe.scheduler = wrong
+        pipe.save_pretrained(tmp_path / 'b')
+        for one in (pipe, open_pipeline(tmp_path / 'b')):
+            with pytest.raises(InputError, match='its noise schedule is not that of the training'):
+                draw(one)
+    pipe.scheduler = solver.from_config(trained.config)
+    pipe.save_pretrained(tmp_path / 'b')
+    assert torch.equal(draw(open_pipeline(tmp_path / 'b')), first)
+
+
+def test_a_flow_scheduler_with_other_timesteps_is_refused(cells, tmp_path):
+    pipe = train_generator(cells, tmp_path, config(**OBJECTIVES['flow']))
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(500)
+    with pytest.raises(InputError, match='its noise schedule is not that of the training'):
+        draw(pipe)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [dict(num_train_timesteps='x'), dict(num_train_timesteps=0), dict(beta_end=float('nan')), dict(other=1), 1],
+)
+def test_a_damaged_noise_schedule_is_one_sentence(cells, tmp_path, change):
+    train_generator(cells, tmp_path, config(**OBJECTIVES['components']))
+    path = tmp_path / 'pipeline' / 'model_index.json'
+    index = json.loads(path.read_text())
+    index['noise_schedule'] = {**index['noise_schedule'], **change} if isinstance(change, dict) else change
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match='noise_schedule') as error:
+        open_pipeline(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('timesteps', [300, 2000, 10_000])
+def test_long_trainings_are_tried_too(timesteps):
+    "A class that takes the target for another one is found at any length"
+    trained = make_scheduler(ObjectiveConfig(num_train_timesteps=timesteps, sigma_min=0))
+    for name in ('dpm++', 'ddim', 'ddpm', 'euler', 'heun', 'unipc'):
+        assert with_scheduler(trained, name).config.num_train_timesteps == timesteps
+    with pytest.raises(InputError, match="that predicts 'sample'"):
+        with_scheduler(trained, 'EulerAncestralDiscreteScheduler')
+
+
 def test_a_scheduler_for_another_target_is_refused(cells, tmp_path):
     pipe = train_generator(cells, tmp_path, config(**OBJECTIVES['components']))
     pipe.scheduler = with_scheduler(make_scheduler(ObjectiveConfig(prediction_type='epsilon')), 'ddim')
@@ -361,9 +431,10 @@ def test_the_last_noise_level(name, beta_schedule):
     trained = make_scheduler(ObjectiveConfig(prediction_type='v_prediction', beta_schedule=beta_schedule))
     solver = with_scheduler(trained, name)
     timesteps = spaced_timesteps(solver, 15, 0.05)
-    if 'timesteps' not in inspect.signature(solver.set_timesteps).parameters:
+    if 'timesteps' not in inspect.signature(solver.set_timesteps).parameters or solver.order > 1:
         assert timesteps == []
         return
+    assert (np.diff(timesteps, 2) > -2).all(), 'the steps become shorter, but for rounding'
     image, noise = noise_levels(trained, torch.tensor(timesteps))
     assert timesteps[0] == 999 and len(set(timesteps)) == 15 and sorted(timesteps)[::-1] == timesteps
     assert noise[-1] >= 0.05 * image[-1] and timesteps[-1] < 40

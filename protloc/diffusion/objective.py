@@ -234,12 +234,12 @@ def image_losses(
 ) -> Tensor:  # (N,)
     "Weighted mean squared error of the prediction, for each image"
     noisy, target = noisify(clean, noise, timesteps, scheduler)
-    if preconditioner:
-        target = preconditioner.target(clean, noisy, timesteps)
-        noisy = preconditioner.inputs(noisy, timesteps)
+    along = preconditioner and preconditioner(noisy, timesteps)
+    if along:
+        noisy, target = along.seen, along.target(clean)
     error = (predict(noisy, timesteps).float() - target).square()
-    if preconditioner and weighting in ('min_snr', 'snr_plus_one'):
-        error = error * preconditioner.scales(timesteps)[1].square()  # as an error of the clean image
+    if along and weighting in ('min_snr', 'snr_plus_one'):
+        error = error * along.c_out.square()  # as an error of the clean image
     return timestep_weights(timesteps, scheduler, weighting, gamma) * error.flatten(1).mean(1)
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #d1e76de7

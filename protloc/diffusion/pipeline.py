@@ -13,15 +13,25 @@ import math
 import shutil
 import tempfile
 import typing
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import diffusers
 import numpy as np
 import pydantic
 import torch
-from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    ModelMixin,
+    PNDMScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -42,9 +52,9 @@ from ..plots import details
 from ..training import check_finite
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'with_scheduler',
-           'generators_for', 'guided', 'guidance_scales', 'LabelConditionedPipeline', 'spaced_timesteps',
-           'read_settings', 'PipelineIndex']
+__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'noise_schedule_of',
+           'with_scheduler', 'generators_for', 'guided', 'guidance_scales', 'LabelConditionedPipeline',
+           'spaced_timesteps', 'read_settings', 'NoiseSchedule', 'PipelineIndex']
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -155,10 +165,11 @@ def _draw_values(
     scheduler,  # that a model was trained with
     spread: float,  # standard deviation of the values; 0 = all are alike
     num_inference_steps: int,
+    sigma_min: float = 0.0,  # see `spaced_timesteps`
 ) -> Tensor:  # (1, 1, 16, 16), without an error of the solver normally distributed
     "What a solver draws with exact answers"
-    solver.set_timesteps(min(num_inference_steps, max(scheduler.config.num_train_timesteps // 2, 1)))
-    _begin(solver)
+    steps = min(num_inference_steps, max(scheduler.config.num_train_timesteps // 2, 1))
+    _set_timesteps(solver, steps, 'cpu', sigma_min)
     options = _own_noise(solver, torch.Generator().manual_seed(0))
     x = torch.special.ndtri((torch.arange(256) + 0.5) / 256).view(1, 1, 16, 16)
     x = x * getattr(solver, 'init_noise_sigma', 1)
@@ -184,6 +195,7 @@ def _model_input(solver, noisy, timestep):
     return solver.scale_model_input(noisy, timestep) if hasattr(solver, 'scale_model_input') else noisy
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #440b2b7f
+_LEAST_TRIED = 300  # timesteps: with fewer, even a right solver is inexact
 _FAILURES = AssertionError, ImportError, LookupError, NotImplementedError, TypeError, ValueError  # of a solver
 
 
@@ -192,17 +204,24 @@ def _fault(
     scheduler,  # that a model was trained with
 ) -> str:  # '' if it draws rightly
     "What is wrong with the images of a solver"
-    if not is_flow(solver) and not torch.allclose(solver.alphas_cumprod, scheduler.alphas_cumprod, atol=1e-6):
-        return 'it changes the noise schedule'
+    trained = scheduler.config.num_train_timesteps
+    alike = solver.config.num_train_timesteps == trained
+    if not alike or not is_flow(solver) and not solver.alphas_cumprod.allclose(scheduler.alphas_cumprod, atol=1e-6):
+        return 'its noise schedule is not that of the training'
     error = (_draw_values(solver, scheduler, 0.0, 20) - _MEAN).abs().max().item()
     if not error < 0.1:
         return f'with exact answers it ends {error:.2g} away from the only image'
-    if not 300 <= scheduler.config.num_train_timesteps <= 1000:
-        return ''  # too coarse, or too long for 50 steps, to tell a wrong spread from an inexact one
-    ratio = _draw_values(solver, scheduler, _SPREAD, 50).std().item() / _SPREAD
+    if not _LEAST_TRIED <= trained <= 10_000:
+        return ''  # too coarse to tell a wrong spread from an inexact one, or too long
+    ratio = _variety(solver, scheduler, max(50, trained // 20))
     return (
         '' if 0.7 < ratio < 1.3 else f'with exact answers its images are {ratio:.2g} times as varied as they should be'
     )
+
+
+def _variety(solver, scheduler, num_inference_steps, sigma_min=0.0):
+    "How varied the values are that a solver draws with exact answers; 1 is right"
+    return _draw_values(solver, scheduler, _SPREAD, num_inference_steps, sigma_min).std().item() / _SPREAD
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #f738413a
 def _flow_options(solver, config):
@@ -215,6 +234,14 @@ def _flow_options(solver, config):
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #1ff96f01
 _NOISE = 'num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas'
+
+
+def noise_schedule_of(
+    scheduler,  # a diffusers scheduler
+) -> dict:
+    "The settings of a scheduler's noise schedule"
+    known = scheduler.config
+    return {name: known[name] for name in (*_NOISE, 'rescale_betas_zero_snr') if known.get(name) is not None}
 
 
 def with_scheduler(
@@ -249,13 +276,27 @@ def with_scheduler(
 def _fault_of_settings(
     kind: type,  # of a scheduler
     settings: str,  # JSON, its `to_json_string`
+    trained: str,  # JSON, the noise schedule of the training
 ) -> str:  # '' if it draws rightly
     "What is wrong with the images of a scheduler that was set up by hand"
     try:
-        solver = kind.from_config(json.loads(settings))
-        return _fault(solver, kind.from_config(json.loads(settings)))
+        return _fault(*_solver_and_trained(kind, settings, trained))
     except _FAILURES as failure:
         return one_line(f'{type(failure).__name__}: {failure}', 100)
+
+
+@functools.lru_cache(maxsize=64)
+def _variety_of_settings(kind, settings, trained, num_inference_steps, sigma_min):
+    "How varied the values are that a scheduler draws with so many steps; 1 is right"
+    return _variety(*_solver_and_trained(kind, settings, trained), num_inference_steps, sigma_min)
+
+
+def _solver_and_trained(kind, settings, trained):
+    "A scheduler, and one with the noise schedule of the training"
+    solver, schedule = kind.from_config(json.loads(settings)), json.loads(trained)
+    if is_flow(solver):
+        return solver, FlowMatchEulerDiscreteScheduler(schedule['num_train_timesteps'])
+    return solver, DDPMScheduler(**schedule, prediction_type=target_of(solver))
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #73e1a736
 def generators_for(
@@ -323,6 +364,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
         # noise over image at the last solver step, where the scheduler lets its timesteps be chosen; 0 = as it likes
         sigma_min: float = 0.0,
         prediction_type: str = '',  # what the U-Net predicts; the scheduler's unless given
+        noise_schedule: dict | None = None,  # of the training, see `noise_schedule_of`; the scheduler's unless given
     ):
         super().__init__()
         needed = len(channels) * patch_size**2
@@ -344,6 +386,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
             preconditioning=preconditioning,
             sigma_min=sigma_min,
             prediction_type=prediction_type,
+            noise_schedule=noise_schedule or noise_schedule_of(scheduler),
         )
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #1bac81db
@@ -430,13 +473,7 @@ def _checked_images(pipe, images, n):
 def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     "Where to start, and the timesteps to visit"
     scheduler, unet = pipe.scheduler, pipe.unet.config
-    if hasattr(diffusers, type(scheduler).__name__):
-        scheduler_class(type(scheduler).__name__)
-    if reason := _fault_of_settings(type(scheduler), scheduler.to_json_string()):
-        raise InputError(
-            f'{type(scheduler).__name__} cannot draw as it is set up ({reason}): make it with other options,'
-            ' or with `with_scheduler`'
-        )
+    _check_solver(pipe, num_inference_steps)
     _set_timesteps(scheduler, num_inference_steps, pipe.device, pipe.config.sigma_min)
     timesteps = scheduler.timesteps
     shape = (n, unet.in_channels, unet.sample_size, unet.sample_size)
@@ -449,6 +486,28 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
         add_noise = getattr(scheduler, 'add_noise', None) or functools.partial(_flow_noise, scheduler)
         x = add_noise(clean, noise, timesteps[:1].expand(n))
     return x.contiguous(memory_format=torch.channels_last), timesteps
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #0b6f2d38
+def _check_solver(pipe, num_inference_steps):
+    "Raise `InputError` for a scheduler that draws wrongly, and warn where it would with so few steps"
+    kind, config = type(pipe.scheduler), pipe.config
+    if hasattr(diffusers, kind.__name__):
+        scheduler_class(kind.__name__)
+    settings = kind, pipe.scheduler.to_json_string(), json.dumps(config.noise_schedule, sort_keys=True)
+    if reason := _fault_of_settings(*settings):
+        raise InputError(
+            f'{kind.__name__} cannot draw as it is set up ({reason}): make it from the config of the scheduler'
+            ' that the generator came with, with other options, or with `with_scheduler`'
+        )
+    if num_inference_steps >= 50 or pipe.scheduler.config.num_train_timesteps < _LEAST_TRIED:
+        return
+    ratio = _variety_of_settings(*settings, num_inference_steps, config.sigma_min)
+    if not 0.5 < ratio < 1.5:
+        warnings.warn(
+            f'{kind.__name__} with {num_inference_steps} solver steps draws images that are {ratio:.2g} times as varied'
+            ' as they should be, even with exact answers: take more steps, or dpm++',
+            stacklevel=2,
+        )
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #45966372
 def _set_timesteps(scheduler, num_inference_steps, device, sigma_min=0.0):
@@ -484,14 +543,17 @@ def spaced_timesteps(
     num_inference_steps: int,  # solver steps
     sigma_min: float,  # noise over image at the last of them
 ) -> list[int]:  # falling; empty where the scheduler has timesteps of its own
-    "Evenly from pure noise to the noise level `sigma_min`; raises `InputError` where no level lies between"
+    "From pure noise to the noise level `sigma_min`, in ever smaller steps (Song et al. 2021, quadratic)"
     chosen = 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters
-    if not sigma_min or not chosen or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS)):
+    own = scheduler.order > 1 or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS))
+    if not sigma_min or not chosen or own:
         return []
     trained, last = scheduler.config.num_train_timesteps, least_timestep(scheduler, sigma_min)
     if num_inference_steps > trained - last:
         return []
-    return np.linspace(trained - 1, last, num_inference_steps).round().astype(int).tolist()
+    falling = last + (trained - 1 - last) * np.linspace(1, 0, num_inference_steps) ** 2
+    least = last + np.arange(num_inference_steps)[::-1]  # none is visited twice
+    return np.maximum(falling.round().astype(int), least).tolist()
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #7174a045
 def _flow_noise(scheduler, clean, noise, timesteps):
@@ -531,7 +593,7 @@ def _denoiser(pipe):
     denoiser = Denoiser(pipe.unet, pipe.label_encoder).eval()
     if pipe.config.preconditioning is None:
         return denoiser
-    statistics = PatchStatistics(**pipe.config.preconditioning)
+    statistics = PatchStatistics.model_construct(**pipe.config.preconditioning)  # checked when the pipeline was made
     return PreconditionedDenoiser(denoiser, Preconditioner(statistics, pipe.scheduler, pipe.device))
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #c37643e1
@@ -648,6 +710,17 @@ def read_settings(
         raise InputError(f'{path} is missing: copy the whole folder of the pipeline again')
     return read_json(path, 'copy the folder of the pipeline again')
 
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #08bb8b18
+class NoiseSchedule(Config):
+    "What decides how noisy an image is at a timestep, as diffusers' schedulers have it"
+
+    num_train_timesteps: int = pydantic.Field(ge=1, le=100_000, strict=True)
+    beta_start: float = pydantic.Field(1e-4, ge=0, le=1)
+    beta_end: float = pydantic.Field(0.02, ge=0, le=1)
+    beta_schedule: str = 'linear'
+    trained_betas: tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...] | None = None
+    rescale_betas_zero_snr: bool = False
+
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #54f9fdc8
 class PipelineIndex(Config):
     "What model_index.json says of a pipeline, besides its components"
@@ -663,6 +736,7 @@ class PipelineIndex(Config):
     preconditioning: PatchStatistics | None = None
     sigma_min: float = pydantic.Field(0.0, ge=0, le=100, strict=True)
     prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample', 'flow'] = ''
+    noise_schedule: NoiseSchedule | None = None
 
     @pydantic.model_validator(mode='after')
     def _named(self):

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
 
 import pydantic
 import torch
@@ -17,20 +19,22 @@ from .denoiser import Denoiser
 from .objective import noise_levels
 
 # %% auto #0
-__all__ = ['MOST_COMPONENTS', 'PatchStatistics', 'check_components', 'patch_statistics', 'Preconditioner',
-           'PreconditionedDenoiser']
+__all__ = ['MOST_COMPONENTS', 'Signal', 'Spread', 'PatchStatistics', 'check_components', 'patch_statistics', 'Preconditioner',
+           'NoisyComponents', 'PreconditionedDenoiser']
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #b04db9c8
 MOST_COMPONENTS = 1024
+Signal = Annotated[float, pydantic.Field(ge=-2, le=2)]  # it lies between -1 and 1, but for rounding
+Spread = Annotated[float, pydantic.Field(ge=1e-6, le=100)]
 
 
 class PatchStatistics(Config):
     "Mean and principal components of patches, in the signal's units"
 
     # D values of a patch, as `fold` orders them
-    mean: tuple[float, ...] = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
-    sigma_data: tuple[float, ...]  # D standard deviations, along the components
-    components: tuple[tuple[float, ...], ...]  # D rows of D numbers
+    mean: tuple[Signal, ...] = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
+    sigma_data: tuple[Spread, ...]  # D standard deviations, along the components
+    components: tuple[tuple[Signal, ...], ...]  # D rows of D numbers
     skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
 
     @pydantic.model_validator(mode='after')
@@ -38,8 +42,6 @@ class PatchStatistics(Config):
         size = len(self.mean)
         if {len(self.sigma_data), len(self.components), *map(len, self.components)} != {size}:
             raise InputError(f'mean, sigma_data and components are not all of {size} values')
-        if max(map(abs, self.mean)) > 2 or not 1e-6 <= min(self.sigma_data) <= max(self.sigma_data) <= 100:
-            raise InputError('mean and sigma_data are not those of signals, which lie between -1 and 1')
         rows = torch.tensor(self.components, dtype=torch.float64)
         if not torch.allclose(rows @ rows.T, torch.eye(size, dtype=torch.float64), atol=1e-3):
             raise InputError('the components are not at right angles')
@@ -104,26 +106,6 @@ class Preconditioner:
         self.mean, self.spread = column(statistics.mean), column(statistics.sigma_data)
         self.components = torch.tensor(statistics.components, dtype=torch.float32, device=device)
 
-    def scales(
-        self,
-        timesteps: Tensor,  # (N,)
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N, D, 1, 1) each: c_skip, c_out, c_in
-        "How noisy components, the answer, and what the denoiser sees are scaled"
-        image, noise = (share.float().view(-1, 1, 1, 1) for share in noise_levels(self.scheduler, timesteps))
-        variance, counted = self.spread.square(), (self.statistics.skip_spread * self.spread).square()
-        skip = image * counted / (image.square() * counted + noise.square())
-        out = ((1 - image * skip).square() * variance + (skip * noise).square()).sqrt()
-        return skip, out, (image.square() * variance + noise.square()).rsqrt()
-
-    def centred(
-        self,
-        noisy: Tensor,  # (N, D, s, s)
-        timesteps: Tensor,  # (N,)
-    ) -> Tensor:  # (N, D, s, s)
-        "Noisy images along the components, without the mean's share"
-        image = noise_levels(self.scheduler, timesteps)[0].float().view(-1, 1, 1, 1)
-        return _turned(noisy.float() - image * self.mean, self.components)
-
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #004511c4
 def _turned(images, matrix):
     "Multiply the channels of (N, D, s, s) images with a (D, D) matrix, in full precision and in their layout"
@@ -131,38 +113,51 @@ def _turned(images, matrix):
         return (images.permute(0, 2, 3, 1) @ matrix.T).permute(0, 3, 1, 2)
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #af02047f
+@dataclass(frozen=True)
+class NoisyComponents:
+    "Noisy images along the components, with what the denoiser sees of them and what it should answer"
+
+    preconditioner: Preconditioner
+    centred: Tensor  # (N, D, s, s), without the mean's share
+    c_skip: Tensor  # (N, D, 1, 1), as the next two
+    c_out: Tensor
+    c_in: Tensor
+
+    @property
+    def seen(self) -> Tensor:  # (N, D, s, s) float32
+        "What the denoiser sees"
+        return self.c_in * self.centred
+
+    def target(
+        self,
+        clean: Tensor,  # (N, D, s, s)
+    ) -> Tensor:  # (N, D, s, s) float32
+        "What the denoiser should answer"
+        along = _turned(clean - self.preconditioner.mean, self.preconditioner.components)
+        return (along - self.c_skip * self.centred) / self.c_out
+
+    def clean(
+        self,
+        answer: Tensor,  # (N, D, s, s), of the denoiser
+    ) -> Tensor:  # (N, D, s, s) float32
+        "The clean images that an answer means"
+        along = self.c_skip * self.centred + self.c_out * answer.float()
+        return _turned(along, self.preconditioner.components.T) + self.preconditioner.mean
+
+# %% ../../nbs/06_diffusion/02_precondition.ipynb #dd0e0a65
 @patch
-def inputs(
+def __call__(
     self: Preconditioner,
     noisy: Tensor,  # (N, D, s, s)
     timesteps: Tensor,  # (N,)
-) -> Tensor:  # (N, D, s, s) float32
-    "What the denoiser sees of noisy images"
-    return self.scales(timesteps)[2] * self.centred(noisy, timesteps)
-
-
-@patch
-def target(
-    self: Preconditioner,
-    clean: Tensor,  # (N, D, s, s)
-    noisy: Tensor,  # (N, D, s, s)
-    timesteps: Tensor,  # (N,)
-) -> Tensor:  # (N, D, s, s) float32
-    "What the denoiser should answer"
-    skip, out, _ = self.scales(timesteps)
-    return (_turned(clean - self.mean, self.components) - skip * self.centred(noisy, timesteps)) / out
-
-
-@patch
-def clean(
-    self: Preconditioner,
-    answer: Tensor,  # (N, D, s, s), of the denoiser
-    noisy: Tensor,  # (N, D, s, s)
-    timesteps: Tensor,  # (N,)
-) -> Tensor:  # (N, D, s, s) float32
-    "The clean images that an answer means"
-    skip, out, _ = self.scales(timesteps)
-    return _turned(skip * self.centred(noisy, timesteps) + out * answer.float(), self.components.T) + self.mean
+) -> NoisyComponents:
+    "Turn noisy images to the components, and scale those for their noise levels"
+    image, noise = (share.float().view(-1, 1, 1, 1) for share in noise_levels(self.scheduler, timesteps))
+    variance, counted = self.spread.square(), (self.statistics.skip_spread * self.spread).square()
+    c_skip = image * counted / (image.square() * counted + noise.square())
+    c_out = ((1 - image * c_skip).square() * variance + (c_skip * noise).square()).sqrt()
+    c_in = (image.square() * variance + noise.square()).rsqrt()
+    return NoisyComponents(self, _turned(noisy.float() - image * self.mean, self.components), c_skip, c_out, c_in)
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #73ae8b90
 class PreconditionedDenoiser:
@@ -184,5 +179,5 @@ class PreconditionedDenoiser:
         drop: Tensor | None = None,  # (N,) bool, True where the labels are ignored
     ) -> Tensor:  # (N, D, s, s) float32
         "The clean images"
-        answer = self.denoiser(self.preconditioner.inputs(noisy, timesteps), timesteps, labels, drop)
-        return self.preconditioner.clean(answer, noisy, timesteps)
+        along = self.preconditioner(noisy, timesteps)
+        return along.clean(self.denoiser(along.seen, timesteps, labels, drop))

@@ -28,7 +28,13 @@ from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
-from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
+from protloc.diffusion.pipeline import (
+    LabelConditionedPipeline,
+    generators_for,
+    noise_schedule_of,
+    read_settings,
+    with_scheduler,
+)
 from .precondition import PatchStatistics, Preconditioner, check_components, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
 from ..plots import show_cells
@@ -396,7 +402,9 @@ def _settings(store, config, seed):
 
 
 _BEFORE = dict(
-    unet=dict(resnet_time_scale_shift='default'), objective=dict(preconditioning='none', skip_spread=0.5, sigma_min=0.0)
+    unet=dict(resnet_time_scale_shift='default'),
+    # without preconditioning, nothing depends on its `skip_spread`
+    objective=dict(preconditioning='none', skip_spread=ObjectiveConfig().skip_spread, sigma_min=0.0),
 )
 
 
@@ -520,7 +528,8 @@ def open_pipeline(
     if not (folder / 'model_index.json').exists():
         raise InputError(f'{folder} holds no trained generator: make one with `protloc train-generator`')
     pipe = LabelConditionedPipeline.from_pretrained(folder, variant=variant, local_files_only=True)
-    _mend_timesteps(pipe, folder / 'training.json')
+    if 'noise_schedule' not in read_settings(folder / 'model_index.json'):
+        _mend_timesteps(pipe, folder / 'training.json')
     return pipe
 
 
@@ -532,3 +541,4 @@ def _mend_timesteps(pipe, path):
     trained = read_config(_Trained, read_settings(path), str(path)).config.objective.num_train_timesteps
     if trained not in (None, scheduler.config.num_train_timesteps):
         pipe.scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=trained)
+        pipe.register_to_config(noise_schedule=noise_schedule_of(pipe.scheduler))
