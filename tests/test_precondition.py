@@ -19,6 +19,8 @@ from protloc.diffusion.objective import ObjectiveConfig, image_losses, make_sche
 from protloc.diffusion.pipeline import (
     LabelConditionedPipeline,
     _draw_values,
+    _set_timesteps,
+    _skip,
     generators_for,
     known_schedulers,
     spaced_timesteps,
@@ -441,6 +443,18 @@ def test_the_last_noise_level(name, beta_schedule):
     assert spaced_timesteps(solver, 1000, 0.05) == [] == spaced_timesteps(solver, 15, 0)
     with pytest.raises(InputError, match='leaves no noise level to draw from, the largest is'):
         spaced_timesteps(solver, 15, 1e6)
+
+
+@pytest.mark.parametrize('name', ['dpm++', 'ddpm', 'euler', 'DPMSolverSinglestepScheduler'])
+def test_an_edit_begins_at_its_share_of_the_noise_schedule(name):
+    solver = with_scheduler(make_scheduler(), name)
+    _set_timesteps(solver, 20, 'cpu', 0.01)
+    timesteps = _skip(solver, 20, 8, 0.01).tolist()
+    assert len(timesteps) == 8 and timesteps[0] == pytest.approx(0.4 * 999, abs=1) and timesteps[-1] == 2
+    noisy = solver.add_noise(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), solver.timesteps[:1])
+    image, noise = noise_levels(make_scheduler(), torch.tensor([timesteps[0]]))
+    scale = image if name == 'euler' else 1  # which keeps images in another scale
+    assert (noisy.mean() * scale).item() == pytest.approx((image + noise).item(), rel=1e-3)
 
 
 def usual_options(kind):

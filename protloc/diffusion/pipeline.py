@@ -52,9 +52,9 @@ from ..plots import details
 from ..training import check_finite
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'noise_schedule_of',
-           'with_scheduler', 'generators_for', 'guided', 'guidance_scales', 'LabelConditionedPipeline',
-           'spaced_timesteps', 'read_settings', 'NoiseSchedule', 'PipelineIndex']
+__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'spaced_timesteps',
+           'noise_schedule_of', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
+           'LabelConditionedPipeline', 'read_settings', 'NoiseSchedule', 'PipelineIndex']
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -144,6 +144,53 @@ def _check_preconditioning(preconditioning, sigma_min, size, target):
         raise InputError(f'the preconditioning is of {len(statistics.mean)} values, the images need {size}')
     if target != 'sample':
         raise InputError(f"there is no preconditioning for a model that predicts '{target}', only for 'sample'")
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #45966372
+def _set_timesteps(scheduler, num_inference_steps, device, sigma_min=0.0):
+    "Choose the timesteps; raises `InputError` for a scheduler or a number of steps that cannot be taken"
+    name = type(scheduler).__name__
+    if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
+        raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
+    trained = scheduler.config.num_train_timesteps
+    if num_inference_steps > trained:
+        raise InputError(
+            f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training: take fewer'
+        )
+    chosen = spaced_timesteps(scheduler, num_inference_steps, sigma_min)
+    try:
+        if chosen:
+            scheduler.set_timesteps(timesteps=chosen, device=device)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+    except ValueError as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise InputError(
+            f'{name} cannot take {num_inference_steps} solver steps ({reason}): take another number,'
+            ' or another scheduler'
+        ) from None
+    _begin(scheduler)
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #2cc680f2
+_OWN_LEVELS = 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas', 'use_lu_lambdas'
+
+
+def spaced_timesteps(
+    scheduler,  # a diffusers scheduler
+    num_inference_steps: int,  # solver steps
+    sigma_min: float,  # noise over image at the last of them
+    strength: float = 1.0,  # share of the noise schedule before them, which an edit leaves
+) -> list[int]:  # falling; empty where the scheduler has timesteps of its own
+    "Down to the noise level `sigma_min` in ever smaller steps (Song et al. 2021, quadratic)"
+    chosen = 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters
+    own = scheduler.order > 1 or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS))
+    if not sigma_min or not chosen or own:
+        return []
+    highest, last = scheduler.config.num_train_timesteps - 1, least_timestep(scheduler, sigma_min)
+    if num_inference_steps > highest - last + 1:
+        return []
+    falling = last + (strength * highest - last) * np.linspace(1, 0, num_inference_steps) ** 2
+    least = last + np.arange(num_inference_steps)[::-1]  # none is visited twice
+    return np.maximum(falling.round().astype(int), least).tolist()
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #f3c72e92
 _MEAN, _SPREAD = 0.25, 0.2  # of the values that a solver is tried on
@@ -481,7 +528,8 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     if images is None:
         x = noise * getattr(scheduler, 'init_noise_sigma', 1)
     else:
-        timesteps = _skip(scheduler, num_inference_steps, max(round(num_inference_steps * strength), 1))
+        taken = max(round(num_inference_steps * strength), 1)
+        timesteps = _skip(scheduler, num_inference_steps, taken, pipe.config.sigma_min)
         clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
         add_noise = getattr(scheduler, 'add_noise', None) or functools.partial(_flow_noise, scheduler)
         x = add_noise(clean, noise, timesteps[:1].expand(n))
@@ -509,52 +557,6 @@ def _check_solver(pipe, num_inference_steps):
             stacklevel=2,
         )
 
-# %% ../../nbs/06_diffusion/03_pipeline.ipynb #45966372
-def _set_timesteps(scheduler, num_inference_steps, device, sigma_min=0.0):
-    "Choose the timesteps; raises `InputError` for a scheduler or a number of steps that cannot be taken"
-    name = type(scheduler).__name__
-    if isinstance(scheduler, PNDMScheduler) and num_inference_steps < 4 and not scheduler.config.skip_prk_steps:
-        raise InputError(f'{name} needs at least 4 solver steps, not {num_inference_steps}: take more, or dpm++')
-    trained = scheduler.config.num_train_timesteps
-    if num_inference_steps > trained:
-        raise InputError(
-            f'{num_inference_steps} solver steps are more than the {trained} timesteps of the training: take fewer'
-        )
-    chosen = spaced_timesteps(scheduler, num_inference_steps, sigma_min)
-    try:
-        if chosen:
-            scheduler.set_timesteps(timesteps=chosen, device=device)
-        else:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-    except ValueError as error:
-        reason = ' '.join(str(error).split())[:120]
-        raise InputError(
-            f'{name} cannot take {num_inference_steps} solver steps ({reason}): take another number,'
-            ' or another scheduler'
-        ) from None
-    _begin(scheduler)
-
-# %% ../../nbs/06_diffusion/03_pipeline.ipynb #2cc680f2
-_OWN_LEVELS = 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas', 'use_lu_lambdas'
-
-
-def spaced_timesteps(
-    scheduler,  # a diffusers scheduler
-    num_inference_steps: int,  # solver steps
-    sigma_min: float,  # noise over image at the last of them
-) -> list[int]:  # falling; empty where the scheduler has timesteps of its own
-    "From pure noise to the noise level `sigma_min`, in ever smaller steps (Song et al. 2021, quadratic)"
-    chosen = 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters
-    own = scheduler.order > 1 or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS))
-    if not sigma_min or not chosen or own:
-        return []
-    trained, last = scheduler.config.num_train_timesteps, least_timestep(scheduler, sigma_min)
-    if num_inference_steps > trained - last:
-        return []
-    falling = last + (trained - 1 - last) * np.linspace(1, 0, num_inference_steps) ** 2
-    least = last + np.arange(num_inference_steps)[::-1]  # none is visited twice
-    return np.maximum(falling.round().astype(int), least).tolist()
-
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #7174a045
 def _flow_noise(scheduler, clean, noise, timesteps):
     "Clean images with as much noise as a scheduler of flow matching has at timesteps"
@@ -566,8 +568,13 @@ def _skip(
     scheduler,  # its timesteps are set
     num_inference_steps: int,  # solver steps from noise to image
     taken: int,  # the last ones, which are to be taken
+    sigma_min: float = 0.0,  # see `spaced_timesteps`
 ) -> Tensor:  # their timesteps
     "Let a scheduler begin in the middle; raises `InputError` where too few steps are left"
+    if chosen := spaced_timesteps(scheduler, taken, sigma_min, taken / num_inference_steps):
+        scheduler.set_timesteps(timesteps=chosen, device=scheduler.timesteps.device)
+        _begin(scheduler)
+        return scheduler.timesteps
     skipped = (num_inference_steps - taken) * scheduler.order
     if isinstance(scheduler, PNDMScheduler):
         length = scheduler.config.num_train_timesteps // num_inference_steps
@@ -689,6 +696,15 @@ def to_json_string(self: LabelConditionedPipeline) -> str:
     for key in _LISTS:
         settings[key] = {str(i): name for i, name in enumerate(settings[key])}
     return json.dumps(settings, indent=2, sort_keys=True) + '\n'
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #bb2784bb
+@patch
+def __repr__(self: LabelConditionedPipeline) -> str:
+    "The settings, without the numbers of the preconditioning"
+    settings = _with_lists(json.loads(self.to_json_string()))
+    if known := settings['preconditioning']:
+        settings['preconditioning'] = f'of {len(known["mean"])} values'
+    return f'{type(self).__name__} {json.dumps(settings, indent=2, sort_keys=True)}\n'
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #e17f239c
 @patch(cls_method=True)
