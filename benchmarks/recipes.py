@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py [--trials NAME ...] [--minutes 0.75 5 15] [--seeds 0 1 2] [--out runs/recipes]
     python benchmarks/recipes.py --table RESULTS.jsonl [--minutes ...]
-    python benchmarks/recipes.py --picture FILE.png --minutes 15 --trials before components
+    python benchmarks/recipes.py --picture FILE.png --minutes 15 --trials before components --draws "as it likes" "evenly to .03"
 
 Prints JSON, one line per training and way of drawing. The images are simulated cells of 32 px with all 28 classes; a
 ResNet trained on the real training images judges. The synthetic images are drawn for the label sets of the validation
@@ -16,6 +16,7 @@ an image of each class, real and drawn, at 1:1 and enlarged. Run it again to con
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -72,15 +73,20 @@ TRIALS = {
     'components, patches of 4': {**COMPONENTS, 'unet.patch_size': 4},
     'components, long average': {**COMPONENTS, 'loop.ema_decay': None, 'loop.ema_length': 0.1},
 }
-DRAWS = {  # of the same trainings; the quadratic timesteps are protloc's
+DRAWS = {  # of the same trainings; even timesteps are protloc's
     'as it likes': dict(),
-    **{f'evenly to .0{digit}': dict(sigma_min=digit / 100, evenly=True) for digit in (1, 2, 3, 5, 8)},
-    **{f'quadratic to .0{digit}': dict(sigma_min=digit / 100) for digit in (1, 2, 3, 5)},
-    'quadratic to .01, 10 steps': dict(sigma_min=0.01, num_inference_steps=10),
-    'quadratic to .01, 30 steps': dict(sigma_min=0.01, num_inference_steps=30),
-    'quadratic to .01, guidance 1': dict(sigma_min=0.01, guidance_scale=1.0),
-    'quadratic to .01, guidance in .2 to .8': dict(sigma_min=0.01, guidance_interval=(0.2, 0.8)),
-    'quadratic to .01, dithered': dict(sigma_min=0.01, dither=True),
+    **{f'evenly to .0{digit}': dict(sigma_min=digit / 100) for digit in (1, 2, 3, 5, 8)},
+    'evenly to .03, 10 steps': dict(sigma_min=0.03, num_inference_steps=10),
+    'evenly to .03, 30 steps': dict(sigma_min=0.03, num_inference_steps=30),
+    'evenly to .03, guidance 1': dict(sigma_min=0.03, guidance_scale=1.0),
+    'evenly to .03, guidance 1.25': dict(sigma_min=0.03, guidance_scale=1.25),
+    'evenly to .03, guidance in .2 to .8': dict(sigma_min=0.03, guidance_interval=(0.2, 0.8)),
+    'evenly to .03, rescaled': dict(sigma_min=0.03, guidance_rescale=0.7),
+    'evenly to .03, dithered': dict(sigma_min=0.03, dither=True),
+    **{f'quadratic to .0{digit}': dict(sigma_min=digit / 100, quadratic=True) for digit in (1, 2, 3)},
+    'quadratic to .01, 10 steps': dict(sigma_min=0.01, quadratic=True, num_inference_steps=10),
+    'quadratic to .01, guidance 1': dict(sigma_min=0.01, quadratic=True, guidance_scale=1.0),
+    'quadratic to .01, guidance in .2 to .8': dict(sigma_min=0.01, quadratic=True, guidance_interval=(0.2, 0.8)),
 }
 POINTS = 'Actin filaments', 'Cell junctions', 'Centrosome', 'Microtubule organizing center'
 
@@ -114,19 +120,21 @@ def plan(trial, real, folder, rounds=2):
     return json.loads(path.read_text())
 
 
-def even_timesteps(scheduler, num_inference_steps, sigma_min):
-    "From pure noise to a noise level in steps of one length"
+def quadratic_timesteps(scheduler, num_inference_steps, sigma_min):
+    "From pure noise to a noise level in steps that become shorter (Song et al. 2021)"
     first, last = scheduler.config.num_train_timesteps - 1, least_timestep(scheduler, sigma_min)
-    return np.linspace(first, last, num_inference_steps).round().astype(int).tolist()
+    falling = last + (first - last) * np.linspace(1, 0, num_inference_steps) ** 2
+    least = last + np.arange(num_inference_steps)[::-1]  # none is visited twice
+    return np.maximum(falling.round().astype(int), least).tolist()
 
 
-def draw(pipe, labels, path, sigma_min=0.0, evenly=False, **options):
+def draw(pipe, labels, path, sigma_min=0.0, quadratic=False, **options):
     "Draw images into a store, once"
     if path.exists():
         return ImageStore(path)
     pipe.register_to_config(sigma_min=sigma_min)
     pipe.set_progress_bar_config(disable=True)
-    spacing = even_timesteps if evenly else pipeline.spaced_timesteps
+    spacing = quadratic_timesteps if quadratic else pipeline.spaced_timesteps
     with mock.patch.object(pipeline, 'spaced_timesteps', spacing):
         return write_drawn(pipe, labels, path, **options)
 
@@ -205,13 +213,13 @@ def table(path, minutes):
 
 
 def picture(args, real):
-    "One image of each class: real, and drawn for the same labels by the first seed of each trial, in columns"
+    "One image of each class: real, and drawn for the same labels by each trial's first seed, in the draws' turn"
     labels = real.labels[real.rows('val')]
     rows = preview_rows(labels, labels.shape[1])
     columns = {'real': real.images[real.rows('val')[rows]]}
-    for trial in args.trials:
-        path = args.out / trial / f'{args.minutes[0]:g}-minutes-{args.seeds[0]}' / f'drawn {args.draws[-1]}'
-        columns[trial] = ImageStore(path).images[rows]
+    for trial, way in zip(args.trials, itertools.cycle(args.draws)):
+        path = args.out / trial / f'{args.minutes[0]:g}-minutes-{args.seeds[0]}' / f'drawn {way}'
+        columns[f'{trial}, {way}'] = ImageStore(path).images[rows]
     names = [name for name in real.vocab if labels[:, real.vocab.numbers[name]].any()]
     figure, axes = plt.subplots(len(names), 2 * len(columns), figsize=(2.2 * len(columns), 1.05 * len(names)), dpi=160)
     for number, (title, shown) in enumerate(columns.items()):
@@ -236,9 +244,7 @@ def arguments():
     parser.add_argument('--minutes', type=float, nargs='+', default=[0.75, 5, 15], help='of training, for each')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--trials', nargs='+', default=list(TRIALS), choices=TRIALS, metavar='NAME')
-    parser.add_argument(
-        '--draws', nargs='+', default=['as it likes', 'quadratic to .01'], choices=DRAWS, metavar='NAME'
-    )
+    parser.add_argument('--draws', nargs='+', default=['as it likes', 'evenly to .03'], choices=DRAWS, metavar='NAME')
     parser.add_argument('--size', type=int, default=32)
     parser.add_argument('--train', type=int, default=8000)
     parser.add_argument('--images', type=int, default=400, help='drawn from each; as many validation images are real')

@@ -19,8 +19,6 @@ from protloc.diffusion.objective import ObjectiveConfig, image_losses, make_sche
 from protloc.diffusion.pipeline import (
     LabelConditionedPipeline,
     _draw_values,
-    _set_timesteps,
-    _skip,
     generators_for,
     known_schedulers,
     spaced_timesteps,
@@ -182,10 +180,9 @@ def test_normally_distributed_patches_are_drawn_as_they_are(name, sigma_min):
     assert ratios.min() > 0.75 and ratios.max() < 1.25
 
 
-def test_ten_steps_that_become_shorter_keep_what_is_fine():
-    mean, ratios = drawn_spreads('dpm++', 0.01, 10)
-    assert mean == pytest.approx(0.1, abs=0.01)
-    assert ratios.min() > 0.9 and ratios.max() < 1.1
+def test_a_last_step_from_little_noise_keeps_what_is_fine():
+    _, ratios = drawn_spreads('dpm++', 0.03, 10)
+    assert ratios.min() > 0.6 and ratios.max() < 1.25
     assert drawn_spreads('dpm++', 0.0, 10)[1].min() < 0.4
 
 
@@ -433,28 +430,15 @@ def test_the_last_noise_level(name, beta_schedule):
     trained = make_scheduler(ObjectiveConfig(prediction_type='v_prediction', beta_schedule=beta_schedule))
     solver = with_scheduler(trained, name)
     timesteps = spaced_timesteps(solver, 15, 0.05)
-    if 'timesteps' not in inspect.signature(solver.set_timesteps).parameters or solver.order > 1:
+    if 'timesteps' not in inspect.signature(solver.set_timesteps).parameters:
         assert timesteps == []
         return
-    assert (np.diff(timesteps, 2) > -2).all(), 'the steps become shorter, but for rounding'
     image, noise = noise_levels(trained, torch.tensor(timesteps))
     assert timesteps[0] == 999 and len(set(timesteps)) == 15 and sorted(timesteps)[::-1] == timesteps
     assert noise[-1] >= 0.05 * image[-1] and timesteps[-1] < 40
     assert spaced_timesteps(solver, 1000, 0.05) == [] == spaced_timesteps(solver, 15, 0)
     with pytest.raises(InputError, match='leaves no noise level to draw from, the largest is'):
         spaced_timesteps(solver, 15, 1e6)
-
-
-@pytest.mark.parametrize('name', ['dpm++', 'ddpm', 'euler', 'DPMSolverSinglestepScheduler'])
-def test_an_edit_begins_at_its_share_of_the_noise_schedule(name):
-    solver = with_scheduler(make_scheduler(), name)
-    _set_timesteps(solver, 20, 'cpu', 0.01)
-    timesteps = _skip(solver, 20, 8, 0.01).tolist()
-    assert len(timesteps) == 8 and timesteps[0] == pytest.approx(0.4 * 999, abs=1) and timesteps[-1] == 2
-    noisy = solver.add_noise(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), solver.timesteps[:1])
-    image, noise = noise_levels(make_scheduler(), torch.tensor([timesteps[0]]))
-    scale = image if name == 'euler' else 1  # which keeps images in another scale
-    assert (noisy.mean() * scale).item() == pytest.approx((image + noise).item(), rel=1e-3)
 
 
 def usual_options(kind):

@@ -178,19 +178,15 @@ def spaced_timesteps(
     scheduler,  # a diffusers scheduler
     num_inference_steps: int,  # solver steps
     sigma_min: float,  # noise over image at the last of them
-    strength: float = 1.0,  # share of the noise schedule before them, which an edit leaves
 ) -> list[int]:  # falling; empty where the scheduler has timesteps of its own
-    "Down to the noise level `sigma_min` in ever smaller steps (Song et al. 2021, quadratic)"
+    "Evenly from pure noise to the noise level `sigma_min`; raises `InputError` where no level lies between"
     chosen = 'timesteps' in inspect.signature(scheduler.set_timesteps).parameters
-    own = scheduler.order > 1 or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS))
-    if not sigma_min or not chosen or own:
+    if not sigma_min or not chosen or is_flow(scheduler) or any(map(scheduler.config.get, _OWN_LEVELS)):
         return []
-    highest, last = scheduler.config.num_train_timesteps - 1, least_timestep(scheduler, sigma_min)
-    if num_inference_steps > highest - last + 1:
+    trained, last = scheduler.config.num_train_timesteps, least_timestep(scheduler, sigma_min)
+    if num_inference_steps > trained - last:
         return []
-    falling = last + (strength * highest - last) * np.linspace(1, 0, num_inference_steps) ** 2
-    least = last + np.arange(num_inference_steps)[::-1]  # none is visited twice
-    return np.maximum(falling.round().astype(int), least).tolist()
+    return np.linspace(trained - 1, last, num_inference_steps).round().astype(int).tolist()
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #f3c72e92
 _MEAN, _SPREAD = 0.25, 0.2  # of the values that a solver is tried on
@@ -528,8 +524,7 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
     if images is None:
         x = noise * getattr(scheduler, 'init_noise_sigma', 1)
     else:
-        taken = max(round(num_inference_steps * strength), 1)
-        timesteps = _skip(scheduler, num_inference_steps, taken, pipe.config.sigma_min)
+        timesteps = _skip(scheduler, num_inference_steps, max(round(num_inference_steps * strength), 1))
         clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
         add_noise = getattr(scheduler, 'add_noise', None) or functools.partial(_flow_noise, scheduler)
         x = add_noise(clean, noise, timesteps[:1].expand(n))
@@ -568,13 +563,8 @@ def _skip(
     scheduler,  # its timesteps are set
     num_inference_steps: int,  # solver steps from noise to image
     taken: int,  # the last ones, which are to be taken
-    sigma_min: float = 0.0,  # see `spaced_timesteps`
 ) -> Tensor:  # their timesteps
     "Let a scheduler begin in the middle; raises `InputError` where too few steps are left"
-    if chosen := spaced_timesteps(scheduler, taken, sigma_min, taken / num_inference_steps):
-        scheduler.set_timesteps(timesteps=chosen, device=scheduler.timesteps.device)
-        _begin(scheduler)
-        return scheduler.timesteps
     skipped = (num_inference_steps - taken) * scheduler.order
     if isinstance(scheduler, PNDMScheduler):
         length = scheduler.config.num_train_timesteps // num_inference_steps
