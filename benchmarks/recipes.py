@@ -2,7 +2,8 @@
 
     python benchmarks/recipes.py [--trials NAME ...] [--minutes 0.75 5 15] [--seeds 0 1 2] [--out runs/recipes]
     python benchmarks/recipes.py --table RESULTS.jsonl [--minutes ...]
-    python benchmarks/recipes.py --picture FILE.png --minutes 15 --trials before components --draws "as it likes" "evenly to .03"
+    python benchmarks/recipes.py --picture FILE.png --minutes 15 --trials before components
+        --draws "as it likes" "evenly to .03"
 
 Prints JSON, one line per training and way of drawing. The images are simulated cells of 32 px with all 28 classes; a
 ResNet trained on the real training images judges. The synthetic images are drawn for the label sets of the validation
@@ -221,7 +222,13 @@ def picture(args, real):
         path = args.out / trial / f'{args.minutes[0]:g}-minutes-{args.seeds[0]}' / f'drawn {way}'
         columns[f'{trial}, {way}'] = ImageStore(path).images[rows]
     names = [name for name in real.vocab if labels[:, real.vocab.numbers[name]].any()]
-    figure, axes = plt.subplots(len(names), 2 * len(columns), figsize=(2.2 * len(columns), 1.05 * len(names)), dpi=160)
+    figure, axes = plt.subplots(
+        len(names),
+        2 * len(columns),
+        figsize=(1.8 * len(columns), 1.05 * len(names)),
+        dpi=160,
+        gridspec_kw=dict(width_ratios=[3, 1] * len(columns), wspace=0.05, hspace=0.06),
+    )
     for number, (title, shown) in enumerate(columns.items()):
         coloured = composite(shown, real.channels)
         for ax, image, name in zip(axes[:, 2 * number : 2 * number + 2], coloured, names, strict=True):
@@ -229,7 +236,7 @@ def picture(args, real):
             ax[0].set(xticks=[], yticks=[])
             ax[1].set_axis_off()
             edge = image.shape[0] / figure.dpi / (ax[1].get_position().width * figure.get_figwidth())
-            small = ax[1].inset_axes([0.1, 0.3, edge, edge])  # one pixel of the image for one of the picture
+            small = ax[1].inset_axes([0.05, 0.3, edge, edge])  # one pixel of the image for one of the picture
             small.imshow(image, interpolation='nearest')
             small.set_axis_off()
             if number == 0:

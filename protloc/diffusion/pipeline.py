@@ -548,7 +548,7 @@ def _check_solver(pipe, num_inference_steps):
     if not 0.5 < ratio < 1.5:
         warnings.warn(
             f'{kind.__name__} with {num_inference_steps} solver steps draws images that are {ratio:.2g} times as varied'
-            ' as they should be, even with exact answers: take more steps, or dpm++',
+            ' as they should be, even with exact answers: take more steps',
             stacklevel=2,
         )
 
