@@ -1,13 +1,16 @@
 """Solvers beside DDPM with 1000 steps: images per second and distance to real images, of one trained generator.
 
     python benchmarks/sampling.py [--folder runs/quality] [--generator ours] [--images 400] [--only NAME ...]
+        [--sigma-min .03]
 
-Prints JSON, one line per setting. The folder is one of `generator_quality.py`: its real images, its judge and one of
-its generators are used. All settings draw the same label sets from the same noise. The distance is the kernel
-distance to unseen real images in the judge's features, with a 95 % interval over blocks; `worse_than_ddpm` is the
-interval of the paired difference, block by block. `bands` is the power in four bands of spatial frequency over that of
-the training images, mean over the stains, and `band_error` the mean size of its logarithm. The setting to use is the
-fastest one whose interval of the difference reaches down to 0. Run it again to continue.
+Prints JSON, one line per setting. The folder is one of `generator_quality.py` or `recipes.py`: its real images, its
+judge and one of its generators are used (of the latter such as `--folder runs/recipes --generator
+components/15-minutes-0`, which were trained without a last noise level). All settings draw the same label sets from
+the same noise. The distance is the kernel distance to unseen real images in the judge's features, with a 95 % interval
+over blocks; `worse_than_ddpm` is the interval of the paired difference, block by block. `bands` is the power in four
+bands of spatial frequency over that of the training images, mean over the stains, and `band_error` the mean size of
+its logarithm. The setting to use is the fastest one whose interval of the difference reaches down to 0. Run it again
+to continue.
 """
 
 import argparse
@@ -35,7 +38,7 @@ SETTINGS = {  # name -> scheduler, num_inference_steps, guidance_scale
 }
 
 
-def draw(name, generator, plan, folder):
+def draw(name, generator, plan, folder, sigma_min=None):
     "Draw with a setting, once; returns the store and the seconds that it took"
     path, timing = folder / name, folder / f'{name}.json'
     if not timing.exists():
@@ -48,7 +51,10 @@ def draw(name, generator, plan, folder):
             guidance_scale=guidance_scale,
             batch_size=100,
         )
-        generate(open_pipeline(generator), path, plan, config)
+        pipe = open_pipeline(generator)
+        if sigma_min is not None:
+            pipe.register_to_config(sigma_min=sigma_min)
+        generate(pipe, path, plan, config)
         timing.write_text(json.dumps(time.perf_counter() - start))
     return ImageStore(path), json.loads(timing.read_text())
 
@@ -58,19 +64,20 @@ def main():
     parser.add_argument('--folder', type=Path, default=Path('runs/quality'))
     parser.add_argument('--generator', default='ours')
     parser.add_argument('--images', type=int, default=400)
+    parser.add_argument('--sigma-min', type=float, help="last noise level of the solvers; the generator's unless given")
     parser.add_argument('--blocks', type=int, default=4)
     parser.add_argument('--only', nargs='+', default=list(SETTINGS), help='settings besides ddpm-1000')
     args = parser.parse_args()
     real, judge = ImageStore(args.folder / 'real'), load_classifier(args.folder / 'judge')[0]
     folder = args.folder / f'sampling-{args.generator}'
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     rows = real.rows('val')
     real_features, real_scores = features(judge, real, rows)
     blocks = np.array_split(np.random.default_rng(0).permutation(args.images), args.blocks)
     ddpm = None
     for name in dict.fromkeys(['ddpm-1000', *args.only]):
         plan = real.labels[rows][: args.images]
-        store, seconds = draw(name, args.folder / args.generator / 'generator', plan, folder)
+        store, seconds = draw(name, args.folder / args.generator / 'generator', plan, folder, args.sigma_min)
         drawn_features, drawn_scores = features(judge, store, store.rows())
         distances = np.array([kernel_distance(real_features, drawn_features[block]) for block in blocks])
         ddpm = ddpm or (distances, seconds)

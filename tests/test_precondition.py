@@ -15,7 +15,7 @@ from protloc.core import InputError, read_config
 from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.denoiser import LabelEncoder
 from protloc.diffusion.generate import GenerateConfig, generate, generator_hash
-from protloc.diffusion.objective import ObjectiveConfig, image_losses, make_scheduler, noise_levels, noisify
+from protloc.diffusion.objective import ObjectiveConfig, image_losses, make_scheduler, image_and_noise, noisify
 from protloc.diffusion.pipeline import (
     LabelConditionedPipeline,
     _draw_values,
@@ -135,9 +135,9 @@ def test_weights_of_the_clean_image_are_of_the_same_error(weighting):
 def test_noise_levels_between_timesteps():
     for objective in (dict(), dict(beta_schedule='linear'), dict(rescale_betas_zero_snr=True), dict(sigma_min=0.1)):
         scheduler = make_scheduler(ObjectiveConfig(**objective))
-        image, noise = noise_levels(scheduler, torch.arange(1000))
+        image, noise = image_and_noise(scheduler, torch.arange(1000))
         torch.testing.assert_close(image, scheduler.alphas_cumprod.sqrt(), atol=1e-4, rtol=0)
-        between = noise_levels(scheduler, torch.arange(0, 999, 0.25))[1]
+        between = image_and_noise(scheduler, torch.arange(0, 999, 0.25))[1]
         assert (between.diff() > -1e-7).all() and torch.allclose(between[::4], noise[:-1], atol=1e-6)
 
 
@@ -433,7 +433,7 @@ def test_the_last_noise_level(name, beta_schedule):
     if 'timesteps' not in inspect.signature(solver.set_timesteps).parameters:
         assert timesteps == []
         return
-    image, noise = noise_levels(trained, torch.tensor(timesteps))
+    image, noise = image_and_noise(trained, torch.tensor(timesteps))
     assert timesteps[0] == 999 and len(set(timesteps)) == 15 and sorted(timesteps)[::-1] == timesteps
     assert noise[-1] >= 0.05 * image[-1] and timesteps[-1] < 40
     assert spaced_timesteps(solver, 1000, 0.05) == [] == spaced_timesteps(solver, 15, 0)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core import Config, InputError
 
 # %% auto #0
-__all__ = ['SignalKind', 'to_signal', 'to_images', 'is_flow', 'noise_levels', 'least_timestep', 'ObjectiveConfig',
+__all__ = ['SignalKind', 'to_signal', 'to_images', 'is_flow', 'image_and_noise', 'least_timestep', 'ObjectiveConfig',
            'make_scheduler', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #0297a7f3
@@ -60,7 +60,7 @@ def is_flow(
     return type(scheduler).__name__.startswith('FlowMatch') or bool(scheduler.config.get('use_flow_sigmas'))
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #45906581
-def noise_levels(
+def image_and_noise(
     scheduler,  # a diffusers scheduler
     timesteps: Tensor,  # (N,) whole numbers, or floats between them
 ) -> tuple[Tensor, Tensor]:  # (N,) each: the shares of the clean image and of the noise
@@ -83,7 +83,7 @@ def least_timestep(
 ) -> int:  # timestep
     "The first timestep with so much noise; raises `InputError` where no other one has more"
     timesteps = torch.arange(scheduler.config.num_train_timesteps)
-    image, noise = noise_levels(scheduler, timesteps)
+    image, noise = image_and_noise(scheduler, timesteps)
     least = int((noise < sigma_min * image).sum())
     if least >= len(timesteps) - 1:
         raise InputError(
@@ -136,14 +136,16 @@ class ObjectiveConfig(Config):
     # a schedule of diffusers; 'squaredcos_cap_v2' is cosine
     beta_schedule: Literal['linear', 'scaled_linear', 'squaredcos_cap_v2'] = 'squaredcos_cap_v2'
     rescale_betas_zero_snr: bool = False  # nothing of the image is left at the last timestep
-    # what the denoiser predicts; 'flow' is the velocity of flow matching, which has a noise schedule of its own
+    # what noisy images are turned into, by the denoiser and its preconditioning together; 'flow' is the velocity of
+    # flow matching, which has a noise schedule of its own
     prediction_type: Literal['epsilon', 'v_prediction', 'sample', 'flow'] = 'sample'
     # what the denoiser sees and answers is scaled for each noise level, see `Preconditioner`: by one spread of the
     # images ('edm'), or by one for each principal component of their patches
     preconditioning: Literal['none', 'edm', 'components'] = 'components'
     # share of that spread that the skip counts on; 1 is right on average, less leaves the background darker
     skip_spread: float = pydantic.Field(0.5, gt=0, le=1)
-    # noise over image, in the signal's units: the last noise level that a solver visits; 0 = left to the solver
+    # noise over image, in the signal's units: where the last step begins, of solvers whose timesteps can be chosen
+    # (dpm++, ddpm, euler, heun, not ddim or unipc); 0 = left to the solver
     sigma_min: float = pydantic.Field(0.03, ge=0, le=100)
     num_train_timesteps: int = pydantic.Field(1000, ge=2, le=100_000)  # T
     # of the timesteps, see `timestep_weights`
@@ -182,14 +184,14 @@ def make_scheduler(
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(
-    clean: Tensor,  # (N, C, H, W) in [-1, 1]
+    clean: Tensor,  # (N, C, H, W), as `to_signal` gives it
     noise: Tensor,  # like clean, standard normal
     timesteps: Tensor,  # (N,)
     scheduler,  # a diffusers scheduler
 ) -> tuple[Tensor, Tensor]:  # the noisy images, and what the denoiser should answer
     "Add noise; the target goes with it"
     if is_flow(scheduler):
-        share = noise_levels(scheduler, timesteps)[1].view(-1, 1, 1, 1)
+        share = image_and_noise(scheduler, timesteps)[1].view(-1, 1, 1, 1)
         return (1 - share) * clean + share * noise, noise - clean
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = scheduler.config.prediction_type
@@ -212,7 +214,7 @@ def timestep_weights(
     if weighting == 'cosine':
         return 1 + torch.cos(math.pi * timesteps / scheduler.config.num_train_timesteps)
     if is_flow(scheduler):
-        image, noise = noise_levels(scheduler, timesteps)
+        image, noise = image_and_noise(scheduler, timesteps)
         snr, scale = (image / noise).square(), noise.square().reciprocal()
     else:
         snr = compute_snr(scheduler, timesteps)
@@ -224,13 +226,13 @@ def timestep_weights(
 # %% ../../nbs/06_diffusion/01_objective.ipynb #46440204
 def image_losses(
     predict,  # predict(noisy, timesteps) -> like clean
-    clean: Tensor,  # (N, C, H, W), as `to_signal` gives it
+    clean: Tensor,  # (N, C, H, W), as `to_signal` gives it; folded into patches, (N, D, s, s), for a preconditioner
     noise: Tensor,  # like clean, standard normal
     timesteps: Tensor,  # (N,)
     scheduler,  # a diffusers scheduler
     weighting: str = 'snr_plus_one',  # see `timestep_weights`
     gamma: float = 20.0,  # cap of the weights of the clean image's error
-    preconditioner=None,  # a `Preconditioner`; `predict` then sees and answers what it says
+    preconditioner=None,  # a `Preconditioner`: `predict` then sees and should answer what its `NoisyComponents` say
 ) -> Tensor:  # (N,)
     "Weighted mean squared error of the prediction, for each image"
     noisy, target = noisify(clean, noise, timesteps, scheduler)

@@ -44,7 +44,7 @@ from ..core import Config, InputError, derive_seed, lookup, one_line, read_confi
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
 from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
-from .objective import SignalKind, is_flow, least_timestep, noise_levels, to_images, to_signal
+from .objective import SignalKind, image_and_noise, is_flow, least_timestep, to_images, to_signal
 from .precondition import PatchStatistics, PreconditionedDenoiser, Preconditioner
 from ..files import read_json
 from ..labels import Vocabulary
@@ -194,7 +194,7 @@ _MEAN, _SPREAD = 0.25, 0.2  # of the values that a solver is tried on
 
 def _exact_answer(scheduler, noisy, timestep, spread):
     "What a denoiser without error predicts for normally distributed values (Karras et al. 2022, appendix B)"
-    kept, rest = (share.item() for share in noise_levels(scheduler, torch.as_tensor(timestep).double().reshape(1)))
+    kept, rest = (share.item() for share in image_and_noise(scheduler, torch.as_tensor(timestep).double().reshape(1)))
     rest = max(rest, 1e-4)
     gain = kept * spread**2 / (kept**2 * spread**2 + rest**2)
     clean = _MEAN + gain * (noisy - kept * _MEAN)
@@ -291,7 +291,7 @@ def with_scheduler(
     scheduler,  # the scheduler that the model was trained with
     name: str,  # a short name, or the name of a diffusers class
 ):  # a scheduler of that kind with the same noise schedule and target
-    "Change the solver; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
+    "Another solver for the same model; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
     solver, config, flow = scheduler_class(name, is_flow(scheduler)), scheduler.config, is_flow(scheduler)
     knows_zero_snr = 'rescale_betas_zero_snr' in inspect.signature(solver.__init__).parameters
     if config.get('rescale_betas_zero_snr') and not knows_zero_snr:
@@ -404,9 +404,10 @@ class LabelConditionedPipeline(DiffusionPipeline):
         condition: str = '',  # what it is given besides the labels, e.g. 'cell_line'
         conditions: list[str] = (),  # its values
         preconditioning: dict | None = None,  # `PatchStatistics` of the training images, for a `Preconditioner`
-        # noise over image at the last solver step, where the scheduler lets its timesteps be chosen; 0 = as it likes
+        # noise over image at the last solver step, of schedulers whose timesteps can be chosen; 0 = as they like
         sigma_min: float = 0.0,
-        prediction_type: str = '',  # what the U-Net predicts; the scheduler's unless given
+        # what the U-Net predicts, or with preconditioning what is made of its answer; the scheduler's unless given
+        prediction_type: str = '',
         noise_schedule: dict | None = None,  # of the training, see `noise_schedule_of`; the scheduler's unless given
     ):
         super().__init__()
@@ -555,7 +556,7 @@ def _check_solver(pipe, num_inference_steps):
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #7174a045
 def _flow_noise(scheduler, clean, noise, timesteps):
     "Clean images with as much noise as a scheduler of flow matching has at timesteps"
-    image, rest = (share.view(-1, 1, 1, 1) for share in noise_levels(scheduler, timesteps))
+    image, rest = (share.view(-1, 1, 1, 1) for share in image_and_noise(scheduler, timesteps))
     return image * clean + rest * noise
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #59c65691
@@ -637,32 +638,6 @@ def _output(signal, kind, output_type):
     low, high = to_signal(torch.tensor([0, 255], dtype=torch.uint8), kind).tolist()
     return signal.clamp(low, high)
 
-# %% ../../nbs/06_diffusion/03_pipeline.ipynb #6bb79dfb
-@patch
-def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
-    "What it draws, with what, and how to call it"
-    config, scheduler = self.config, self.scheduler
-    channels, classes = config.channels, config.classes
-    images = f'images of {self.size} px with {len(channels)} channels'
-    prediction = f'prediction type {config.prediction_type}'
-    lines = [
-        f'draws {len(classes)} classes as {images}: {", ".join(channels)}',
-        f'U-Net {_parameters(self.unet)} parameters, label encoder {_parameters(self.label_encoder)}',
-        f'{type(scheduler).__name__}, {scheduler.config.num_train_timesteps} timesteps, {prediction}',
-    ]
-    if config.conditions:
-        lines.insert(1, f'takes the {config.condition}: {", ".join(config.conditions)}')
-    call = f'pipe([{classes[0]!r}, ...], guidance_scale=1.5, num_inference_steps=15)'
-    return (
-        f'<div><b>{type(self).__name__}</b> {"<br>".join(map(html.escape, lines))}'
-        f'<br><code>{html.escape(call)}</code> gives (N, {len(channels)}, {self.size}, {self.size}) uint8'
-        f'{details(f"The {len(classes)} classes", html.escape(", ".join(classes)))}</div>'
-    )
-
-# %% ../../nbs/06_diffusion/03_pipeline.ipynb #0c0b9d02
-def _parameters(module):
-    return f'{sum(p.numel() for p in module.parameters()):,}'
-
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #c6eb547d
 _CLASS_NAMES = ('LabelConditionedPipeline', 'protloc.diffusion.pipeline.LabelConditionedPipeline')
 _LISTS = ('classes', 'channels', 'conditions')
@@ -686,15 +661,6 @@ def to_json_string(self: LabelConditionedPipeline) -> str:
     for key in _LISTS:
         settings[key] = {str(i): name for i, name in enumerate(settings[key])}
     return json.dumps(settings, indent=2, sort_keys=True) + '\n'
-
-# %% ../../nbs/06_diffusion/03_pipeline.ipynb #bb2784bb
-@patch
-def __repr__(self: LabelConditionedPipeline) -> str:
-    "The settings, without the numbers of the preconditioning"
-    settings = _with_lists(json.loads(self.to_json_string()))
-    if known := settings['preconditioning']:
-        settings['preconditioning'] = f'of {len(known["mean"])} values'
-    return f'{type(self).__name__} {json.dumps(settings, indent=2, sort_keys=True)}\n'
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #e17f239c
 @patch(cls_method=True)
@@ -896,6 +862,41 @@ def from_pretrained(
             raise InputError(f'{folder / name} lacks the weights {lacking[0]}: copy the folder again')
         check_finite(getattr(pipe, name).state_dict(), folder / name)
     return pipe
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #6bb79dfb
+@patch
+def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
+    "What it draws, with what, and how to call it"
+    config, scheduler = self.config, self.scheduler
+    channels, classes = config.channels, config.classes
+    images = f'images of {self.size} px with {len(channels)} channels'
+    prediction = f'prediction type {config.prediction_type}'
+    lines = [
+        f'draws {len(classes)} classes as {images}: {", ".join(channels)}',
+        f'U-Net {_parameters(self.unet)} parameters, label encoder {_parameters(self.label_encoder)}',
+        f'{type(scheduler).__name__}, {scheduler.config.num_train_timesteps} timesteps, {prediction}',
+    ]
+    if config.conditions:
+        lines.insert(1, f'takes the {config.condition}: {", ".join(config.conditions)}')
+    call = f'pipe([{classes[0]!r}, ...], guidance_scale=1.5, num_inference_steps=15)'
+    return (
+        f'<div><b>{type(self).__name__}</b> {"<br>".join(map(html.escape, lines))}'
+        f'<br><code>{html.escape(call)}</code> gives (N, {len(channels)}, {self.size}, {self.size}) uint8'
+        f'{details(f"The {len(classes)} classes", html.escape(", ".join(classes)))}</div>'
+    )
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #bb2784bb
+@patch
+def __repr__(self: LabelConditionedPipeline) -> str:
+    "The settings, without the numbers of the preconditioning"
+    settings = _with_lists(json.loads(self.to_json_string()))
+    if known := settings['preconditioning']:
+        settings['preconditioning'] = f'of {len(known["mean"])} values'
+    return f'{type(self).__name__} {json.dumps(settings, indent=2, sort_keys=True)}\n'
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #0c0b9d02
+def _parameters(module):
+    return f'{sum(p.numel() for p in module.parameters()):,}'
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #e62eca5d
 CARD_FILES = ('README.md', 'samples.png', 'training.json')

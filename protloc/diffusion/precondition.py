@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ..core import Config, InputError
 from .denoiser import Denoiser
-from .objective import noise_levels
+from .objective import image_and_noise
 
 # %% auto #0
-__all__ = ['MOST_COMPONENTS', 'Signal', 'Spread', 'PatchStatistics', 'check_components', 'patch_statistics', 'Preconditioner',
+__all__ = ['MOST_COMPONENTS', 'Bounded', 'Spread', 'PatchStatistics', 'check_patch_values', 'patch_statistics', 'Preconditioner',
            'NoisyComponents', 'PreconditionedDenoiser']
 
 # %% ../../nbs/06_diffusion/02_precondition.ipynb #b04db9c8
 MOST_COMPONENTS = 1024
-Signal = Annotated[float, pydantic.Field(ge=-2, le=2)]  # it lies between -1 and 1, but for rounding
+Bounded = Annotated[float, pydantic.Field(ge=-2, le=2)]  # signals and components, between -1 and 1 but for rounding
 Spread = Annotated[float, pydantic.Field(ge=1e-6, le=100)]
 
 
@@ -32,9 +32,9 @@ class PatchStatistics(Config):
     "Mean and principal components of patches, in the signal's units"
 
     # D values of a patch, as `fold` orders them
-    mean: tuple[Signal, ...] = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
+    mean: tuple[Bounded, ...] = pydantic.Field(min_length=1, max_length=MOST_COMPONENTS)
     sigma_data: tuple[Spread, ...]  # D standard deviations, along the components
-    components: tuple[tuple[Signal, ...], ...]  # D rows of D numbers
+    components: tuple[tuple[Bounded, ...], ...]  # D rows of D numbers
     skip_spread: float = pydantic.Field(1.0, gt=0, le=1)  # share of `sigma_data` that the skip counts on
 
     @pydantic.model_validator(mode='after')
@@ -51,7 +51,7 @@ class PatchStatistics(Config):
 _LEAST_SPREAD = 1e-3  # of a component that does not vary, such as an empty stain
 
 
-def check_components(
+def check_patch_values(
     size: int,  # D, values of a patch
 ):
     "Raise `InputError` for patches with more than `MOST_COMPONENTS` values"
@@ -71,7 +71,7 @@ def patch_statistics(
     total = count = products = 0
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)
-        check_components(len(values))
+        check_patch_values(len(values))
         total, products, count = total + values.sum(1), products + values @ values.T, count + values.shape[1]
     if not count:
         raise InputError('there are no images whose patches could be measured')
@@ -152,7 +152,7 @@ def __call__(
     timesteps: Tensor,  # (N,)
 ) -> NoisyComponents:
     "Turn noisy images to the components, and scale those for their noise levels"
-    image, noise = (share.float().view(-1, 1, 1, 1) for share in noise_levels(self.scheduler, timesteps))
+    image, noise = (share.float().view(-1, 1, 1, 1) for share in image_and_noise(self.scheduler, timesteps))
     variance, counted = self.spread.square(), (self.statistics.skip_spread * self.spread).square()
     c_skip = image * counted / (image.square() * counted + noise.square())
     c_out = ((1 - image * c_skip).square() * variance + (c_skip * noise).square()).sqrt()

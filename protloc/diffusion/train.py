@@ -35,7 +35,7 @@ from protloc.diffusion.pipeline import (
     read_settings,
     with_scheduler,
 )
-from .precondition import PatchStatistics, Preconditioner, check_components, patch_statistics
+from .precondition import PatchStatistics, Preconditioner, check_patch_values, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
 from ..plots import show_cells
 from protloc.training import (
@@ -467,7 +467,7 @@ def train_generator(
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
     settings = _settings(store, config, seed)
     if config.objective.preconditioning != 'none':
-        check_components(len(store.channels) * config.unet.patch_size**2)
+        check_patch_values(len(store.channels) * config.unet.patch_size**2)
     check_own(folder)
     with hold_folder(folder):
         if this_process().is_main_process:
