@@ -202,6 +202,8 @@ def table(path, minutes):
                 groups.setdefault((line['trial'], line['draw']), []).append(line)
         before = measures_of(groups.get(('before', 'as it likes'), []))
         for (trial, way), group in groups.items():
+            if len(group) < 2:
+                continue  # one training has no interval
             values = measures_of(group)
             line = dict(benchmark='recipes table', minutes=budget, trial=trial, draw=way, trainings=len(values))
             for name in values:
