@@ -15,7 +15,7 @@ from protloc.core import InputError, read_config
 from protloc.data.simulate.datasets import simulate_store
 from protloc.diffusion.denoiser import LabelEncoder
 from protloc.diffusion.generate import GenerateConfig, generate, generator_hash
-from protloc.diffusion.objective import ObjectiveConfig, image_losses, make_scheduler, image_and_noise, noisify
+from protloc.diffusion.objective import ObjectiveConfig, image_and_noise, image_losses, make_scheduler, noisify
 from protloc.diffusion.pipeline import (
     LabelConditionedPipeline,
     _draw_values,

@@ -291,7 +291,7 @@ def with_scheduler(
     scheduler,  # the scheduler that the model was trained with
     name: str,  # a short name, or the name of a diffusers class
 ):  # a scheduler of that kind with the same noise schedule and target
-    "Another solver for the same model; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
+    "Another solver; raises `InputError` for an unknown name, or one that cannot use the target or the schedule"
     solver, config, flow = scheduler_class(name, is_flow(scheduler)), scheduler.config, is_flow(scheduler)
     knows_zero_snr = 'rescale_betas_zero_snr' in inspect.signature(solver.__init__).parameters
     if config.get('rescale_betas_zero_snr') and not knows_zero_snr:
