@@ -284,7 +284,10 @@ def noise_schedule_of(
 ) -> dict:
     "The settings of a scheduler's noise schedule"
     known = scheduler.config
-    return {name: known[name] for name in (*_NOISE, 'rescale_betas_zero_snr') if known.get(name) is not None}
+    if is_flow(scheduler):
+        return dict(num_train_timesteps=known['num_train_timesteps'])
+    settings = {name: known[name] for name in _NOISE if known.get(name) is not None}
+    return {**settings, 'rescale_betas_zero_snr': bool(known.get('rescale_betas_zero_snr'))}
 
 
 def with_scheduler(
@@ -687,11 +690,19 @@ class NoiseSchedule(Config):
     "What decides how noisy an image is at a timestep, as diffusers' schedulers have it"
 
     num_train_timesteps: int = pydantic.Field(ge=1, le=100_000, strict=True)
-    beta_start: float = pydantic.Field(1e-4, ge=0, le=1)
-    beta_end: float = pydantic.Field(0.02, ge=0, le=1)
-    beta_schedule: str = 'linear'
+    beta_start: float | None = pydantic.Field(None, ge=0, le=1)
+    beta_end: float | None = pydantic.Field(None, ge=0, le=1)
+    beta_schedule: str | None = None
     trained_betas: tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...] | None = None
-    rescale_betas_zero_snr: bool = False
+    rescale_betas_zero_snr: bool | None = None
+
+    @pydantic.model_validator(mode='after')
+    def _whole(self):
+        "Flow matching has the timesteps alone"
+        lacking = [name for name, value in self if value is None and name != 'trained_betas']
+        if 0 < len(lacking) < 4:
+            raise InputError(f'the noise schedule lacks {lacking[0]}')
+        return self
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #54f9fdc8
 class PipelineIndex(Config):
