@@ -22,16 +22,7 @@ import diffusers
 import numpy as np
 import pydantic
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    ModelMixin,
-    PNDMScheduler,
-    SchedulerMixin,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler, SchedulerMixin, UNet2DModel
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -132,6 +123,16 @@ def target_of(
     return 'flow' if is_flow(scheduler) else scheduler.config.prediction_type
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #ce4e04c2
+def _check_input_channels(channels, patch_size, size):
+    "Raise `InputError` for a U-Net that takes another number of values than a patch has"
+    needed = len(channels) * patch_size**2
+    if channels and needed != size:
+        raise InputError(
+            f'{len(channels)} channels in patches of {patch_size} need a U-Net with {needed} input channels,'
+            f' this one has {size}'
+        )
+
+
 def _check_preconditioning(preconditioning, sigma_min, size, target):
     "Raise `InputError` for what a pipeline cannot be preconditioned with, or a last noise level that is none"
     if not isinstance(sigma_min, int | float) or isinstance(sigma_min, bool) or not 0 <= sigma_min <= 100:
@@ -341,8 +342,8 @@ def _solver_and_trained(kind, settings, trained):
     "A scheduler, and one with the noise schedule of the training"
     solver, schedule = kind.from_config(json.loads(settings)), json.loads(trained)
     if is_flow(solver):
-        return solver, FlowMatchEulerDiscreteScheduler(schedule['num_train_timesteps'])
-    return solver, DDPMScheduler(**schedule, prediction_type=target_of(solver))
+        return solver, diffusers.FlowMatchEulerDiscreteScheduler(schedule['num_train_timesteps'])
+    return solver, diffusers.DDPMScheduler(**schedule, prediction_type=target_of(solver))
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #73e1a736
 def generators_for(
@@ -414,12 +415,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
         noise_schedule: dict | None = None,  # of the training, see `noise_schedule_of`; the scheduler's unless given
     ):
         super().__init__()
-        needed = len(channels) * patch_size**2
-        if channels and needed != unet.config.in_channels:
-            raise InputError(
-                f'{len(channels)} channels in patches of {patch_size} need a U-Net with {needed} input channels,'
-                f' this one has {unet.config.in_channels}'
-            )
+        _check_input_channels(channels, patch_size, unet.config.in_channels)
         prediction_type = prediction_type or target_of(scheduler)
         _check_preconditioning(preconditioning, sigma_min, unet.config.in_channels, prediction_type)
         self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)

@@ -28,13 +28,7 @@ from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
 from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
-from protloc.diffusion.pipeline import (
-    LabelConditionedPipeline,
-    generators_for,
-    noise_schedule_of,
-    read_settings,
-    with_scheduler,
-)
+from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
 from .precondition import PatchStatistics, Preconditioner, check_patch_values, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
 from ..plots import show_cells
@@ -541,4 +535,4 @@ def _mend_timesteps(pipe, path):
     trained = read_config(_Trained, read_settings(path), str(path)).config.objective.num_train_timesteps
     if trained not in (None, scheduler.config.num_train_timesteps):
         pipe.scheduler = type(scheduler).from_config(scheduler.config, num_train_timesteps=trained)
-        pipe.register_to_config(noise_schedule=noise_schedule_of(pipe.scheduler))
+        pipe.register_to_config(noise_schedule={**pipe.config.noise_schedule, 'num_train_timesteps': trained})
