@@ -69,7 +69,8 @@ def main():
     parser.add_argument('--only', nargs='+', default=list(SETTINGS), help='settings besides ddpm-1000')
     args = parser.parse_args()
     real, judge = ImageStore(args.folder / 'real'), load_classifier(args.folder / 'judge')[0]
-    folder = args.folder / f'sampling-{args.generator}'
+    ending = '' if args.sigma_min is None else f'-to-{args.sigma_min:g}'
+    folder = args.folder / f'sampling-{args.generator}{ending}'
     folder.mkdir(exist_ok=True, parents=True)
     rows = real.rows('val')
     real_features, real_scores = features(judge, real, rows)
