@@ -29,13 +29,17 @@ import numpy as np
 import pydantic
 
 # %% auto #0
-__all__ = ['MOST_IMAGES', 'Seed', 'InputError', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error', 'has_control',
-           'Config', 'check_seed', 'read_config', 'interrupts_kept', 'end_with', 'derive_seed', 'rng_for', 'versions',
-           'command_line', 'command_again', 'sha256']
+__all__ = ['MOST_IMAGES', 'Seed', 'InputError', 'Failure', 'shown', 'one_line', 'nearest', 'lookup', 'describe_os_error',
+           'has_control', 'Config', 'check_seed', 'read_config', 'interrupts_kept', 'end_with', 'derive_seed',
+           'rng_for', 'versions', 'command_line', 'command_again', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
     "Bad input: one sentence that names the file, row or option, and how to mend it"
+
+
+class Failure(InputError):
+    "A training or drawing that came to nothing, by divergence or want of memory; others of a study may go on"
 
 # %% ../nbs/00_core.ipynb #e74538b6
 class _Shortly(reprlib.Repr):

@@ -26,7 +26,7 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 __all__ = ['CHANGED', 'MOST_LETTERS', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text',
            'read_json', 'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove',
            'partial_of', 'lock_of', 'name_error', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep',
-           'sweep_within', 'scratch_folder', 'write_text', 'write_json', 'check_outputs', 'check_room',
+           'sweep_within', 'scratch_folder', 'write_text', 'write_json', 'write_yaml', 'check_outputs', 'check_room',
            'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
@@ -388,6 +388,14 @@ def write_json(
     "Write a JSON file atomically, indented for people"
     write_text(path, json.dumps(content, indent=1, default=str) + '\n')
 
+
+def write_yaml(
+    path: str | Path,  # the file
+    content,  # what YAML can hold without tags
+):
+    "Write a YAML file atomically, in the order given"
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
 # %% ../nbs/00_files.ipynb #7cbd869f
 def check_outputs(
     outputs: Mapping[str, str | Path | None],  # option or argument -> the path to write; None is let pass
@@ -452,7 +460,7 @@ def claim_settings(
     as_yaml = path.suffix == '.yaml'
     here = json.loads(json.dumps(settings, default=str))
     if anew or not os.path.lexists(path):
-        return write_text(path, yaml.safe_dump(here, sort_keys=False)) if as_yaml else write_json(path, here)
+        return write_yaml(path, here) if as_yaml else write_json(path, here)
     try:
         there = read_yaml(path) if as_yaml else read_json(path)
     except InputError:

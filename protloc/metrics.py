@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
-from .core import InputError
+from .core import Failure, InputError
 from .labels import Vocabulary
 
 # %% auto #0
@@ -38,7 +38,7 @@ def decide(
 ) -> Decisions:
     "Probabilities and labels -> decisions and truth; raises `InputError` where they differ in shape, or are none"
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise InputError(
+        raise Failure(
             'some probabilities are no numbers from 0 to 1: the classifier that gave them is damaged,'
             ' or its training diverged: train it again, at a lower learning rate'
         )

@@ -41,7 +41,7 @@ __all__ = ['MOST_STEPS', 'RUNTIME', 'OWN_NAMES', 'BATCHNORM_STEPS', 'LOG_STEPS',
            'averaged', 'enough_memory', 'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #62a1987e
-from .core import Config, InputError, derive_seed, one_line, read_config, sha256, shown
+from .core import Config, Failure, InputError, derive_seed, one_line, read_config, sha256, shown
 from .data.loading import loader
 from protloc.files import (
     CHANGED,
@@ -629,7 +629,7 @@ def _line(run, numbers, started, config, accelerator):
     finite = losses.isfinite().all(1).view(-1, len(steps)).all(0)  # (steps,): in every process and micro-batch
     if not finite.all():
         bad = run.step - len(steps) + int((~finite).nonzero()[0])
-        raise InputError(
+        raise Failure(
             f'the loss is not finite at step {bad} of {run.folder}:'
             f' lower the learning rate ({config.lr}) or use mixed_precision: no'
         )
@@ -685,7 +685,7 @@ def enough_memory(
     except RuntimeError as e:
         if not should_reduce_batch_size(e):
             raise
-        raise InputError(
+        raise Failure(
             f'a batch of {config.batch_size} images in {config.accumulate} micro-batch(es) does not fit into memory:'
             ' raise accumulate, or lower batch_size; checkpoints are kept'
         ) from None
@@ -744,7 +744,10 @@ def fit(
             with fork_rng(), enough_memory(config), _tracked(accelerator, run, config, name):
                 _steps(run, objective, batches, config, seed, evaluate, use, name, accelerator)
                 use()
-            check_finite(model.state_dict(), folder, f'lower the learning rate ({config.lr})')
+            try:
+                check_finite(model.state_dict(), folder, f'lower the learning rate ({config.lr})')
+            except InputError as error:
+                raise Failure(str(error)) from None
             if accelerator.is_main_process:
                 save_weights(model, folder / 'last.safetensors')
         if accelerator.is_main_process:

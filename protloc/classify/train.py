@@ -16,8 +16,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['ClassifierConfig', 'check_partners', 'choose_second_store', 'strategy_batches', 'check_labels', 'teacher_labels',
-           'build_classifier', 'check_strategy', 'check_teacher', 'weights_hash', 'check_weights', 'check_classifier',
-           'train_classifier']
+           'build_classifier', 'check_strategy', 'check_teacher', 'weights_hash', 'classifier_settings',
+           'check_weights', 'check_classifier', 'train_classifier']
 
 # %% ../../nbs/07_classify/07_train.ipynb #8a3c80af
 from protloc.classify.backbone import (
@@ -253,9 +253,9 @@ def check_strategy(
 ):
     "Raise `InputError` where a strategy cannot be trained with these settings"
     name = type(strategy).__name__
-    if config.loop.patience and 'real' not in strategy.sources_at(0.0):
+    if config.loop.patience and strategy.sources_at(0.0) != strategy.sources_at(1.0):
         raise InputError(
-            f"the strategy '{name}' begins without real images, and patience might stop it there: leave out patience"
+            f"the strategy '{name}' changes its images on the way, and patience might stop it before: leave out patience"
         )
     if strategy.makes_soft_targets and not config.criterion_for().takes_soft_targets:
         raise InputError(
@@ -290,7 +290,13 @@ def weights_hash(
     return None
 
 # %% ../../nbs/07_classify/07_train.ipynb #191ddb4b
-def _settings(real, synthetic, config, teacher, **others):
+def classifier_settings(
+    real: ImageStore,
+    synthetic: ImageStore | None,
+    config: ClassifierConfig,
+    teacher: str | Path | None,  # folder of a trained classifier
+    **others,  # strategy, options, partners, ratio, seed
+) -> dict:
     "What decides a classifier's weights; of files their hashes too"
     return dict(
         config=config.model_dump(exclude={'loop': RUNTIME}),
@@ -416,7 +422,7 @@ def train_classifier(
     criterion = config.criterion_for(real.labels[real.rows('train')])
     check_labels(batches, real)
 
-    settings = _settings(real, synthetic, config, teacher, strategy=strategy_name, options=options, **arm)
+    settings = classifier_settings(real, synthetic, config, teacher, strategy=strategy_name, options=options, **arm)
     if (folder / 'classifier.json').exists():
         if this_process().is_main_process:
             sweep(folder / 'classifier.json')

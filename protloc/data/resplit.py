@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,11 @@ from .duplicates import Likeness, join_groups, near_duplicates
 from .readers.tables import read_table, write_table
 from .split import SPLITS, Fractions, assign_folds, assign_splits, fold_splits, share_table
 from .store import ImageStore
-from ..files import exclusive, is_held, remove, write_json
+from ..files import atomic_path, exclusive, is_held, remove, write_json
 
 # %% auto #0
-__all__ = ['SplitConfig', 'reopen', 'table_as_written', 'replace_table', 'tied_groups', 'find_pairs', 'split_store', 'leaks',
-           'check_leaks', 'newly_shared_columns', 'split_report']
+__all__ = ['SplitConfig', 'link', 'reopen', 'table_as_written', 'replace_table', 'thinned_store', 'tied_groups', 'find_pairs',
+           'split_store', 'leaks', 'check_leaks', 'newly_shared_columns', 'split_report']
 
 # %% ../../nbs/04_data/07_resplit.ipynb #3f278634
 class SplitConfig(Config):
@@ -42,7 +43,10 @@ class SplitConfig(Config):
     likeness: Likeness = Likeness()  # what a near-duplicate is
 
 # %% ../../nbs/04_data/07_resplit.ipynb #0d5cc1fc
-def _link(source, target):
+def link(
+    source: str | Path,  # a file
+    target: str | Path,  # does not exist yet
+):
     "A hard link, or a copy where there are none"
     try:
         os.link(source, target)
@@ -99,25 +103,45 @@ def replace_table(
     return ImageStore(store.path)
 
 
+def _copy_with(store, path, table, made):
+    "The same images, linked, with another table, in a new folder"
+    rewritten = shutil.ignore_patterns('table.csv', 'manifest.json')
+    shutil.copytree(store.path, path, copy_function=link, ignore=rewritten)
+    write_table(table, path / 'table.csv')
+    manifest = dict(store.manifest)
+    manifest['made'] = {**manifest['made'], **made}
+    manifest['sha256'] = {**manifest['sha256'], 'table': sha256(path / 'table.csv')}
+    write_json(path / 'manifest.json', manifest)
+    for name in ('table.csv', 'manifest.json'):
+        shutil.copymode(store.path / name, path / name)
+    ImageStore(path)
+
+
 def _replace_held(store, table, made):
     "Replace the table of a store that this process holds"
     new, aside = _beside(store)
     remove(new)
     remove(aside)
-    rewritten = shutil.ignore_patterns('table.csv', 'manifest.json')
     try:
-        shutil.copytree(store.path, new, copy_function=_link, ignore=rewritten)
-        write_table(table, new / 'table.csv')
-        manifest = dict(store.manifest)
-        manifest['made'] = {**manifest['made'], **made}
-        manifest['sha256'] = {**manifest['sha256'], 'table': sha256(new / 'table.csv')}
-        write_json(new / 'manifest.json', manifest)
-        for name in ('table.csv', 'manifest.json'):
-            shutil.copymode(store.path / name, new / name)
-        ImageStore(new)
+        _copy_with(store, new, table, made)
         _exchange(new, Path(os.path.realpath(store.path)), aside)
     finally:
         remove(new)
+
+# %% ../../nbs/04_data/07_resplit.ipynb #5784b621
+def thinned_store(
+    store: ImageStore,  # with a split 'train'
+    path: str | Path,  # the new store; must not exist yet
+    groups: Sequence[str],  # that stay in the training split; its other images are in no split
+) -> ImageStore:
+    "A store of the same images with fewer training groups"
+    table = table_as_written(store)
+    left_out = (table.split == 'train') & ~table.group.isin(groups)
+    table.loc[left_out, 'split'] = ''
+    thinned = dict(training_groups=len(set(groups)), training_images=int((table.split == 'train').sum()))
+    with atomic_path(path) as partial:
+        _copy_with(store, partial, table, dict(thinned=thinned))
+    return ImageStore(path)
 
 # %% ../../nbs/04_data/07_resplit.ipynb #55546b61
 def tied_groups(

@@ -12,11 +12,11 @@ import pandas as pd
 import pydantic
 from iterstrat.ml_stratifiers import IterativeStratification
 
-from ..core import Config, InputError
+from ..core import Config, InputError, rng_for
 
 # %% auto #0
 __all__ = ['SPLITS', 'Fractions', 'group_labels', 'spread_classes', 'stratify', 'assign_splits', 'share_table', 'assign_folds',
-           'fold_splits']
+           'fold_splits', 'nested_groups', 'share_of']
 
 # %% ../../nbs/04_data/05_split.ipynb #c033e793
 class Fractions(Config):
@@ -167,3 +167,36 @@ def fold_splits(
     if not 0 <= test < folds:
         raise InputError(f'there is no fold {test}: there are 0 to {folds - 1}')
     return np.select([fold == test, fold == (test + 1) % folds], ['test', 'val'], 'train')
+
+# %% ../../nbs/04_data/05_split.ipynb #9e129711
+def nested_groups(
+    labels: np.ndarray,  # (N, K) multi-hot, of training images
+    groups: Sequence[str],  # (N,) what stays together
+    smallest: float,  # in (0, 1], of the shares that will be taken
+    seed: int,  # the same seed, the same order
+    names: Sequence[str],  # (K,) class names, for the message
+) -> np.ndarray:  # (G,) names of groups; the first `share_of(G, f)` of them are the share f
+    "Groups in random order, every class early enough; raises `InputError` where no order of a hundred will do"
+    member, labels_of_groups = group_labels(labels, groups)
+    count = share_of(len(labels_of_groups), smallest)
+    wanted = labels_of_groups.any(0)
+    rng = rng_for(seed, 'nested groups')
+    missing = np.zeros(len(wanted), int)
+    for _ in range(100):
+        order = rng.permutation(len(labels_of_groups))
+        lacking = wanted & ~labels_of_groups[order[:count]].any(0)
+        if not lacking.any():
+            return np.unique(np.asarray(groups, str))[order]
+        missing += lacking
+    raise InputError(
+        f'a share of {smallest:g} is {count} of {len(labels_of_groups)} training groups, and has none that shows'
+        f" '{names[missing.argmax()]}': choose larger shares"
+    )
+
+
+def share_of(
+    n: int,  # groups
+    share: float,  # in (0, 1]
+) -> int:  # 1 to n
+    "How many groups a share is"
+    return max(round(n * share), 1)

@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo
 from torch import Tensor
 
-from ..core import Config, InputError, derive_seed, lookup, one_line, read_config, shown
+from ..core import Config, Failure, InputError, derive_seed, lookup, one_line, read_config, shown
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
 from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
@@ -623,7 +623,7 @@ def __call__(
         prediction = guided(denoiser, noisy, timestep, rows, scale, guidance_rescale, negative)
         x = self.scheduler.step(prediction, timestep, x, **options).prev_sample
     if not x.isfinite().all():
-        raise InputError(
+        raise Failure(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
             ' take another number of steps, another scheduler or full precision'
         )

@@ -46,8 +46,8 @@ from protloc.training import (
 
 # %% auto #0
 __all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'measured_statistics', 'preconditioner_of',
-           'generator_loss', 'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'generator_as_meant',
-           'train_generator', 'open_pipeline']
+           'generator_loss', 'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'generator_settings',
+           'generator_as_meant', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #623af1bd
 class GeneratorConfig(Config):
@@ -389,7 +389,11 @@ def model_card(
     )
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #e633203d
-def _settings(store, config, seed):
+def generator_settings(
+    store: ImageStore,
+    config: GeneratorConfig,
+    seed: int,
+) -> dict:
     "What decides a generator's weights"
     runtime = {'loop': RUNTIME, 'gradient_checkpointing': True, 'preview_every': True}
     return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
@@ -459,7 +463,7 @@ def train_generator(
     timesteps = config.objective.num_train_timesteps
     with seeded(seed, 'generator'):
         denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
-    settings = _settings(store, config, seed)
+    settings = generator_settings(store, config, seed)
     if config.objective.preconditioning != 'none':
         check_patch_values(len(store.channels) * config.unet.patch_size**2)
     check_own(folder)

@@ -93,13 +93,14 @@ def spent(
 
 def level_of_look(
     looks: Sequence[int],  # planned numbers of replicates, rising
-    added: int = 0,  # looks beyond the plan, this one included; 0 for the last planned look
+    added: int = 0,  # looks beyond the plan, this one included; 0 for a planned look
     alpha: float = 0.05,  # the level of the study
+    number: int = -1,  # which of the planned looks, from 0; the last unless given
 ) -> float:  # the level at which this look is tested
-    "The level of the last planned look, or of one that was added later; raises `InputError` for looks that do not rise"
+    "The level of a planned look, or of one that was added later; raises `InputError` for looks that do not rise"
     if not looks or min(looks) < 2 or any(b <= a for a, b in zip(looks[:-1], looks[1:], strict=True)):
         raise InputError(f'looks are rising numbers of replicates from 2 on, not {shown(list(looks))}')
     if added:
         return alpha * 0.5**added
-    before = spent(looks[-2] / looks[-1], alpha) if len(looks) > 1 else 0.0
-    return alpha - before
+    until = [spent(replicates / looks[-1], alpha) for replicates in looks]
+    return np.diff(until, prepend=0.0)[number]

@@ -23,12 +23,13 @@ from ..data.simulate.datasets import SimulateConfig
 from ..data.split import Fractions
 from ..diffusion.generate import GenerateConfig
 from ..diffusion.train import GeneratorConfig
+from ..evaluate.power import level_of_look
 from ..files import check_name, parse_yaml, read_yaml
 
 # %% auto #0
-__all__ = ['Number', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'PrepareConfig', 'DataConfig', 'ArmConfig', 'StudyConfig',
-           'presets', 'read_preset', 'commands_of', 'with_overrides', 'section_of', 'study_config', 'section_config',
-           'arm_of']
+__all__ = ['Number', 'Replicates', 'Fraction', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'PrepareConfig', 'DataConfig',
+           'ArmConfig', 'FilterConfig', 'DesignConfig', 'with_company', 'StudyConfig', 'presets', 'read_preset',
+           'commands_of', 'with_overrides', 'section_of', 'study_config', 'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(FolderConfig, FieldConfig):
@@ -52,9 +53,13 @@ class DataConfig(Config):
     folder: str | None = pydantic.Field(None, min_length=1, max_length=4096)  # a store, or a folder of fields
     simulate: SimulateConfig | None = None  # cells to simulate; None for none
     prepare: PrepareConfig = PrepareConfig()  # how to read a folder of fields
+    # share of the training groups that generator and arms may use; whole groups, others in each replicate
+    fraction: float = pydantic.Field(1.0, gt=0, le=1)
 
 # %% ../../nbs/09_study/00_arms.ipynb #681d304e
 Number = Annotated[float, pydantic.Field(ge=-1e9, le=1e9)]
+Replicates = Annotated[int, pydantic.Field(ge=2, le=1000)]
+Fraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 # %% ../../nbs/09_study/00_arms.ipynb #7a3fa5c2
 class ArmConfig(Config):
@@ -68,6 +73,8 @@ class ArmConfig(Config):
     partners: str = pydantic.Field('any', max_length=100)
     # synthetic images for each real one in a step; 1 where they are mixed one to one
     ratio: float = pydantic.Field(1.0, ge=0, le=1000)
+    # of the training groups, for a point of the learning curve; the study's own share unless given
+    fraction: float | None = pydantic.Field(None, gt=0, le=1)
 
     @pydantic.model_validator(mode='before')
     @classmethod
@@ -84,6 +91,11 @@ class ArmConfig(Config):
     @pydantic.model_validator(mode='after')
     def _known(self):
         check_partners(build_strategy(self.kind, **self.options), self.partners, self.ratio)
+        if self.fraction and 'synthetic' in self.sources:
+            raise InputError(
+                f"the arm '{self.name}' has a fraction of its own, and its generator would have seen more:"
+                ' set data.fraction, for the whole study'
+            )
         return self
 
     @property
@@ -99,50 +111,160 @@ class ArmConfig(Config):
 
     @property
     def needs_teacher(self) -> bool:
-        "Whether it needs a teacher, the arm 'real' of the same seed"
+        "Whether it needs a teacher, the arm 'real' of the same replicate"
         return STRATEGIES[self.kind].needs_teacher
+
+    @property
+    def role(self) -> Literal['baseline', 'tested', 'control', 'curve']:
+        "What it is for"
+        if self.fraction:
+            return 'curve'
+        if self.name == 'real':
+            return 'baseline'
+        return 'tested' if 'synthetic' in self.sources and self.source == 'generator' else 'control'
 
 # %% ../../nbs/09_study/00_arms.ipynb #43ac586d
 DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
 
+
+class FilterConfig(Config):
+    "Which synthetic images are dropped before they are used"
+
+    judge: bool = False  # the classifier of the arm 'real' of the same replicate scores them, as `best_of` needs it
+    min_fidelity: float = pydantic.Field(0.0, ge=0, le=1)  # images that it scores lower are dropped
+    drop_copies: bool = False  # near-copies of training images are dropped
+
+    @property
+    def needs_classifier(self) -> bool:
+        "Whether images are scored"
+        return self.judge or self.min_fidelity > 0
+
 # %% ../../nbs/09_study/00_arms.ipynb #c9f88fa6
-class StudyConfig(Config):
+class DesignConfig(Config):
+    "How the answer is found; fixed before training"
+
+    # the whole experiment, from the generator on, is done so many times
+    replicates: int = pydantic.Field(5, ge=2, le=1000)
+    generators: Literal['each', 1] = 'each'  # each replicate has its own; or 1 for all, and for its images
+    controls: bool = True  # add the arms duplicate_real and, for simulated cells, oracle
+    margin: float = pydantic.Field(0.02, gt=0, le=1)  # of macro-F1: a change that would not matter
+    # numbers of replicates at which the results are to be looked at, the last is the end; one look unless given
+    looks: tuple[Replicates, ...] = pydantic.Field((), max_length=100)
+    # names of the classes over which the score averages; those with 5 or more groups in the test split unless given
+    score_classes: tuple[str, ...] = pydantic.Field((), max_length=10_000)
+    # 'steps': all arms take the same number; 'converged': each until validation stops rising, classifier.loop.patience
+    budget: Literal['steps', 'converged'] = 'steps'
+    # shares of the training groups for the learning curve of real images, e.g. [.25, .5, 1]
+    real_fractions: tuple[Fraction, ...] = pydantic.Field((), max_length=100)
+
+    @pydantic.field_validator('replicates', mode='before')
+    def _more_than_one(cls, value):
+        if value == 1 and not isinstance(value, bool):
+            raise InputError('one replicate cannot tell an effect from luck: ask for replicates: 2 or more')
+        return value
+
+    @pydantic.field_validator('looks')
+    def _rising(cls, looks):
+        if looks:
+            level_of_look(looks)
+        return looks
+
+    @pydantic.field_validator('real_fractions')
+    def _sorted(cls, fractions):
+        return tuple(sorted(set(fractions)))
+
+# %% ../../nbs/09_study/00_arms.ipynb #5e190363
+def _check_names(arms):
+    "Raise `InputError` where `real` is missing, or two arms could not be told apart"
+    names = [arm.name for arm in arms]
+    if 'real' not in names:
+        raise InputError("a study needs the arm 'real': the others are compared with it")
+    if len(names) < 2:
+        raise InputError("a study needs at least one arm besides 'real'")
+    if len(set(names)) < len(names):
+        raise InputError(f'two arms have the same name: {one_line(", ".join(names))}')
+    if len({name.casefold() for name in names}) < len(names):
+        raise InputError(
+            f'two arms differ by capital letters alone, and could not have two folders on every disk:'
+            f' {one_line(", ".join(names))}: rename one'
+        )
+
+# %% ../../nbs/09_study/00_arms.ipynb #24724f67
+def with_company(
+    arms: Sequence[ArmConfig],
+    controls: Sequence[str],  # of 'duplicate_real' and 'oracle', those that are to join
+    fractions: Sequence[float] = (),  # of the learning curve
+) -> tuple[ArmConfig, ...]:  # 'real' first, then duplicate_real, the others, oracle, the curve
+    "The arms of a study with those that join them; arms that are there already stay as they are"
+    ratio = max((arm.ratio for arm in arms if arm.role == 'tested'), default=0)
+    joining = dict(
+        duplicate_real=ArmConfig(name='duplicate_real', ratio=ratio),
+        oracle=ArmConfig(name='oracle', strategy='concat', source='oracle', ratio=ratio),
+    )
+    first, last = ([joining[name]] if ratio and name in controls else [] for name in joining)
+    curve = [ArmConfig(name=f'real-{share:g}', strategy='real', fraction=share) for share in fractions]
+    there = {arm.name for arm in arms}
+    first, last = ([arm for arm in new if arm.name not in there] for new in (first, last + curve))
+    baseline = [arm for arm in arms if arm.name == 'real']
+    return (*baseline, *first, *(arm for arm in arms if arm.name != 'real'), *last)
+
+# %% ../../nbs/09_study/00_arms.ipynb #1b8cfb54
+class StudyConfig(DesignConfig):
     "Everything that a study depends on"
 
     about: str = pydantic.Field('', max_length=2000)  # one line for people
-    # of data, generator and, with the arm's seed, of each classifier
+    # of data, generators and, with replicate and arm, of each classifier
     seed: Seed = 0
-    seeds: int = pydantic.Field(3, ge=1, le=1000)  # classifiers an arm
     data: DataConfig = DataConfig()  # where the real images come from
     generator: GeneratorConfig = GeneratorConfig()  # how it is trained
     generate: GenerateConfig = GenerateConfig()  # how many synthetic images, and how they are drawn
+    filter: FilterConfig = FilterConfig()  # which of them are dropped
     classifier: ClassifierConfig = ClassifierConfig()  # of all arms
     # 'real' must be among them
     arms: tuple[ArmConfig, ...] = pydantic.Field(tuple(ArmConfig(name=name) for name in DEFAULT_ARMS), max_length=1000)
 
-    @pydantic.field_validator('arms')
-    def _baseline(cls, arms):
-        names = [arm.name for arm in arms]
-        if 'real' not in names:
-            raise InputError("a study needs the arm 'real': the others are compared with it")
-        if len(names) < 2:
-            raise InputError("a study needs at least one arm besides 'real'")
-        if len(set(names)) < len(names):
-            raise InputError(f"two arms have the same name: {', '.join(names)}")
-        if len({name.casefold() for name in names}) < len(names):
+    @pydantic.model_validator(mode='before')
+    @classmethod
+    def _renamed(cls, values):
+        if isinstance(values, dict) and 'seeds' in values:
             raise InputError(
-                f"two arms differ by capital letters alone, and could not have two folders on every disk:"
-                f' {one_line(", ".join(names))}: rename one'
+                "'seeds' is called replicates, and each has a generator of its own: write replicates: NUMBER,"
+                ' and generators: 1 for one generator'
             )
-        return arms
+        return values
 
     @pydantic.model_validator(mode='after')
-    def _trainable(self):
+    def _whole(self):
+        _check_names(self.arms)
+        self._check_budget()
+        simulated = bool(not self.data.folder and self.data.simulate)
+        controls = ['duplicate_real', *['oracle'] * simulated] if self.controls else []
+        fractions = [share for share in self.real_fractions if share != self.data.fraction]
+        object.__setattr__(self, 'arms', with_company(self.arms, controls, fractions))
+        _check_names(self.arms)
         for arm in self.arms:
             check_strategy(self.classifier, build_strategy(arm.kind, **arm.options))
-        if not self.data.folder and self.data.simulate:
+        if simulated:
             check_size(self.classifier.backbone, self.data.simulate.size)
+        if self.generate.best_of > 1 and not self.filter.needs_classifier:
+            raise InputError('generate.best_of needs somebody who chooses: set filter.judge=true')
         return self
+
+    def _check_budget(self):
+        "Raise `InputError` where arms would be trained for different times although they should not, or the reverse"
+        patience = self.classifier.loop.patience
+        if self.budget == 'steps' and patience:
+            raise InputError(
+                'classifier.loop.patience ends arms at different steps, and they were to have equal budgets:'
+                ' leave it out, or set budget=converged'
+            )
+        if self.budget == 'converged' and not patience:
+            raise InputError('budget: converged needs classifier.loop.patience, validations without a better score')
+
+    @property
+    def planned_looks(self) -> tuple[int, ...]:
+        "Numbers of replicates at which the results are looked at, as they were planned"
+        return self.looks or (self.replicates,)
 
 # %% ../../nbs/09_study/00_arms.ipynb #32d7fdb8
 def _yaml_files(folder, above=''):

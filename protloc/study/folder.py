@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from protloc.files import (
 )
 
 # %% auto #0
-__all__ = ['NAMES', 'RunFolder', 'RunSettings', 'GeneratorNote', 'StoreNote']
+__all__ = ['PLANNED', 'NAMES', 'RunFolder', 'RunSettings', 'GeneratorNote', 'StoreNote']
 
 # %% ../../nbs/09_study/01_folder.ipynb #4a189783
 class RunFolder:
@@ -48,10 +49,9 @@ class RunFolder:
         self.real = path / 'real'  # the store of real images, if they were made for this run
         self.inputs = path / 'inputs.json'  # hashes of what was read from outside of the run
         self.store_note = path / 'store.json'  # where the user's own store is, and its hashes
-        self.generator = path / 'generator'
-        self.generator_log = self.generator / 'log.jsonl'
-        self.generator_note = self.generator / 'pipeline' / 'training.json'  # what it was trained on
-        self.classifiers = path / 'classifiers'
+        self.plan = path / 'plan.yaml'  # what was fixed before training
+        self.made = path / 'made.json'  # of each finished part, the hash of what decided it
+        self.failures = path / 'failures.json'  # parts that could not be made, and why
         self.results = path / 'results'  # tables
         self.verdict = self.results / 'verdict.txt'
         self.figures = path / 'figures'
@@ -63,33 +63,62 @@ class RunFolder:
 
 # %% ../../nbs/09_study/01_folder.ipynb #54f9376d
 @patch
+def replicate(
+    self: RunFolder,
+    number: int,  # from 0
+) -> Path:
+    "Folder of one replicate"
+    return self.path / f'replicate-{number}'
+
+
+@patch
+def generator(
+    self: RunFolder,
+    replicate: int = 0,
+) -> Path:
+    "Folder of a replicate's generator"
+    return self.replicate(replicate) / 'generator'
+
+
+@patch
 def synthetic(
     self: RunFolder,
+    replicate: int = 0,
     source: str = 'generator',  # or 'oracle'
 ) -> Path:
-    "The store of synthetic images from one source"
-    return self.path / ('synthetic' if source == 'generator' else source)
+    "The store of a replicate's synthetic images from one source"
+    return self.replicate(replicate) / ('synthetic' if source == 'generator' else source)
+
+
+@patch
+def subset(
+    self: RunFolder,
+    replicate: int,
+    fraction: float,  # of the training groups
+) -> Path:
+    "The store of real images with a share of the training groups"
+    return self.replicate(replicate) / f'real-{fraction:g}'
 
 # %% ../../nbs/09_study/01_folder.ipynb #54f50a0c
 @patch
 def classifier(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int = 0,
 ) -> Path:
     "Folder of one trained classifier"
-    return self.classifiers / arm / f'seed-{seed}'
+    return self.replicate(replicate) / 'classifiers' / arm
 
 # %% ../../nbs/09_study/01_folder.ipynb #f9765dfe
 @patch
 def predictions(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int,
     images: str,  # 'val' or 'test', the split of real images; or 'synthetic'
 ) -> Path:
     "What one classifier says about some images"
-    return self.classifier(arm, seed) / f'{images}.npy'
+    return self.classifier(arm, replicate) / f'{images}.npy'
 
 # %% ../../nbs/09_study/01_folder.ipynb #ad924c09
 @patch
@@ -113,17 +142,23 @@ def figure(
 @patch(as_prop=True)
 def begun(self: RunFolder) -> bool:
     "Whether a stage has left anything that belongs to the run's settings"
-    return any(path.exists() for path in (self.real, self.store_note, self.generator, self.classifiers))
+    return any(path.exists() for path in (self.real, self.store_note, self.replicate(0)))
+
+
+@patch(as_prop=True)
+def training_begun(self: RunFolder) -> bool:
+    "Whether a generator or a classifier has been begun"
+    return any(self.path.glob('replicate-*/generator')) or any(self.path.glob('replicate-*/classifiers'))
 
 
 @patch
 def trained(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int,
 ) -> bool:
     "Whether a classifier is trained and has predicted"
-    return all(_is_filled(self.predictions(arm, seed, split)) for split in ('val', 'test'))
+    return all(_is_filled(self.predictions(arm, replicate, split)) for split in ('val', 'test'))
 
 
 @patch(as_prop=True)
@@ -165,7 +200,8 @@ class RunSettings(Config):
     model_config = pydantic.ConfigDict(extra='ignore')
     about: str  # one line for people
     seed: Seed
-    seeds: int = pydantic.Field(ge=1, le=1000)  # classifiers an arm
+    replicates: int = pydantic.Field(ge=1, le=1000)
+    generators: Literal['each', 1]
     arms: tuple[_NamedArm, ...] = pydantic.Field(min_length=1)
 
 # %% ../../nbs/09_study/01_folder.ipynb #43698bc5
@@ -175,11 +211,53 @@ def read_settings(self: RunFolder) -> dict:
     if not self.config.exists():
         raise InputError(f'{self.path} holds no study, {self.config.name} is missing: run one with `protloc run`')
     settings = read_yaml(self.config)
-    for name in ('about', 'seed', 'seeds', 'arms'):
+    if {'seed', 'seeds', 'arms'} <= {*settings}:
+        raise InputError(
+            f'{self.path} is a study of protloc 0.2 or earlier, which knew no replicates: open its report.html,'
+            ' or begin it anew in another folder'
+        )
+    for name in ('about', 'seed', 'replicates', 'generators', 'arms'):
         if name not in settings:
             raise InputError(f"{self.config} is not a study's: it has no '{name}'")
     read_config(RunSettings, settings, str(self.config))
     return settings
+
+# %% ../../nbs/09_study/01_folder.ipynb #8eee8318
+@patch
+def read_plan(self: RunFolder) -> dict:
+    "What was fixed before training; raises `InputError` where there is no plan yet, or it was damaged"
+    if not self.plan.exists():
+        raise self.unfinished('its plan')
+    plan = read_yaml(self.plan)
+    if not {*PLANNED} <= {*plan}:
+        raise InputError(f'{self.plan} is not the plan of a study: put back what was there, or begin anew elsewhere')
+    return plan
+
+
+PLANNED = ('arms', 'classes', 'level', 'looks', 'margin', 'replicates', 'rule')  # what each plan says
+
+
+@patch
+def note_failure(
+    self: RunFolder,
+    part: str,  # e.g. 'concat of replicate 1'
+    why: str,  # one sentence; '' takes an earlier note back
+):
+    "Remember that a part could not be made, or that it could after all"
+    failures = {**self.read_failures(), part: why}
+    failures = {part: why for part, why in failures.items() if why}
+    if failures or self.failures.exists():
+        write_json(self.failures, failures)
+
+
+@patch
+def read_failures(self: RunFolder) -> dict[str, str]:  # part -> why
+    "What could not be made"
+    mend = 'remove it, and continue the run'
+    failures = read_json(self.failures, mend) if self.failures.exists() else {}
+    if not all(isinstance(why, str) for why in failures.values()):
+        raise InputError(f'{self.failures} was damaged: {mend}')
+    return failures
 
 # %% ../../nbs/09_study/01_folder.ipynb #a8891087
 def _read_log(path, columns, mend):
@@ -220,20 +298,24 @@ def read_stages(self: RunFolder) -> pd.DataFrame:  # columns stage, seconds, fin
 def read_training(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int,
 ) -> pd.DataFrame:  # columns step, loss, lr, val_macro_f1 ..., one row per line of the log
     "How the training of one classifier went"
-    folder = self.classifier(arm, seed)
+    folder = self.classifier(arm, replicate)
     mend = f'remove {folder} and continue the run, which trains this classifier again'
     return _read_log(folder / 'log.jsonl', ['step', 'val_macro_f1'], mend)
 
 
 @patch
-def read_generator_training(self: RunFolder) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator
-    "How the training of the generator went"
-    if not self.generator_log.exists():
+def read_generator_training(
+    self: RunFolder,
+    replicate: int = 0,
+) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator
+    "How the training of a generator went"
+    log = self.generator(replicate) / 'log.jsonl'
+    if not log.exists():
         return None
-    return _read_log(self.generator_log, ['step', 'loss'], 'remove it, the report then says nothing of this training')
+    return _read_log(log, ['step', 'loss'], 'remove it, the report then says nothing of this training')
 
 # %% ../../nbs/09_study/01_folder.ipynb #1b3a6518
 class GeneratorNote(Config):
@@ -245,13 +327,17 @@ class GeneratorNote(Config):
 
 
 @patch
-def read_generator_note(self: RunFolder) -> dict | None:  # store (hashes), images (their number); None if unknown
-    "What the generator was trained on; raises `InputError` where the note is damaged"
-    if not self.generator_note.exists():
+def read_generator_note(
+    self: RunFolder,
+    replicate: int = 0,
+) -> dict | None:  # store (hashes), images (their number); None if unknown
+    "What a generator was trained on; raises `InputError` where the note is damaged"
+    generator = self.generator(replicate)
+    path = generator / 'pipeline' / 'training.json'
+    if not path.exists():
         return None
-    mend = f'remove {self.generator} and {self.synthetic()}, and continue the run, which trains it again'
-    note = read_json(self.generator_note, mend)
-    return read_config(GeneratorNote, note, str(self.generator_note)).model_dump()
+    mend = f'remove {generator} and {self.synthetic(replicate)}, and continue the run, which trains it again'
+    return read_config(GeneratorNote, read_json(path, mend), str(path)).model_dump()
 
 # %% ../../nbs/09_study/01_folder.ipynb #c3c34a65
 @patch
@@ -290,10 +376,11 @@ def open_real(self: RunFolder) -> ImageStore:
 @patch
 def open_synthetic(
     self: RunFolder,
+    replicate: int = 0,
     source: str = 'generator',  # or 'oracle'
 ) -> ImageStore | None:  # None where there are none
-    "The synthetic images from one source"
-    path = self.synthetic(source)
+    "The synthetic images of a replicate from one source"
+    path = self.synthetic(replicate, source)
     return ImageStore(path) if path.exists() else None
 
 # %% ../../nbs/09_study/01_folder.ipynb #18a59099
@@ -301,12 +388,12 @@ def open_synthetic(
 def write_predictions(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int,
     images: str,  # 'val', 'test' or 'synthetic'
     probabilities: np.ndarray,  # (n, K) in [0, 1]
 ):
     "Keep what one classifier says about some images"
-    with atomic_path(self.predictions(arm, seed, images)) as partial, open(partial, 'wb') as file:
+    with atomic_path(self.predictions(arm, replicate, images)) as partial, open(partial, 'wb') as file:
         np.save(file, probabilities)
 
 # %% ../../nbs/09_study/01_folder.ipynb #f1bd9b9e
@@ -314,13 +401,13 @@ def write_predictions(
 def read_predictions(
     self: RunFolder,
     arm: str,  # its name
-    seed: int,  # 0 to seeds - 1
+    replicate: int,
     images: str,  # 'val', 'test' or 'synthetic'
     shape: tuple = (None, None),  # (n, K), checked; None for any length
 ) -> np.ndarray:  # (n, K) in [0, 1]
     "What one classifier says about some images; raises `InputError` where it has not been asked yet, or is damaged"
-    path = self.predictions(arm, seed, images)
-    classifier = f'{arm} seed {seed}'
+    path = self.predictions(arm, replicate, images)
+    classifier = f'{arm} of replicate {replicate}'
     if not path.exists():
         what = f'what {classifier} says about the synthetic images' if images == 'synthetic' else classifier
         raise self.unfinished(what)
@@ -331,7 +418,7 @@ def read_predictions(
     return said
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
-NAMES = ('arm', 'channel', 'class', 'split', 'verdict')  # columns of the results that hold texts
+NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'rule', 'split', 'verdict', 'worth')  # columns of the results that hold texts
 
 
 @patch
