@@ -910,14 +910,16 @@ def evaluate(
     "Score a classifier on one split of a store."
     from protloc.classify.predict import probabilities
     from protloc.classify.thresholds import read_thresholds
-    from protloc.metrics import per_class, scores
+    from protloc.metrics import METRICS, MORE_METRICS, every_score, per_class
 
     models, card, images = _classifiers_and_images(classifier, also, store)
     rows = images.rows(split)
     limits = read_thresholds(threshold, card['classes'])
     predicted = probabilities(models, images, rows, progress='evaluate', tta=tta)
     print(per_class(predicted, images.labels[rows], images.vocab, limits).round(3).to_string(), end='\n\n')
-    print(', '.join(f'{name} {score:.3f}' for name, score in scores(predicted, images.labels[rows], limits).items()))
+    every = every_score(predicted, images.labels[rows], limits)
+    for metrics in (METRICS, MORE_METRICS):
+        print(', '.join(f'{name} {every[name]:.3f}' for name in metrics))
 
 # %% ../nbs/11_cli.ipynb #93e5ba37
 def _classifiers_and_images(classifier, also, store):
@@ -939,7 +941,14 @@ def _classifiers_and_images(classifier, also, store):
 
 # %% ../nbs/11_cli.ipynb #3e551061
 ValSplit = Annotated[str, typer.Option(help='The split to choose with; never the one that is tested.')]
-Rule = Annotated[str, typer.Option(help="f1: each class's best F1. prevalence: as many are predicted as there are.")]
+Rule = Annotated[
+    str,
+    typer.Option(
+        metavar='RULE',
+        help="f1: each class's best F1. prevalence: as many are predicted as there are. global: one for all classes,"
+        ' with the best macro-F1. shrunken: f1, drawn towards global the more the rarer the class.',
+    ),
+]
 ThresholdsFile = Annotated[
     Optional[Path], typer.Option(help="JSON or CSV; thresholds.json in the classifier's folder by default.")
 ]

@@ -5,17 +5,27 @@
 # %% ../nbs/02_metrics.ipynb #0539c272
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    hamming_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from .core import Failure, InputError
 from .labels import Vocabulary
 
 # %% auto #0
-__all__ = ['METRICS', 'Decisions', 'decide', 'macro_f1', 'micro_f1', 'mean_average_precision', 'scores', 'per_class']
+__all__ = ['METRICS', 'MORE_METRICS', 'Decisions', 'decide', 'macro_f1', 'micro_f1', 'mean_average_precision', 'scores',
+           'class_average_precision', 'class_auroc', 'per_class', 'reliability', 'calibration_error',
+           'support_weighted_f1', 'auroc', 'subset_accuracy', 'hamming', 'every_score']
 
 # %% ../nbs/02_metrics.ipynb #f76e2c7f
 class Decisions(NamedTuple):
@@ -73,28 +83,125 @@ METRICS = {  # name in logs and tables -> title in reports, function
 }
 
 # %% ../nbs/02_metrics.ipynb #89d9d88a
+def _check_labelled(decisions):
+    "Raise `InputError` where no image has a label"
+    if not len(decisions.occurring):
+        raise InputError('no image of this split has a label, so there is no score')
+
+
 def scores(
     probabilities: np.ndarray,  # (N, K) in [0, 1]
     labels: np.ndarray,  # (N, K) multi-hot
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
-) -> dict[str, float]:  # by the names of `METRICS`
-    "The headline numbers of one split; raises `InputError` where no image has a label"
+    metrics: Mapping[str, tuple[str, Callable[[Decisions], float]]] = METRICS,  # name -> title, function
+) -> dict[str, float]:  # by the names of the metrics
+    "The headline numbers of one split, or others; raises `InputError` where no image has a label"
     decisions = decide(probabilities, labels, threshold)
-    if not len(decisions.occurring):
-        raise InputError('no image of this split has a label, so there is no score')
-    return {name: metric(decisions) for name, (_, metric) in METRICS.items()}
+    _check_labelled(decisions)
+    return {name: float(metric(decisions)) for name, (_, metric) in metrics.items()}
 
 # %% ../nbs/02_metrics.ipynb #fc5bb1b6
+def _of_each_class(score, decisions, has_one):
+    "A score of truth and probabilities for each of the K classes that has one, NaN for the others"
+    values = np.full(len(has_one), np.nan)
+    for k in np.flatnonzero(has_one):
+        values[k] = score(decisions.truth[:, k], decisions.probabilities[:, k])
+    return values
+
+
+def class_average_precision(decisions: Decisions) -> np.ndarray:  # (K,) in [0, 1]
+    "Average precision of each class; NaN where it does not occur"
+    present = decisions.truth[:, :-1]
+    return _of_each_class(average_precision_score, decisions, present.any(0))
+
+
+def class_auroc(decisions: Decisions) -> np.ndarray:  # (K,) in [0, 1]
+    "Area under the ROC curve of each class; NaN where no image shows it, or every image"
+    present = decisions.truth[:, :-1]
+    return _of_each_class(roc_auc_score, decisions, present.any(0) & ~present.all(0))
+
+# %% ../nbs/02_metrics.ipynb #b2e062c7
 def per_class(
     probabilities: np.ndarray,  # (N, K) in [0, 1]
     labels: np.ndarray,  # (N, K) multi-hot
     vocab: Vocabulary,  # K classes
     threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
-) -> pd.DataFrame:  # one row per class: precision, recall, f1, images
-    "Precision, recall and F1 of each class; empty where the class does not occur"
-    truth, predicted, _ = decide(probabilities, labels, threshold)
-    columns = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0)
+) -> pd.DataFrame:  # one row per class: precision, recall, f1, average_precision, auroc, images
+    "Precision, recall, F1, average precision and AUROC of each class; empty where the class does not occur"
+    decisions = decide(probabilities, labels, threshold)
+    columns = precision_recall_fscore_support(decisions.truth, decisions.predicted, average=None, zero_division=0)
     precision, recall, f1, images = (column[:-1] for column in columns)
     table = pd.DataFrame(dict(precision=precision, recall=recall, f1=f1), index=pd.Index(vocab.names, name='class'))
     table[images == 0] = np.nan
-    return table.assign(images=images)
+    return table.assign(
+        average_precision=class_average_precision(decisions), auroc=class_auroc(decisions), images=images
+    )
+
+# %% ../nbs/02_metrics.ipynb #2af63697
+def reliability(
+    probabilities: np.ndarray,  # (N, K) in [0, 1]; of one class (N, 1)
+    labels: np.ndarray,  # (N, K) multi-hot
+    bins: int = 15,  # of equal width, from 0 to 1
+) -> pd.DataFrame:  # a row a bin: low, high, its mean probability and observed share (NaN in an empty one), decisions
+    "What was said beside what was there, pooled over the classes that occur; raises `InputError` as `scores`"
+    if bins < 1:
+        raise InputError(f'reliability needs one bin or more, not {bins}')
+    decisions = decide(probabilities, labels)
+    _check_labelled(decisions)
+    said, shown = (values[:, decisions.occurring].ravel() for values in (decisions.probabilities, decisions.truth))
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.searchsorted(edges[1:-1], said)
+    count = np.bincount(place, minlength=bins)
+    mean, share = (np.bincount(place, x, bins) / np.where(count, count, np.nan) for x in (said, shown))
+    return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], probability=mean, observed=share, decisions=count))
+
+# %% ../nbs/02_metrics.ipynb #11ba3f90
+def calibration_error(decisions: Decisions) -> float:  # in [0, 1], 0 is best
+    "Expected calibration error: by class, with 15 bins of equal width, mean of the classes that occur"
+
+    def of_class(k):
+        table = reliability(decisions.probabilities[:, [k]], decisions.truth[:, [k]])
+        distance = (table.probability - table.observed).abs()  # NaN in an empty bin, which `sum` leaves out
+        return (distance * table.decisions).sum() / table.decisions.sum()
+
+    return float(np.mean([of_class(k) for k in decisions.occurring]))
+
+# %% ../nbs/02_metrics.ipynb #d0bd562b
+def support_weighted_f1(decisions: Decisions) -> float:  # in [0, 1]
+    "Mean F1 of the classes, weighted by the number of images that show the class"
+    return f1_score(decisions.truth, decisions.predicted, average='weighted', zero_division=0)
+
+
+def auroc(decisions: Decisions) -> float:  # in [0, 1]; NaN where no class has one
+    "Mean AUROC of the classes that some images show and others do not; it needs no threshold"
+    values = class_auroc(decisions)
+    return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else np.nan
+
+
+def subset_accuracy(decisions: Decisions) -> float:  # in [0, 1]
+    "Share of images whose labels are all right"
+    return accuracy_score(decisions.truth, decisions.predicted)
+
+
+def hamming(decisions: Decisions) -> float:  # in [0, 1], 0 is best
+    "Share of wrong decisions (Hamming loss)"
+    truth, predicted = (values[:, :-1].ravel() for values in (decisions.truth, decisions.predicted))
+    return hamming_loss(truth, predicted)
+
+# %% ../nbs/02_metrics.ipynb #fe0e94cb
+MORE_METRICS = {  # name in tables -> title, function; beside `METRICS`
+    'weighted_f1': ('weighted F1', support_weighted_f1),
+    'auroc': ('AUROC', auroc),
+    'subset_accuracy': ('subset accuracy', subset_accuracy),
+    'hamming_loss': ('Hamming loss', hamming),
+    'calibration_error': ('calibration error', calibration_error),
+}
+
+
+def every_score(
+    probabilities: np.ndarray,  # (N, K) in [0, 1]
+    labels: np.ndarray,  # (N, K) multi-hot
+    threshold: float | np.ndarray = 0.5,  # one for all classes, or (K,)
+) -> dict[str, float]:  # by the names of `METRICS`, then of `MORE_METRICS`; NaN where a number is not defined
+    "The headline numbers of one split and all others; raises `InputError` where no image has a label"
+    return scores(probabilities, labels, threshold, METRICS | MORE_METRICS)

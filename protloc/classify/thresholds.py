@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from sklearn.metrics import precision_recall_curve
 
 from .predict import check_new
@@ -21,23 +22,29 @@ from ..data.readers.tables import read_table, write_table
 from ..files import read_text, write_json
 
 # %% auto #0
-__all__ = ['RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'choose_thresholds', 'read_thresholds']
+__all__ = ['PRIOR_IMAGES', 'RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'global_threshold', 'shrunken_thresholds',
+           'choose_thresholds', 'read_thresholds']
+
+# %% ../../nbs/07_classify/04_thresholds.ipynb #42dcc825
+def _between(above, below):
+    "Halfway between two probabilities; where no number lies between them, `below`: what is above it passes"
+    middle = (above + below) / 2
+    return np.where(middle < above, middle, below)
 
 # %% ../../nbs/07_classify/04_thresholds.ipynb #1719f1c6
 def best_f1_thresholds(
     predicted: np.ndarray,  # (N, K) probabilities
     labels: np.ndarray,  # (N, K) multi-hot
 ) -> np.ndarray:  # (K,) in [0, 1]
-    "The threshold of each class with the best F1; .5 for a class that does not occur"
+    "The threshold of each class with the best F1; .5 for one that no threshold finds, as where it does not occur"
 
     def best(predicted, present):
-        if not present.any():
+        if not predicted[present].any():
             return 0.5
         precision, recall, limits = precision_recall_curve(present, predicted)
         f1 = 2 * precision * recall / (precision + recall).clip(1e-12)
-        k = f1[:-1].argmax()
-        below = limits[k - 1] if k else 0
-        return float(limits[k] + below) / 2
+        k = (f1[:-1] * (limits > 0)).argmax()
+        return float(_between(limits[k], limits[k - 1] if k else 0))
 
     return np.array([best(predicted[:, k].astype(float), labels[:, k] > 0.5) for k in range(predicted.shape[1])])
 
@@ -46,20 +53,67 @@ def prevalence_thresholds(
     predicted: np.ndarray,  # (N, K) probabilities
     prevalence: np.ndarray,  # (K,) share of images that show the class, in [0, 1]
 ) -> np.ndarray:  # (K,) in [0, 1]
-    "The threshold of each class that a share of images equal to its prevalence passes"
+    "The threshold of each class that a share of images equal to its prevalence passes; of equals at the border none"
     falling = -np.sort(-predicted.astype(float), 0)
     falling = np.pad(falling, ((1, 1), (0, 0)), constant_values=((1, 0), (0, 0)))
     passing = np.rint(np.asarray(prevalence) * len(predicted)).astype(int)
     classes = np.arange(predicted.shape[1])
-    return (falling[passing, classes] + falling[passing + 1, classes]) / 2
+    return _between(falling[passing, classes], falling[passing + 1, classes])
 
-# %% ../../nbs/07_classify/04_thresholds.ipynb #9259635e
+# %% ../../nbs/07_classify/04_thresholds.ipynb #3b614a6f
+def global_threshold(
+    predicted: np.ndarray,  # (N, K) probabilities
+    labels: np.ndarray,  # (N, K) multi-hot
+) -> np.ndarray:  # (K,) in [0, 1], all equal
+    "The one threshold for all classes with the best macro-F1; .5 where no threshold finds a label"
+    present = labels > 0.5
+    occurring = present.any(0)
+    present, probability = present[:, occurring], predicted[:, occurring].astype(float)
+    order = np.argsort(-probability, 0)
+    probability, present = (np.take_along_axis(values, order, 0) for values in (probability, present))
+    passing = np.arange(1, len(present) + 1)[:, None]
+    f1 = 2 * present.cumsum(0) / (passing + present.sum(0))  # (N, K) where the first 1 to N images pass
+    gains = np.diff(f1, axis=0, prepend=0).ravel()
+    falling = np.argsort(-probability.ravel())
+    limits, totals = probability.ravel()[falling], gains[falling].cumsum()
+    usable = np.append(limits[1:] < limits[:-1], True)[: len(limits)] & (limits > 0)  # the last of equals, and not 0
+    limits, totals = limits[usable], totals[usable]
+    if not totals.any():
+        return np.full(predicted.shape[1], 0.5)
+    k = totals.argmax()
+    return np.full(predicted.shape[1], _between(limits[k], np.append(limits, 0)[k + 1]))
+
+# %% ../../nbs/07_classify/04_thresholds.ipynb #adbe6a9c
+PRIOR_IMAGES = 5
+
+
+def shrunken_thresholds(
+    predicted: np.ndarray,  # (N, K) probabilities
+    labels: np.ndarray,  # (N, K) multi-hot
+    prior_images: float = PRIOR_IMAGES,  # above 0; for how many images of a class the global threshold counts
+) -> np.ndarray:  # (K,) in [0, 1]
+    "The best-F1 threshold of each class, drawn towards the global one the more the fewer images show the class"
+    if not prior_images > 0:
+        raise InputError(f'prior_images must be above 0, not {prior_images}')
+    own, shared = best_f1_thresholds(predicted, labels), global_threshold(predicted, labels)
+    images = (labels > 0.5).sum(0)
+    weight = images / (images + prior_images)
+    own_logit, shared_logit = (logit(limits.clip(np.finfo(float).tiny)) for limits in (own, shared))
+    drawn = expit(weight * own_logit + (1 - weight) * shared_logit)
+    return np.where(images, drawn.clip(np.minimum(own, shared), np.maximum(own, shared)), shared)
+
+# %% ../../nbs/07_classify/04_thresholds.ipynb #1439cc77
 def _match_prevalence(predicted, labels):
     "Thresholds that each class passes as often as it is labelled"
-    return prevalence_thresholds(predicted, labels.mean(0))
+    return prevalence_thresholds(predicted, (labels > 0.5).mean(0))
 
 
-RULES = {'f1': best_f1_thresholds, 'prevalence': _match_prevalence}
+RULES = {  # name -> function of probabilities (N, K) and labels (N, K) that gives thresholds (K,)
+    'f1': best_f1_thresholds,
+    'prevalence': _match_prevalence,
+    'global': global_threshold,
+    'shrunken': shrunken_thresholds,
+}
 
 # %% ../../nbs/07_classify/04_thresholds.ipynb #34d1e1aa
 def choose_thresholds(
@@ -67,7 +121,7 @@ def choose_thresholds(
     labels: np.ndarray,  # (N, K) multi-hot
     path: str | Path,  # a .json or .csv file, e.g. thresholds.json in the classifier's folder
     classes: Sequence[str],  # K names
-    rule: str = 'f1',  # 'f1', or 'prevalence' for that of the labels
+    rule: str = 'f1',  # a name in `RULES`: 'f1', 'prevalence', 'global' or 'shrunken'
     overwrite: bool = False,  # replace a file that is there; a classifier's own thresholds.json is replaced anyway
 ) -> pd.Series:  # index class
     "Choose a threshold for each class and write them; raises `InputError` for an unknown rule, or a file in the way"
