@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN', 'KNOWN_BY', 'RENAMED', 'Overwrite', 'Seed',
-           'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'Out', 'Size',
-           'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields', 'Tile', 'Layout',
-           'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge', 'MaskEnding',
-           'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare', 'TestShare',
-           'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance', 'Similarity',
-           'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale', 'GuidanceRescale',
-           'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit', 'Scorer',
-           'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption', 'Synthetic',
-           'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit', 'ValSplit',
-           'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets', 'report',
-           'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier', 'evaluate',
-           'thresholds', 'predict', 'export']
+           'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'Backend',
+           'Address', 'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields',
+           'Tile', 'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge',
+           'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare',
+           'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance',
+           'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale',
+           'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit',
+           'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption',
+           'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit',
+           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets',
+           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
+           'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -249,7 +249,14 @@ SkipBadOfRun = Annotated[
         '--skip-bad', help='Leave out fields of --data that cannot be used; they are listed in OUT.bad.csv either way.'
     ),
 ]
-Jobs = Annotated[int, typer.Option(min=1, max=1024, help='Classifiers trained at the same time; they share the cores.')]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, max=1024, help='Generators and classifiers trained at the same time; they share the cores.'),
+]
+Backend = Annotated[
+    str, typer.Option(help='Who does the work: local, or dask or ray for a cluster whose machines see the run folder.')
+]
+Address = Annotated[str, typer.Option(metavar='HOST:PORT', help="The cluster's scheduler, for dask and ray.")]
 
 # %% ../nbs/11_cli.ipynb #f16ef0da
 @app.command()
@@ -260,13 +267,52 @@ def run(
     jobs: Jobs = 1,
     set: Overrides = None,
     skip_bad: SkipBadOfRun = False,
+    backend: Backend = 'local',
+    address: Address = '',
 ):
-    "Run a study from images to report; run it again to continue."
-    from protloc.study.arms import study_config
+    "Run a study from images to report; run it again to continue, with more replicates if you like."
+    from protloc.core import read_config
+    from protloc.study.workers import Workers
+
+    workers = read_config(Workers, dict(jobs=jobs, backend=backend, address=address), 'run')
+    studies = _studies(preset, data, set, skip_bad)
+    path = out or Path('runs') / Path(preset).stem
+    folders = {name: path / name if name else path for name in studies}
+    config = next(iter(studies.values()))
+    outputs = {'--out': path, 'OUT.bad.csv': f'{path}.bad.csv'}
+    _writes(outputs, PRESET=_file_of(preset), data=config.data.folder)
+    if len(studies) > 1:
+        from protloc.study.grid import claim_grid, write_grid
+
+        claim_grid(path, studies)
+    for name, config in studies.items():
+        if name:
+            print(f'=== {name}', flush=True)
+        _run(config, folders[name], workers)
+    if len(studies) > 1:
+        print(f'All studies: {write_grid(path, studies).resolve()}')
+
+
+def _run(config, path, workers):
+    "One study, from images to report"
     from protloc.study.folder import RunFolder
     from protloc.study.rehearsal import rehearse
     from protloc.study.report import write_report
     from protloc.study.runner import run_study
+
+    folder = RunFolder(path)
+    run_study(config, path, workers, rehearse)
+    if folder.reported:
+        print('This study is finished; remove its folder to run it again from the start.')
+    else:
+        write_report(path)
+    print(read_text(folder.verdict))
+    print(f'Report: {folder.report.resolve()}')
+
+
+def _studies(preset, data, overrides, skip_bad):
+    "The validated settings of each study that a preset asks for, by name; one named '' where it has no grid"
+    from protloc.study.grid import study_configs
 
     if Path(preset).is_dir():
         raise InputError(
@@ -274,20 +320,10 @@ def run(
         )
     if data and _what_is(data) != STORE:
         _check_is('a folder of images or a store', data, option='--data')
-    overrides = [*(set or []), 'data.prepare.skip_bad=true'] if skip_bad else set or []
+    overrides = [*(overrides or []), *['data.prepare.skip_bad=true'] * skip_bad]
     if data and _what_is(data) == STORE and any(text.startswith('data.prepare') for text in overrides):
         raise InputError(f'{data} is a store, its images are read as they are: leave out --skip-bad and data.prepare')
-    config = study_config(preset, data, overrides)
-    folder = RunFolder(out or Path('runs') / Path(preset).stem)
-    outputs = {'--out': folder.path, 'OUT.bad.csv': f'{folder.path}.bad.csv'}
-    _writes(outputs, PRESET=_file_of(preset), data=config.data.folder)
-    run_study(config, folder.path, jobs, rehearse)
-    if folder.reported:
-        print('This study is finished; remove its folder to run it again from the start.')
-    else:
-        write_report(folder.path)
-    print(read_text(folder.verdict))
-    print(f'Report: {folder.report.resolve()}')
+    return study_configs(preset, data, overrides)
 
 # %% ../nbs/11_cli.ipynb #61dc3621
 @app.command()

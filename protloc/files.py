@@ -26,8 +26,8 @@ from .core import InputError, command_line, describe_os_error, has_control, one_
 __all__ = ['CHANGED', 'MOST_LETTERS', 'MOST_NODES', 'PARTIAL', 'LOCK', 'LOCK_SECONDS', 'check_file', 'read_bytes', 'read_text',
            'read_json', 'read_json_lines', 'parse_yaml', 'read_yaml', 'read_array', 'check_name', 'remove',
            'partial_of', 'lock_of', 'name_error', 'atomic_path', 'is_held', 'exclusive', 'is_cut_off', 'sweep',
-           'sweep_within', 'scratch_folder', 'write_text', 'write_json', 'write_yaml', 'check_outputs', 'check_room',
-           'first_difference', 'claim_settings']
+           'sweep_within', 'scratch_folder', 'write_text', 'write_json', 'write_yaml', 'check_outputs', 'check_new',
+           'check_room', 'first_difference', 'claim_settings']
 
 # %% ../nbs/00_files.ipynb #c3d88390
 def check_file(
@@ -416,6 +416,17 @@ def check_outputs(
                 how = 'is the same as' if here == taken else 'contains' if here in taken.parents else 'lies in'
                 raise InputError(f'{path} ({name}) {how} {other}, which is not to be changed: choose another place')
         there[name] = here
+
+# %% ../nbs/00_files.ipynb #3360cfd7
+def check_new(
+    path: str | Path,  # to be written
+    overwrite: bool = False,  # a file there may be replaced; a folder never
+):
+    "Raise `InputError` for a path where something is already"
+    if os.path.isdir(path):
+        raise InputError(f'{one_line(path)} is a folder: name the file to write')
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f'{one_line(path)} is there already: choose another name, or remove it (or overwrite=True)')
 
 # %% ../nbs/00_files.ipynb #7dab09d6
 def check_room(

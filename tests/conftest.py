@@ -64,7 +64,7 @@ SMALL = [
     'generator.unet.widths=[16, 32]',
     'generate={images: 64, num_inference_steps: 3}',
     'arms=[real, concat, mix_representation]',
-    'seeds=2',
+    'replicates=2',
     'classifier.loop={steps: 60, batch_size: 16, lr: 0.003, evaluate_every: 20, checkpoint_seconds: 0}',
 ]
 

@@ -41,7 +41,7 @@ SLOW_CHOSEN = 6  # strata of cases that take seconds, among them
 
 PRESET = {
     'about': 'a study of seconds',
-    'seeds': 1,
+    'replicates': 2,
     'data': {
         'simulate': {
             'size': 32,
@@ -154,7 +154,7 @@ def make_inputs(home, with_run=True):
     if not with_run:
         return
     shutil.copytree(home / 'run', home / 'half')
-    for name in ('report.html', 'report.ipynb', 'results', 'figures', 'classifiers/concat'):
+    for name in ('report.html', 'report.ipynb', 'results', 'figures', 'replicate-1/classifiers/concat'):
         wrong.removed(home / 'half' / name)
     for name, command in (
         ('preparing', 'prepare {home}/challenge preparing/out --size 16 --workers 1'),
@@ -671,7 +671,7 @@ def setting_cases():
             value = form.replace('{}', text, 1) if form != '{}' else text
             yield setting_case(name, key, field, what, value, text)
     for what, text in (
-        ('no equals', 'seeds'), ('no name', '=5'), ('empty', ''), ('a part of a number', 'seeds.a.b=5'),
+        ('no equals', 'seed'), ('no name', '=5'), ('empty', ''), ('a part of a number', 'replicates.a.b=5'),
         ('points', '..=5'),
         ('an unknown setting', 'seedz=5'), ('an unknown part', 'classifier.lop.steps=5'), ('a line break', 'a\nb=5'),
         ('a long name', f'{"a." * 3000}b=1'), ('a surrogate', 'a\udcff=5'), ('a part of a list', 'arms.0=real'),

@@ -236,8 +236,8 @@ def test_a_study_goes_on_with_what_it_read(challenge, tmp_path, change, named):
         claim_inputs(config, run)
         change(challenge, tmp_path)
     claim_inputs(config, run)
-    for made in (run.real, run.synthetic(), run.classifiers):
-        made.mkdir()
+    for made in (run.real, run.synthetic(), run.classifier('real')):
+        made.mkdir(parents=True)
     claim_inputs(config, run)
     (challenge / 'notes.txt').write_text('no image')
     claim_inputs(config, run)

@@ -184,7 +184,7 @@ def test_a_study_with_a_teacher_and_the_new_arms(tmp_path):
         overrides=[
             'data.simulate.counts={train: 60, val: 20, test: 20}',
             'data.simulate.classes=[Nucleoli, Cytosol]',
-            'seeds=1',
+            'replicates=2',
             f'arms=[soft_labels, real, duplicate_real, {own_statistics}, pretrain_finetune]',
             'generator.loop={steps: 4, batch_size: 8}',
             'generator.unet.widths=[16, 32]',
@@ -247,7 +247,7 @@ TINY = [
     '--set',
     'arms=[real, concat]',
     '--set',
-    'seeds=1',
+    'replicates=2',
 ]
 
 

@@ -340,13 +340,13 @@ def test_settings_of_any_shape():
             except InputError as error:
                 assert len(str(error)) < 1000, (path, value[:50])
     assert count > 350 and time.time() - began < 60
-    for text in ('=', '=1', 'a.b.c.d=1', 'a' * 9999, '.=1', 'seeds.=1', '.'.join('a' * 999) + '=1', 'arms.0.name=x'):
+    for text in ('=', '=1', 'a.b.c.d=1', 'a' * 9999, '.=1', 'seed.=1', '.'.join('a' * 999) + '=1', 'arms.0.name=x'):
         with pytest.raises(InputError):
             read_config(StudyConfig, with_overrides(demo, [text]), 'demo')
 
 
 PRESETS = ['data: 5', 'arms: [[1]]', 'arms: 5', 'arms: [{1: 2}]', 'generator: [1]', '1: 2', 'generate: x']
-PRESETS += ['arms: {real: 1}', 'seeds: &a [*a]', 'arms: [null]', 'true: 1']
+PRESETS += ['arms: {real: 1}', 'replicates: &a [*a]', 'arms: [null]', 'true: 1']
 
 
 @pytest.mark.parametrize('text', PRESETS)
@@ -458,7 +458,7 @@ def study_of(classes, arms, folder):
     store = write_store(folder / 'cells', images, table, ('a', 'b'), Vocabulary(classes))
     settings = read_preset('demo')
     named = ['real', *[dict(name=name, strategy='concat') for name in arms]]
-    settings |= dict(about=classes[3] if len(classes) > 3 else '', arms=named, seeds=2)
+    settings |= dict(about=classes[3] if len(classes) > 3 else '', arms=named, replicates=2)
     settings['data'] = dict(folder=str(store.path))
     return read_config(StudyConfig, settings), store
 
@@ -562,15 +562,15 @@ STUDY = (
     'generate={images: 16, num_inference_steps: 2}',
     'arms=[real, concat]',
     'classifier.loop={steps: 4000, batch_size: 8}',
-    'seeds=2',
+    'replicates=2',
 )
 
 
 @pytest.mark.slow
 def test_helpers_of_a_study_end_with_it(tmp_path):
     words = ['run', 'demo', '--out', tmp_path / 'run', '--jobs', 2, *[word for s in STUDY for word in ('--set', s)]]
-    training = tmp_path / 'run' / 'classifiers'
-    alive = killed(words, lambda members: len(list(training.glob('*/*/settings.json'))) == 2)
+    training = tmp_path / 'run'
+    alive = killed(words, lambda members: len(list(training.glob('replicate-*/classifiers/*/settings.json'))) == 2)
     assert alive == []
 
 
@@ -595,12 +595,13 @@ NOTES = (
     'config.yaml',
     'log.jsonl',
     'versions.json',
-    'generator/log.jsonl',
-    'generator/pipeline/training.json',
-    'classifiers/real/seed-0/test.npy',
-    'classifiers/real/seed-0/synthetic.npy',
-    'classifiers/concat/seed-1/val.npy',
-    'classifiers/concat/seed-1/log.jsonl',
+    'plan.yaml',
+    'replicate-0/generator/log.jsonl',
+    'replicate-0/generator/pipeline/training.json',
+    'replicate-0/classifiers/real/test.npy',
+    'replicate-0/classifiers/real/synthetic.npy',
+    'replicate-1/classifiers/concat/val.npy',
+    'replicate-1/classifiers/concat/log.jsonl',
 )
 
 
@@ -623,7 +624,7 @@ def test_a_run_without_its_files(finished, tmp_path, damage):
         except InputError as error:
             outcomes[name] = str(error)
         path.write_bytes(whole)
-    notes = ('log.jsonl', 'versions.json', 'generator/log.jsonl', 'generator/pipeline/training.json')
+    notes = NOTES[1:3] + ('replicate-0/generator/log.jsonl', 'replicate-0/generator/pipeline/training.json')
     for name, sentence in outcomes.items():
         if damage == 'removed' and name in notes:
             assert not sentence

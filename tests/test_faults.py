@@ -17,7 +17,7 @@ import wrong
 ALL = os.environ.get('PROTLOC_FAULTS') == 'all'
 PROGRAM = Path(faults.__file__)
 OPTIONS = ['protloc', *faults.COMMANDS]
-SECTIONS = ['about', 'seed', 'seeds', 'data', 'generator', 'generate', 'classifier', 'arms', '--set']
+SECTIONS = ['about', 'seed', 'replicates', 'data', 'generator', 'generate', 'classifier', 'arms', '--set']
 READERS = [command for command in faults.COMMANDS if command not in ('presets', 'simulate')]
 PARTS = [
     *(('option', part) for part in OPTIONS),

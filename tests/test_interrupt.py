@@ -29,7 +29,7 @@ STUDY = [
     'generator.unet.widths=[16, 32]',
     'generate={images: 32, num_inference_steps: 2}',
     'arms=[real, concat]',
-    'seeds=2',
+    'replicates=2',
     'classifier.loop={steps: 20, batch_size: 16, evaluate_every: 10}',
 ]
 
@@ -133,10 +133,10 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize('seconds', [0.06, 0.2, 0.5])
 def test_while_the_libraries_are_imported(tmp_path, number, seconds):
     "Before the command line is there, while it is imported, and while a command imports what it needs"
-    words = (*PROTLOC, 'run', 'demo', '--out', 'a run', '--set', 'seeds=2')
+    words = (*PROTLOC, 'run', 'demo', '--out', 'a run', '--set', 'replicates=2')
     sentence = sentence_of(*stopped(words, tmp_path, at(seconds), number), number)
     assert sentence.startswith('stopped; nothing is lost; continue with: ')
-    assert sentence.endswith("-m protloc run demo --out 'a run' --set seeds=2")
+    assert sentence.endswith("-m protloc run demo --out 'a run' --set replicates=2")
     assert [path.name for path in tmp_path.iterdir()] == ['stderr.txt']
 
 

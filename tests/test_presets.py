@@ -47,7 +47,7 @@ def classifier_presets():
 @pytest.mark.parametrize('name', classifier_presets())
 def test_classifiers(name, cells, tmp_path):
     config = section_config('classifier', name, [*FEW, 'weights=none', 'loop.evaluate_every=2'])
-    arm = study_config(name).arms[-1] if 'run' in commands_of(read_preset(name)) else arm_of(name)
+    arm = study_config(name).arms[-2] if 'run' in commands_of(read_preset(name)) else arm_of(name)
     real, synthetic = cells
     wanted = synthetic if 'synthetic' in arm.sources else None
     train_classifier(real, tmp_path, config, arm.kind, wanted, 0, arm.partners, arm.ratio, **arm.options)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Classifier
-from .predict import check_new, load_classifier
+from .predict import load_classifier
 from .thresholds import read_thresholds
 from ..core import InputError, lookup, one_line
-from ..files import atomic_path, read_bytes
+from ..files import atomic_path, check_new, read_bytes
 from ..training import disk_errors
 
 # %% auto #0

@@ -25,8 +25,8 @@ from ..files import write_json
 from ..training import load_weights, save_weights, this_process
 
 # %% auto #0
-__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'check_new', 'load_classifier', 'reading_of',
-           'contrast_note', 'load_classifiers']
+__all__ = ['map_batches', 'symmetries', 'probabilities', 'save_classifier', 'load_classifier', 'reading_of', 'contrast_note',
+           'load_classifiers']
 
 # %% ../../nbs/07_classify/03_predict.ipynb #7b573045
 def _read_ahead(batches, device):
@@ -120,17 +120,6 @@ def save_classifier(
     depths = sorted(manifest['made'].get('depths', ['uint8']))
     save_weights(classifier, folder / 'classifier.safetensors', without='.aux.')
     write_json(folder / 'classifier.json', {**classifier.card, **images, 'fields': fields, 'depths': depths})
-
-# %% ../../nbs/07_classify/03_predict.ipynb #0882343e
-def check_new(
-    path: str | Path,  # to be written
-    overwrite: bool = False,  # a file there may be replaced; a folder never
-):
-    "Raise `InputError` for a path where something is already"
-    if os.path.isdir(path):
-        raise InputError(f'{one_line(path)} is a folder: name the file to write')
-    if os.path.lexists(path) and not overwrite:
-        raise InputError(f'{one_line(path)} is there already: choose another name, or remove it (or overwrite=True)')
 
 # %% ../../nbs/07_classify/03_predict.ipynb #8734254e
 def load_classifier(

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .backbone import Classifier
-from .predict import check_new, probabilities, reading_of
+from .predict import probabilities, reading_of
 from ..core import InputError
 from ..data.prepare import prepare
 from ..data.readers.tables import write_table
-from ..files import atomic_path, scratch_folder
+from ..files import atomic_path, check_new, scratch_folder
 from ..labels import Vocabulary
 from ..training import disk_errors
 

@@ -15,11 +15,10 @@ import pandas as pd
 from scipy.special import expit, logit
 from sklearn.metrics import precision_recall_curve
 
-from .predict import check_new
 from ..core import InputError, lookup, one_line, shown
 from ..data.kind import brief
 from ..data.readers.tables import read_table, write_table
-from ..files import read_text, write_json
+from ..files import check_new, read_text, write_json
 
 # %% auto #0
 __all__ = ['PRIOR_IMAGES', 'RULES', 'best_f1_thresholds', 'prevalence_thresholds', 'global_threshold', 'shrunken_thresholds',

@@ -105,14 +105,12 @@ def resampled_f1(
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #735f19f0
 def f1_influence(
     counts: GroupCounts,
-    classes: np.ndarray | None = None,  # (K,) bool, those to average over; the occurring ones unless given
-) -> np.ndarray:  # (C, G)
-    "Influence of each group on each classifier's macro-F1"
-    classes = counts.true.any(0) if classes is None else classes
-    hits, said, true = counts.hits[:, :, classes], counts.said[:, :, classes], counts.true[:, classes]
+) -> np.ndarray:  # (C, G, K); 0 where a class does not occur. The mean over classes is that on macro-F1
+    "Influence of each group on the F1 of each classifier and class"
+    hits, said, true = counts
     size = (said.sum(1) + true.sum(0)).clip(1e-9)  # (C, K)
     f1 = f1_of(hits.sum(1), said.sum(1), true.sum(0))
-    return ((2 * hits - f1[:, None] * (said + true)) / size[:, None]).mean(-1)
+    return (2 * hits - f1[:, None] * (said + true)) / size[:, None]
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #7680e32d
 def _precision_influence(predicted, truth):

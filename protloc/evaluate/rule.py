@@ -14,8 +14,8 @@ from scipy import stats
 from ..core import InputError, shown
 
 # %% auto #0
-__all__ = ['CORRELATION', 'CALLS', 'replicate_variance', 'test_variance', 'test_df', 'satterthwaite', 'p_value', 'holm', 'call',
-           'decide']
+__all__ = ['CORRELATION', 'CALLS', 'replicate_variance', 'shared_variance', 'df_of_test', 'satterthwaite', 'p_value', 'holm',
+           'call', 'decide']
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #45cfa9ff
 CORRELATION = 0.64  # of the spreads of two arms that share a baseline, in the count of degrees of freedom
@@ -31,7 +31,7 @@ def replicate_variance(
     return np.maximum(own, own.mean()) / replicates, df
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #97c0ebf2
-def test_variance(
+def shared_variance(
     of_mean: np.ndarray,  # (A,) bootstrap variance of each arm's mean difference
     of_each: np.ndarray,  # (A, R), R of 2 or more: bootstrap variance of each difference
 ) -> np.ndarray:  # (A,) at least 0
@@ -41,7 +41,7 @@ def test_variance(
     return np.maximum(shared, 0)
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #7ca3884f
-def test_df(
+def df_of_test(
     influence: np.ndarray,  # (A, G) influence of each test group on each arm's mean difference, see `evaluate.intervals`
 ) -> np.ndarray:  # (A,) from 1 to G - 1
     "Degrees of freedom of the test set's variance: few where few groups decide"
@@ -115,8 +115,8 @@ def decide(
     if differences.shape[1] < 2 or influence.shape[1] < 2:
         return _nothing_known(mean)
     between, df_between = replicate_variance(differences)
-    of_test = test_variance(of_mean, of_each)
-    se, df = satterthwaite([between, of_test], [df_between, test_df(influence)])
+    of_test = shared_variance(of_mean, of_each)
+    se, df = satterthwaite([between, of_test], [df_between, df_of_test(influence)])
     half, half90 = (stats.t.ppf(1 - tail, df) * se for tail in (0.025, 0.05))
     p = p_value(mean, se, df)
     columns = dict(difference=mean, low=mean - half, high=mean + half, low90=mean - half90, high90=mean + half90)

@@ -29,7 +29,8 @@ from ..files import check_name, parse_yaml, read_yaml
 # %% auto #0
 __all__ = ['Number', 'Replicates', 'Fraction', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'PrepareConfig', 'DataConfig',
            'ArmConfig', 'FilterConfig', 'DesignConfig', 'with_company', 'StudyConfig', 'presets', 'read_preset',
-           'commands_of', 'with_overrides', 'section_of', 'study_config', 'section_config', 'arm_of']
+           'commands_of', 'with_overrides', 'section_of', 'study_config', 'preset_values', 'read_study',
+           'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
 class PrepareConfig(FolderConfig, FieldConfig):
@@ -196,12 +197,12 @@ def with_company(
     fractions: Sequence[float] = (),  # of the learning curve
 ) -> tuple[ArmConfig, ...]:  # 'real' first, then duplicate_real, the others, oracle, the curve
     "The arms of a study with those that join them; arms that are there already stay as they are"
-    ratio = max((arm.ratio for arm in arms if arm.role == 'tested'), default=0)
-    joining = dict(
-        duplicate_real=ArmConfig(name='duplicate_real', ratio=ratio),
-        oracle=ArmConfig(name='oracle', strategy='concat', source='oracle', ratio=ratio),
-    )
-    first, last = ([joining[name]] if ratio and name in controls else [] for name in joining)
+    ratios = [arm.ratio for arm in arms if arm.role == 'tested']
+    first, last = [], []
+    if ratios and 'duplicate_real' in controls:
+        first = [ArmConfig(name='duplicate_real', ratio=max(ratios))]
+    if ratios and 'oracle' in controls:
+        last = [ArmConfig(name='oracle', strategy='concat', source='oracle', ratio=max(ratios))]
     curve = [ArmConfig(name=f'real-{share:g}', strategy='real', fraction=share) for share in fractions]
     there = {arm.name for arm in arms}
     first, last = ([arm for arm in new if arm.name not in there] for new in (first, last + curve))
@@ -343,6 +344,18 @@ def study_config(
     overrides: Sequence[str] = (),  # 'a.b=value'
 ) -> StudyConfig:
     "The validated settings of a study; raises `InputError` for the first mistake"
+    values = preset_values(preset, data, overrides)
+    if values.get('grid'):
+        raise InputError(f"preset '{preset}' has a grid, which makes several studies: run it with `protloc run`")
+    return read_study({name: value for name, value in values.items() if name != 'grid'}, preset)
+
+
+def preset_values(
+    preset: str,  # a preset or a YAML file
+    data: str | Path | None = None,  # a store or a folder of fields, instead of the preset's own
+    overrides: Sequence[str] = (),  # 'a.b=value'
+) -> dict:
+    "The settings of a preset with what was changed, not yet validated; raises `InputError` where it is no study"
     values = read_preset(preset)
     commands = commands_of(values)
     if 'data' not in values and not data and commands and 'run' not in commands:
@@ -352,6 +365,14 @@ def study_config(
     values = with_overrides(values, overrides)
     if data:
         values = {**values, 'data': {**section_of(values, 'data', preset), 'folder': os.path.realpath(data)}}
+    return values
+
+
+def read_study(
+    values: dict,  # of a preset
+    preset: str,  # its name, for the message
+) -> StudyConfig:
+    "Settings of a study, validated; raises `InputError` for the first mistake"
     return read_config(StudyConfig, values, f"preset '{preset}'")
 
 # %% ../../nbs/09_study/00_arms.ipynb #75438821

@@ -418,7 +418,9 @@ def read_predictions(
     return said
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
-NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'rule', 'split', 'verdict', 'worth')  # columns of the results that hold texts
+# columns of the results that hold texts
+NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'rising', 'score', 'split')
+NAMES += ('verdict', 'verdict_duplicate', 'worth')
 
 
 @patch

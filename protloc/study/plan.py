@@ -5,7 +5,7 @@
 # %% ../../nbs/09_study/02_plan.ipynb #ff8df1e5
 from __future__ import annotations
 
-import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from ..data.split import group_labels
 from ..data.store import ImageStore
 from ..evaluate.power import level_of_look
 from ..files import first_difference, read_json, remove, write_yaml
-from .arms import StudyConfig
 from .folder import RunFolder
+
+if TYPE_CHECKING:  # a finished study opens without PyTorch
+    from protloc.study.arms import StudyConfig
 
 # %% auto #0
 __all__ = ['LEAST_GROUPS', 'LEVEL', 'SCORE', 'groups_in_test', 'score_classes', 'plan_of', 'freeze', 'level_of', 'deviations']
@@ -92,8 +94,6 @@ def freeze(
     plan = plan_of(config, real)
     if run.plan.exists():
         plan = _continued(run, plan)
-    else:
-        plan['written'] = time.strftime('%Y-%m-%dT%H:%M:%S')
     if not run.plan.exists() or run.read_plan() != plan:
         write_yaml(run.plan, plan)
     return plan
@@ -102,7 +102,7 @@ def freeze(
 def _continued(run, plan):
     "The plan that is there, with replicates added"
     there = run.read_plan()
-    wanted = {**plan, 'written': there.get('written'), 'looks': there['looks']}
+    wanted = {**plan, 'looks': there['looks']}
     difference = first_difference({**there, 'replicates': plan['replicates']}, wanted)
     if difference:
         raise InputError(

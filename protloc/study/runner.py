@@ -107,9 +107,7 @@ def claim_folder(
     settings = config.model_dump(mode='json')
     before = run.read_settings()['replicates'] if run.begun else config.replicates
     if before > config.replicates:
-        raise InputError(
-            f'{run.path} was begun with {before} replicates: more can be added, none taken away; {mend}'
-        )
+        raise InputError(f'{run.path} was begun with {before} replicates: more can be added, none taken away; {mend}')
 
     def meant(noted):
         return {**_as_meant(noted), 'replicates': config.replicates}
@@ -219,9 +217,24 @@ def real_images(
         stage(run, f'verify {given}', store.verify)
         run.note_store(store)
         return store
-    if given:
-        return stage(run, f'prepare {given}', lambda: _prepare(config, run))
-    return stage(run, 'simulate cells', lambda: _simulate(config, run))
+    key = key_of(
+        dict(data=config.data.model_dump(mode='json', exclude={'fraction'}), seed=config.seed, inputs=_noted(run))
+    )
+    there = find_made(run, key)
+    if there:
+        take_over(there, run.real)
+        print(f'== real images: taken over from {there}', flush=True)
+    elif given:
+        stage(run, f'prepare {given}', lambda: _prepare(config, run))
+    else:
+        stage(run, 'simulate cells', lambda: _simulate(config, run))
+    note_made(run, run.real, key)
+    return run.open_real()
+
+
+def _noted(run):
+    "The hashes of what is read from outside"
+    return read_json(run.inputs) if run.inputs.exists() else {}
 
 # %% ../../nbs/09_study/06_runner.ipynb #4d45338b
 def _prepare(config, run):
@@ -285,9 +298,7 @@ def _make_judgement(config, run, part):
     run.write_predictions('real', part.replicate, 'synthetic', probabilities(judge, synthetic, synthetic.rows()))
 
 
-_MAKE = dict(
-    generator=_make_generator, images=_make_images, classifier=_make_classifier, judgement=_make_judgement
-)
+_MAKE = dict(generator=_make_generator, images=_make_images, classifier=_make_classifier, judgement=_make_judgement)
 
 # %% ../../nbs/09_study/06_runner.ipynb #955a13dd
 def make(
@@ -415,6 +426,8 @@ def run_study(
         claim_inputs(config, run)
         run.read_stages()  # a damaged log is named before hours of work
         real = real_images(config, run)
+        if not run.plan.exists():
+            stage(run, 'write the plan', lambda: freeze(run, config, real))
         freeze(run, config, real)
         check_predictions(config, real, run)
         for number, arm in shares_of(config):

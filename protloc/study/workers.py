@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,53 @@ def _in_processes(work, calls, workers):
     tasks = [joblib.delayed(_quietly)(threads, work, *args) for _, args in calls]
     with interrupts_kept(), joblib.parallel_config('loky', initializer=end_with, initargs=(os.getpid(),)):
         yield from joblib.Parallel(jobs, return_as='generator_unordered')(tasks)
+
+# %% ../../nbs/09_study/05_workers.ipynb #77b14443
+def _needed(package, extra):
+    "An optional package; raises `InputError` where it is not installed"
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"--backend {extra} needs a package more: `pip install 'protloc[{extra}]'`") from None
+
+
+def _on_dask(work, calls, workers):
+    "Tasks as futures of a Dask cluster"
+    distributed = _needed('distributed', 'dask')
+    try:
+        client = distributed.Client(workers.address, timeout=30, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f'no Dask scheduler answers at {one_line(workers.address)} ({one_line(error, 200)}):'
+            ' start one with `dask scheduler`, or name its HOST:PORT'
+        ) from None
+    with client:
+        futures = [client.submit(_quietly, 0, work, *args, key=name, pure=False) for name, args in calls]
+        for future in distributed.as_completed(futures):
+            yield future.result()
+
+
+def _on_ray(work, calls, workers):
+    "Tasks as futures of a Ray cluster"
+    ray = _needed('ray', 'ray')
+    try:
+        ray.init(address=workers.address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f'no Ray cluster answers at {one_line(workers.address)} ({one_line(error, 200)}):'
+            ' start one with `ray start --head`, or name its HOST:PORT'
+        ) from None
+    try:
+        task = ray.remote(max_retries=3)(_quietly)
+        left = [task.options(name=name).remote(0, work, *args) for name, args in calls]
+        while left:
+            (done, *_), left = ray.wait(left)
+            yield ray.get(done)
+    finally:
+        ray.shutdown()
+
+
+_CLUSTERS = dict(dask=_on_dask, ray=_on_ray)
 
 # %% ../../nbs/09_study/05_workers.ipynb #d78d23d4
 def work_through(
