@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbone import Classifier, read_card
-from ..core import InputError, one_line
+from ..core import InputError
 from ..data.fields import FieldConfig
 from ..data.kind import ImageKind
 from ..data.loading import in_order

@@ -255,7 +255,8 @@ def check_strategy(
     name = type(strategy).__name__
     if config.loop.patience and strategy.sources_at(0.0) != strategy.sources_at(1.0):
         raise InputError(
-            f"the strategy '{name}' changes its images on the way, and patience might stop it before: leave out patience"
+            f"the strategy '{name}' changes its images on the way, and patience might stop it before:"
+            ' leave out patience'
         )
     if strategy.makes_soft_targets and not config.criterion_for().takes_soft_targets:
         raise InputError(

@@ -179,9 +179,9 @@ def nested_groups(
     "Groups in random order, every class early enough; raises `InputError` where no order of a hundred will do"
     member, labels_of_groups = group_labels(labels, groups)
     count = share_of(len(labels_of_groups), smallest)
-    wanted = labels_of_groups.any(0)
+    wanted = labels_of_groups.sum(0) > 0
     rng = rng_for(seed, 'nested groups')
-    missing = np.zeros(len(wanted), int)
+    missing = np.zeros(labels.shape[1], int)
     for _ in range(100):
         order = rng.permutation(len(labels_of_groups))
         lacking = wanted & ~labels_of_groups[order[:count]].any(0)
@@ -190,7 +190,7 @@ def nested_groups(
         missing += lacking
     raise InputError(
         f'a share of {smallest:g} is {count} of {len(labels_of_groups)} training groups, and has none that shows'
-        f" '{names[missing.argmax()]}': choose larger shares"
+        f" '{names[int(missing.argmax())]}': choose larger shares"
     )
 
 

@@ -32,11 +32,10 @@ def count_in_groups(
     groups: Sequence[str],  # (N,) the group of each image
 ) -> GroupCounts:
     "Counts by group, from which every F1 follows; raises `InputError` for no image, or shapes that do not fit"
-    groups = np.asarray(groups, str)
     if not len(groups) or decisions.shape[1:] != labels.shape or len(groups) != len(labels):
         shapes = f'{decisions.shape} decisions, {labels.shape} labels and {len(groups)} groups'
         raise InputError(f'{shapes} do not fit together: give those of the same images, one or more')
-    names, member = np.unique(groups, return_inverse=True)
+    names, member = np.unique(np.asarray(groups, str), return_inverse=True)
     order = np.argsort(member, kind='stable')
     starts = np.searchsorted(member[order], np.arange(len(names)))
     truth = labels[order] > 0.5

@@ -52,7 +52,8 @@ def power(
 def smallest_difference(
     se: float,  # of `standard_error`
     df: float,  # of `standard_error`
-    alpha: float = 0.05,  # two-sided level of this arm; that of the study divided by its arms is the strictest of Holm's
+    # two-sided level of this arm; that of the study divided by its arms is the strictest of Holm's
+    alpha: float = 0.05,
     wanted: float = 0.8,  # power
 ) -> float:
     "The true difference that is called with the wanted power"

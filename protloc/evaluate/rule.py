@@ -42,7 +42,8 @@ def shared_variance(
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #7ca3884f
 def df_of_test(
-    influence: np.ndarray,  # (A, G) influence of each test group on each arm's mean difference, see `evaluate.intervals`
+    # (A, G) influence of each test group on each arm's mean difference, see `evaluate.intervals`
+    influence: np.ndarray,
 ) -> np.ndarray:  # (A,) from 1 to G - 1
     "Degrees of freedom of the test set's variance: few where few groups decide"
     groups = influence.shape[1]

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -364,7 +362,7 @@ def make_wave(
     possible = [part for part in parts if all(is_made(run, needed) for needed in _needs(config, part))]
     todo = _reuse(config, run, [part for part in possible if not is_made(run, part)])
     calls = [(str(part), (config, run, part)) for part in todo]
-    for number, (part, seconds, why) in enumerate(work_through(make, calls, workers), 1):
+    for part, seconds, why in work_through(make, calls, workers):
         run.note_failure(str(part), why)
         if why:
             print(f'note: {part} could not be made: {why}', file=sys.stderr, flush=True)

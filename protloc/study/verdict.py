@@ -68,7 +68,7 @@ def comparisons(
     study: Study,
     found: dict[str, Score],  # by the names of `SCORES`
 ) -> pd.DataFrame:  # a row an arm, baseline and score: arm, against, score, columns of `decide`
-    "Every arm against `real`, and against duplicated real images, by each score; Holm's correction over the tested arms"
+    "Every arm against `real` and against duplicated real images, by each score; Holm over the tested arms"
     tables = []
     for against in ('real', 'duplicate_real'):
         families = [[arm for arm in study.arms_of(role) if arm != against] for role in ('tested', 'control')]
