@@ -194,6 +194,16 @@ def test_power_is_how_often_a_simulated_study_calls(difference, test_sd):
     assert called.mean() == pytest.approx(power.power(difference, *error), abs=0.03)
 
 
+@pytest.mark.parametrize(('arms', 'replicates'), [(2, 5), (4, 3), (4, 5), (4, 12), (8, 8)])
+def test_the_error_that_is_planned_with_is_the_one_that_the_rule_finds(arms, replicates):
+    rng = rng_for(0, 'planned error', arms, replicates)
+    of_baseline = rng.normal(size=(2000, 1, replicates))
+    drawn = (rng.normal(size=(2000, arms, replicates)) - of_baseline) * 0.5**0.5
+    found = np.mean([rule.replicate_variance(differences)[0].mean() for differences in drawn])
+    se, _ = power.standard_error(1, 0, replicates, arms)
+    assert se == pytest.approx(found**0.5, rel=0.05)
+
+
 def test_the_levels_of_planned_looks_add_up_to_the_level_of_the_study():
     for plan in calibration.PLANS.values():
         assert sum(calibration.level_at(plan, i) for i in range(len(plan))) == pytest.approx(0.05)

@@ -27,7 +27,8 @@ def standard_error(
     "What `rule.decide` will find on average; raises `InputError` for fewer than two replicates"
     if replicates < 2:
         raise InputError(f'{shown(replicates)} replicates give no interval: plan 2 or more')
-    between, of_test = replicate_sd**2 / replicates, test_sd**2
+    larger = 0.4 * (2 / (replicates - 1) * (1 - CORRELATION) * (1 - 1 / arms)) ** 0.5  # the rule takes that of two
+    between, of_test = (1 + larger) * replicate_sd**2 / replicates, test_sd**2
     df_between = (replicates - 1) * arms / (1 + CORRELATION * (arms - 1))
     total = between + of_test
     doubt = between**2 / df_between + of_test**2 / max(groups - 1, 1)
@@ -52,7 +53,7 @@ def power(
 def smallest_difference(
     se: float,  # of `standard_error`
     df: float,  # of `standard_error`
-    alpha: float = 0.05,  # two-sided level of this arm; that of the study divided by its arms is the strictest of Holm's
+    alpha: float = 0.05,  # two-sided level of this arm; the study's, divided by its arms, is the strictest of Holm's
     wanted: float = 0.8,  # power
 ) -> float:
     "The true difference that is called with the wanted power"

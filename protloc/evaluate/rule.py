@@ -42,7 +42,7 @@ def test_variance(
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #7ca3884f
 def test_df(
-    influence: np.ndarray,  # (A, G) influence of each test group on each arm's mean difference, see `evaluate.intervals`
+    influence: np.ndarray,  # (A, G) of each test group on each arm's mean difference, see `evaluate.intervals`
 ) -> np.ndarray:  # (A,) from 1 to G - 1
     "Degrees of freedom of the test set's variance: few where few groups decide"
     groups = influence.shape[1]
