@@ -221,18 +221,21 @@ def draw_study(
 
 
 def studies_of(kind, studies, pools, folder):
-    "The studies of a kind, as far as they are not there yet"
+    "The studies of a kind, drawn where they are not there yet, and the seconds that they took"
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    found, seconds = [], 0
     for number in range(studies):
         path = folder / f'{kind}-{number:04d}.npz'
         if not path.exists():
+            start = time.perf_counter()
             matched, half, on_all = draw_study(kind, number, pools)
-            np.savez(path, f1=matched.f1, influence=matched.influence, half=half.f1, by_half=half.influence, all=on_all)
+            by_rule = dict(f1=matched.f1, influence=matched.influence, half=half.f1, half_influence=half.influence)
+            np.savez(path, **by_rule, all=on_all, seconds=time.perf_counter() - start)
         with np.load(path) as saved:
-            matched, half = Scored(saved['f1'], saved['influence']), Scored(saved['half'], saved['by_half'])
+            matched, half = Scored(saved['f1'], saved['influence']), Scored(saved['half'], saved['half_influence'])
             found.append((matched, half, saved['all']))
-    return found
+            seconds += saved['seconds']
+    return found, round(float(seconds), 1)
 
 
 def stacked(tables: list[pd.DataFrame], name: str) -> np.ndarray:  # (studies, A)
@@ -290,9 +293,7 @@ def main():
     for kind in args.only:
         if any(line['kind'] == kind and line['studies'] >= args.studies for line in there):
             continue
-        start = time.perf_counter()
-        found = studies_of(kind, args.studies, pools, args.folder / 'studies')
-        seconds = round(time.perf_counter() - start, 1)
+        found, seconds = studies_of(kind, args.studies, pools, args.folder / 'studies')
         for replicates in replicates_of(kind):
             new = [new_rule(matched.first(replicates)) for matched, _, _ in found]
             old = [old_rule(half.first(replicates)) for _, half, _ in found]
