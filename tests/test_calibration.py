@@ -122,7 +122,7 @@ def test_without_any_spread_a_difference_is_certain():
     table = rule.decide(differences, np.zeros(3), np.zeros((3, 3)), np.zeros((3, 40)))
     assert list(table.verdict) == ['helps', 'equivalent', 'hurts']
     np.testing.assert_allclose(table.p, [0, 1, 0], atol=1e-12)  # three times .05 differ by a rounding
-    np.testing.assert_allclose(table[['low', 'high']].T, [table.difference] * 2)
+    np.testing.assert_allclose(table[['low', 'high']].T, [table.difference] * 2, atol=1e-12)
 
 
 def test_holm_is_the_closed_test_of_bonferroni():
