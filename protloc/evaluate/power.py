@@ -27,7 +27,8 @@ def standard_error(
     "What `rule.decide` will find on average; raises `InputError` for fewer than two replicates"
     if replicates < 2:
         raise InputError(f'{shown(replicates)} replicates give no interval: plan 2 or more')
-    between, of_test = replicate_sd**2 / replicates, test_sd**2
+    larger = 0.4 * (2 / (replicates - 1) * (1 - CORRELATION) * (1 - 1 / arms)) ** 0.5  # the rule takes that of two
+    between, of_test = (1 + larger) * replicate_sd**2 / replicates, test_sd**2
     df_between = (replicates - 1) * arms / (1 + CORRELATION * (arms - 1))
     total = between + of_test
     doubt = between**2 / df_between + of_test**2 / max(groups - 1, 1)
