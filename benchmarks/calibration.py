@@ -223,7 +223,7 @@ def score(
     classes = (counts.true > 0).sum(0) >= least
     f1 = resampled_f1(counts, draws, seed)[:, :, classes].mean(-1)
     shape = decisions.shape[:2]
-    return Scored(f1.reshape(*shape, -1), f1_influence(counts, classes).reshape(*shape, -1))
+    return Scored(f1.reshape(*shape, -1), f1_influence(counts)[:, :, classes].mean(-1).reshape(*shape, -1))
 
 
 class Study(NamedTuple):

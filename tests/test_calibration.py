@@ -161,7 +161,8 @@ def test_classes_that_do_not_occur_have_no_part_in_it():
     counts, without = (count_in_groups(decisions[..., :k], labels[:, :k], groups) for k in (4, 3))
     f1 = resampled_f1(counts, 50)
     assert np.isnan(f1[..., 3]).all() and not np.isnan(f1[..., :3]).any()
-    np.testing.assert_allclose(f1_influence(counts), f1_influence(without))
+    classes = slice(None), slice(None), slice(0, without.true.shape[1])
+    np.testing.assert_allclose(f1_influence(counts)[classes], f1_influence(without))
     np.testing.assert_allclose(macro(f1), macro(resampled_f1(without, 50)), rtol=1e-6)
 
 
