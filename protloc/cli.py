@@ -13,9 +13,9 @@ __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN',
            'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit',
            'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption',
            'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit',
-           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'presets',
-           'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate', 'train_classifier',
-           'evaluate', 'thresholds', 'predict', 'export']
+           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan',
+           'presets', 'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
+           'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -291,6 +291,25 @@ def run(
         _run(config, folders[name], workers)
     if len(studies) > 1:
         print(f'All studies: {write_grid(path, studies).resolve()}')
+
+
+@app.command()
+def plan(
+    preset: StudyPreset = 'demo',
+    data: Data = None,
+    set: Overrides = None,
+    skip_bad: SkipBadOfRun = False,
+    like: Annotated[Optional[Path], typer.Option(help='A finished run, whose spread over replicates is taken.')] = None,
+):
+    "Say what a study will cost on this machine and what it will see; a few steps of each kind are timed."
+    from protloc.study.forecast import forecast
+
+    if like:
+        _check_is(RUN, like, option='--like')
+    for name, config in _studies(preset, data, set, skip_bad).items():
+        if name:
+            print(f'=== {name}')
+        print(forecast(config, like), flush=True)
 
 
 def _run(config, path, workers):
