@@ -599,7 +599,7 @@ NOTES = (
     'replicate-0/generator/log.jsonl',
     'replicate-0/generator/pipeline/training.json',
     'replicate-0/classifiers/real/test.npy',
-    'replicate-0/classifiers/real/synthetic.npy',
+    'replicate-0/judgement-by-real.npy',
     'replicate-1/classifiers/concat/val.npy',
     'replicate-1/classifiers/concat/log.jsonl',
 )

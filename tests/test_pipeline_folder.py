@@ -54,19 +54,21 @@ ADD_NOISE = {
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "A folder with runs/demo/real and runs/demo/generator, the smallest that the demo's paths fit"
+    "A folder with runs/demo/real and runs/demo/replicate-0/generator, the smallest that the demo's paths fit"
     folder = tmp_path_factory.mktemp('runs')
     demo = folder / 'runs' / 'demo'
     store = simulate_store(demo / 'real', dict(train=32, val=8, test=8), size=32, classes=CLASSES)
     loop = LoopConfig(steps=4, batch_size=8, ema_decay=0.9)
-    train_generator(store, demo / 'generator', GeneratorConfig(unet=UNetConfig(widths=(16, 32)), loop=loop), seed=1)
+    train_generator(
+        store, demo / 'replicate-0' / 'generator', GeneratorConfig(unet=UNetConfig(widths=(16, 32)), loop=loop), seed=1
+    )
     return folder
 
 
 @pytest.fixture
 def folder(runs, tmp_path):
     "A copy of the trained pipeline's folder"
-    return shutil.copytree(runs / 'runs' / 'demo' / 'generator' / 'pipeline', tmp_path / 'pipeline')
+    return shutil.copytree(runs / 'runs' / 'demo' / 'replicate-0' / 'generator' / 'pipeline', tmp_path / 'pipeline')
 
 
 def draw(pipe):

@@ -117,7 +117,9 @@ def predictions(
     replicate: int,
     images: str,  # 'val' or 'test', the split of real images; or 'synthetic'
 ) -> Path:
-    "What one classifier says about some images"
+    "What one classifier says about some images; about synthetic ones, which are the replicate's, beside them"
+    if images == 'synthetic':
+        return self.replicate(replicate) / f'judgement-by-{arm}.npy'
     return self.classifier(arm, replicate) / f'{images}.npy'
 
 # %% ../../nbs/09_study/01_folder.ipynb #ad924c09
