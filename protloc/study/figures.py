@@ -196,11 +196,15 @@ def table_comparisons(results: Results) -> pd.DataFrame:  # a row an arm and bas
     return wide.loc[order].rename(columns=SCORES).rename_axis(columns=None, index=['against', 'arm'])
 
 
+def _share_in_words(share):
+    return 'less than none' if share < 0 else f'{share:.0%}'
+
+
 def table_shares(results: Results) -> pd.DataFrame:  # a row a tested arm; empty where the oracle does not help
     "What share of a perfect generator's gain an arm reaches"
     shares = {arm: oracle_share(results.comparisons, arm) for arm in results.verdict.index}
     table = pd.DataFrame(dict(share=shares)).dropna()
-    return table.map('{:.0%}'.format).rename(columns=dict(share="share of the oracle's gain"))
+    return table.map(_share_in_words).rename(columns=dict(share="share of the oracle's gain"))
 
 # %% ../../nbs/09_study/09_figures.ipynb #b14c1d4d
 def fig_curve(results: Results) -> Figure:
