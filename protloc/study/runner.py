@@ -59,7 +59,7 @@ from protloc.study.parts import (
     waves_of,
 )
 from .plan import freeze
-from .workers import Call, Workers, cores, work_through
+from .workers import Call, Workers, check_workers, cores, work_through
 from ..training import this_process
 
 # %% auto #0
@@ -470,6 +470,7 @@ def run_study(
     "Do all stages of a study, or what is left of them; raises `InputError` for images or a folder that do not fit"
     run, workers = RunFolder(folder), workers or Workers()
     check_folder(run)
+    check_workers(workers)
     if not run.config.exists():
         check_images(config)
     was_there = run.path.exists()

@@ -5,14 +5,18 @@
 # %% ../../nbs/09_study/05_workers.ipynb #af2e6f1d
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import io
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,21 +29,33 @@ from typing import Literal, NamedTuple
 import joblib
 import pydantic
 
-from ..core import Config, InputError, end_with, interrupts_kept, one_line, versions
+from ..core import Config, InputError, end_with, interrupts_kept, one_line, shown, versions
 
 # %% auto #0
-__all__ = ['ANSWER', 'DASK_SECONDS', 'RAY_TRIES', 'cores', 'Workers', 'Call', 'answer', 'end_with_input', 'run_command',
-           'result_of', 'work_through']
+__all__ = ['ANSWER', 'DASK_SECONDS', 'RAY_SECONDS', 'RAY_TRIES', 'cores', 'threads_of', 'Workers', 'Call', 'answer',
+           'end_with_input', 'run_command', 'result_of', 'check_workers', 'work_through']
 
 # %% ../../nbs/09_study/05_workers.ipynb #7cc07f53
+def _wanted_threads():
+    "OMP_NUM_THREADS; 0 where it is not set to a number"
+    wanted = os.environ.get('OMP_NUM_THREADS', '')
+    return max(int(wanted), 1) if wanted.isdigit() else 0
+
+
 def cores() -> int:
     "Cores that this process may use; OMP_NUM_THREADS, where it is set, decides"
-    wanted = os.environ.get('OMP_NUM_THREADS', '')
-    if wanted.isdigit():
-        return max(int(wanted), 1)
+    if _wanted_threads():
+        return _wanted_threads()
     if hasattr(os, 'sched_getaffinity'):  # Linux alone
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
+
+
+def threads_of(
+    jobs: int,  # tasks at a time
+) -> int:  # of each of them
+    "OMP_NUM_THREADS, where it is set; else a share of the cores"
+    return _wanted_threads() or max(cores() // jobs, 1)
 
 # %% ../../nbs/09_study/05_workers.ipynb #a21d4d30
 class Workers(Config):
@@ -63,6 +79,12 @@ class Workers(Config):
         if self.backend != 'local' and self.jobs > 1:
             raise InputError('--jobs is for this machine: a cluster works on as many tasks as it has workers')
         return self
+
+    @pydantic.field_validator('address')
+    def _host_and_port(cls, address):
+        if address and address != 'auto' and not re.fullmatch(r'(\w+://)?[^\s/]+:\d{1,5}', address):
+            raise InputError(f'{shown(address)} is no address of a scheduler: give HOST:PORT, as localhost:8786')
+        return address
 
     @pydantic.field_validator('launch')
     def _words(cls, launch):
@@ -105,7 +127,7 @@ def _numbered(work, threads, number, call):
 def _in_processes(work, calls, workers):
     "As many tasks at a time as there are jobs, each in a process"
     jobs = min(workers.jobs, len(calls))
-    threads = max(cores() // jobs, 1)
+    threads = threads_of(jobs)
     tasks = [joblib.delayed(_numbered)(work, threads, number, call) for number, call in enumerate(calls)]
     with interrupts_kept(), joblib.parallel_config('loky', initializer=end_with, initargs=(os.getpid(),)):
         for number, result in joblib.Parallel(jobs, return_as='generator_unordered')(tasks):
@@ -134,10 +156,13 @@ def end_with_input():
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/09_study/05_workers.ipynb #719c289f
+def _search_path():
+    "Where programs are looked for: `python`, `accelerate`, `torchrun` are first of all those of this environment"
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', os.defpath)])
+
+
 def _started(command, environment, folder, errors):
     "A command with a pipe as its standard input; raises `InputError` where there is no such program"
-    # what is installed beside this Python comes first: `python`, `accelerate`, `torchrun` are those of protloc
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', os.defpath)])
     try:
         return subprocess.Popen(
             command,
@@ -145,7 +170,7 @@ def _started(command, environment, folder, errors):
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd=folder if os.path.isdir(folder) else None,
-            env={**os.environ, 'PATH': path, **environment},
+            env={**os.environ, 'PATH': _search_path(), **environment},
             start_new_session=True,  # Ctrl-C is for the one that started it
             text=True,
             encoding='utf-8',
@@ -245,7 +270,7 @@ def _in_commands(work, calls, workers):
             yield call, result_of(call, run_command(_command_of(call, workers.launch), heard=True))
         return
     jobs = min(workers.jobs, len(calls))
-    threads, over = max(cores() // jobs, 1), threading.Event()
+    threads, over = threads_of(jobs), threading.Event()
 
     def do(call):
         return {} if over.is_set() else run_command(_command_of(call, workers.launch), threads, wanted=wanted)
@@ -275,7 +300,7 @@ def _numbers_depend_on():
     return {name: version for name, version in versions().items() if name != 'system'}
 
 
-def _on_machine(call, launch, folder, theirs, threads=0, wanted=lambda: True):
+def _on_machine(call, launch, folder, theirs, threads, wanted=lambda: True):
     "On a machine of a cluster: do a task as a command; its answer, with a note where versions are others here"
     ours, name = _numbers_depend_on(), platform.node()
     try:
@@ -304,18 +329,32 @@ def _noted(said, notes):
 DASK_SECONDS = 10  # for a scheduler to answer; between two looks whether there are workers
 
 
-def _dask_client(distributed, address):
+async def _greet(address):
+    "Shake hands with a scheduler; a client would wait for ever where something else listens"
+    from distributed import Security
+    from distributed.core import connect
+
+    known_by = Security().get_connection_args('client')
+    comm = await asyncio.wait_for(connect(address, timeout=DASK_SECONDS, **known_by), DASK_SECONDS)
+    await comm.close()
+
+
+def _dask_at(address):
     "A client of a scheduler; raises `InputError` where none answers"
+    distributed = _needed('distributed', 'dask')
     try:
+        with ThreadPoolExecutor(1) as aside:  # a notebook has an event loop of its own
+            aside.submit(asyncio.run, _greet(address)).result()
         return distributed.Client(address, timeout=DASK_SECONDS, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, OverflowError, ValueError) as error:
+        why = one_line(error, 200) or 'what listens there is none'
         raise InputError(
-            f'no Dask scheduler answers at {one_line(address)} ({one_line(error, 200)}):'
+            f'no Dask scheduler answers at {one_line(address)} ({why}):'
             ' start one with `dask scheduler`, or name its HOST:PORT'
         ) from None
 
 
-def _dask_task(call, launch, folder, theirs):
+def _dask_task(call, launch, folder, theirs, threads):
     "In a thread of a Dask worker: do a task, until it is done or cancelled"
     from distributed import get_worker
 
@@ -326,17 +365,18 @@ def _dask_task(call, launch, folder, theirs):
         task = worker.state.tasks.get(key)
         return bool(task) and task.state != 'cancelled' and worker.status.name not in ('closing', 'closed', 'failed')
 
-    threads = 0 if 'OMP_NUM_THREADS' in os.environ else max(cores() // worker.state.nthreads, 1)
-    return _on_machine(call, launch, folder, theirs, threads, wanted)
+    return _on_machine(call, launch, folder, theirs, threads or threads_of(worker.state.nthreads), wanted)
 
 # %% ../../nbs/09_study/05_workers.ipynb #a8532259
-def _done_on_dask(distributed, client, futures):
+def _done_on_dask(client, futures):
     "Futures in the order of completion; says so while there is nobody to work on them"
+    from distributed import wait
+
     left, alone = set(futures), False
     while left:
         try:
             with client.as_current():
-                done, left = distributed.wait(left, timeout=DASK_SECONDS, return_when='FIRST_COMPLETED')
+                done, left = wait(left, timeout=DASK_SECONDS, return_when='FIRST_COMPLETED')
             yield from done
         except TimeoutError:
             before, alone = alone, not client.nthreads()
@@ -359,37 +399,51 @@ def _result_on_dask(future, call, address):
 
 def _on_dask(work, calls, workers):
     "Tasks as futures of a Dask cluster"
-    distributed, notes = _needed('distributed', 'dask'), set()
-    with _dask_client(distributed, workers.address) as client:
+    notes = set()
+    with _dask_at(workers.address) as client:
         futures = {}
         for call in calls:
             options = dict(key=f'{call.name}-{uuid.uuid4().hex}', pure=False)  # two studies may share a cluster
             options |= dict(resources={'GPU': workers.gpus}) if workers.gpus else {}
-            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on())
+            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), _wanted_threads())
             futures[client.submit(_dask_task, *sent, **options)] = call
-        for future in _done_on_dask(distributed, client, futures):
+        for future in _done_on_dask(client, futures):
             call = futures[future]
             yield call, result_of(call, _noted(_result_on_dask(future, call, workers.address), notes))
 
 # %% ../../nbs/09_study/05_workers.ipynb #44af39e9
+RAY_SECONDS = 10  # for the cluster to answer
 RAY_TRIES = 3  # of a task whose worker is lost
+
+
+@contextlib.contextmanager
+def _ray_at(address):
+    "Ray, connected to a cluster inside the block; raises `InputError` where none answers"
+    ray = _needed('ray', 'ray')
+    try:
+        host, _, port = address.rpartition('://')[2].rpartition(':')
+        if port:  # Ray itself would ask again and again for minutes
+            socket.create_connection((host, int(port)), RAY_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f'no Ray cluster answers at {one_line(address)} ({one_line(error, 200)}):'
+            ' start one with `ray start --head`, or name its HOST:PORT'
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _on_ray(work, calls, workers):
     "Tasks as futures of a Ray cluster"
-    ray, notes = _needed('ray', 'ray'), set()
-    try:
-        ray.init(address=workers.address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise InputError(
-            f'no Ray cluster answers at {one_line(workers.address)} ({one_line(error, 200)}):'
-            ' start one with `ray start --head`, or name its HOST:PORT'
-        ) from None
-    try:
+    notes = set()
+    with _ray_at(workers.address) as ray:
         task = ray.remote(max_retries=RAY_TRIES, num_gpus=workers.gpus)(_on_machine)
         futures = {}
         for call in calls:
-            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on())
+            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), _wanted_threads())
             futures[task.options(name=call.name).remote(*sent)] = call
         left = [*futures]
         while left:
@@ -401,11 +455,20 @@ def _on_ray(work, calls, workers):
                 why = f'a worker could not do it ({type(error).__name__}: {one_line(error)})'
                 raise InputError(f'{call.name}: {why}') from None
             yield call, result_of(call, _noted(said, notes))
-    finally:
-        ray.shutdown()
 
 
 _CLUSTERS = dict(dask=_on_dask, ray=_on_ray)
+
+# %% ../../nbs/09_study/05_workers.ipynb #63b6fb50
+def check_workers(workers: Workers):
+    "Raise `InputError` where the cluster does not answer, or there is no such launcher"
+    if workers.backend == 'dask':
+        _dask_at(workers.address).close()
+    elif workers.backend == 'ray':
+        with _ray_at(workers.address):
+            pass
+    elif workers.launch and not shutil.which(shlex.split(workers.launch)[0], path=_search_path()):
+        raise InputError(f'--launch begins with {shlex.split(workers.launch)[0]}, and there is no such program')
 
 # %% ../../nbs/09_study/05_workers.ipynb #d78d23d4
 def work_through(
