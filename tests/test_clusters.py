@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ class Cluster:
             process.terminate()
         for process in reversed(self.processes):
             try:
-                process.wait(10)
+                process.wait(3)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -208,6 +209,17 @@ def test_what_a_task_says_comes_back(cluster, capsys):
     capsys.readouterr()
 
 
+def test_a_lost_scheduler_ends_the_study(cluster, capfd):
+    call = Call('part', (), ('-c', 'import time; time.sleep(100)'))
+    cluster.worker()
+    threading.Timer(4, cluster.processes[0].kill).start()
+    start = time.time()
+    with pytest.raises(InputError, match='part: the scheduler at .* is lost: start it again, and run the same command'):
+        list(work_through(None, [call], Workers(backend='dask', address=cluster.address)))
+    assert time.time() - start < 60
+    assert 'Traceback' not in capfd.readouterr().err
+
+
 def test_without_workers_it_waits(cluster, monkeypatch, capsys):
     monkeypatch.setattr('protloc.study.workers.DASK_SECONDS', 2)
     call = Call('part', (), ('-c', 'print(\'protloc answers {"result": 1}\')'))
@@ -309,3 +321,39 @@ def test_a_part_by_hand(protloc, alone, tmp_path):
     code, _, err = protloc('task', tmp_path / 'nowhere', 'generator', 0)
     assert code == 2
     assert 'is not to be seen on' in err
+
+
+RAY = """
+import sys
+import tempfile
+from ray.scripts.scripts import main
+sys.argv[0] = 'ray'
+main()
+"""
+
+
+@pytest.mark.slow
+def test_what_a_task_says_comes_back_from_ray(monkeypatch):
+    pytest.importorskip('ray', reason='Ray is not installed: the extra `ray` has it')
+    monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    scratch = tempfile.mkdtemp(dir='/tmp')  # its sockets want short names
+    options = f'--head --block --port {port} --num-cpus 2 --include-dashboard false --object-store-memory 100000000'
+    start = [sys.executable, '-c', RAY, 'start', *options.split(), '--temp-dir', scratch, '--min-worker-port', '0']
+    head = subprocess.Popen(
+        [*start, '--max-worker-port', '0'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
+    try:
+        wait_for(lambda: list(Path(scratch).glob('session_latest/sockets/raylet*')), head, 60)
+        workers = Workers(backend='ray', address=f'127.0.0.1:{port}')
+        calls = [Call(f'part {i}', (), ('-c', f'print(\'protloc answers {{"result": {i}}}\')')) for i in range(3)]
+        assert {result for _, result in work_through(None, calls, workers)} == {0, 1, 2}
+        refuses = Call('bad part', (), ('-c', 'print(\'protloc answers {"refused": "mend it"}\')'))
+        with pytest.raises(InputError, match=r'bad part: mend it \(on '):
+            list(work_through(None, [refuses], workers))
+    finally:
+        head.terminate()
+        head.wait(30)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import platform
 import re
@@ -345,6 +346,7 @@ def _dask_at(address):
     try:
         with ThreadPoolExecutor(1) as aside:  # a notebook has an event loop of its own
             aside.submit(asyncio.run, _greet(address)).result()
+        logging.getLogger('distributed.client').setLevel(logging.CRITICAL)  # what it loses is said in a sentence
         return distributed.Client(address, timeout=DASK_SECONDS, set_as_default=False)
     except (OSError, OverflowError, ValueError) as error:
         why = one_line(error, 200) or 'what listens there is none'
@@ -374,14 +376,17 @@ def _done_on_dask(client, futures):
 
     left, alone = set(futures), False
     while left:
+        done = set()
         try:
             with client.as_current():
                 done, left = wait(left, timeout=DASK_SECONDS, return_when='FIRST_COMPLETED')
-            yield from done
         except TimeoutError:
             before, alone = alone, not client.nthreads()
             if alone and not before:
                 print('note: the cluster has no worker: waiting for one', file=sys.stderr, flush=True)
+        except CancelledError:  # the scheduler is lost, as each future says
+            done, left = left, set()
+        yield from done
 
 
 def _result_on_dask(future, call, address):
