@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -374,7 +375,7 @@ def make_as_command(
         raise InputError(
             f'{run.path} is not to be seen on {platform.node()}, or holds no study: begin it with `protloc run`'
         )
-    config = read_config(StudyConfig, _as_meant(run.read_settings()), str(run.config))
+    config = cast(StudyConfig, read_config(StudyConfig, _as_meant(run.read_settings()), str(run.config)))
     if part not in sum(waves_of(config), []):
         raise InputError(
             f'{run.path} has no part {" ".join(map(str, part))}: see its plan.yaml for arms and replicates'

@@ -300,7 +300,7 @@ def _numbers_depend_on():
     "Versions of all but the operating system"
     return {name: version for name, version in versions().items() if name != 'system'}
 
-
+# %% ../../nbs/09_study/05_workers.ipynb #545d657b
 def _on_machine(call, launch, folder, theirs, threads, wanted=lambda: True):
     "On a machine of a cluster: do a task as a command; its answer, with a note where versions are others here"
     ours, name = _numbers_depend_on(), platform.node()
@@ -355,7 +355,7 @@ def _dask_at(address):
             ' start one with `dask scheduler`, or name its HOST:PORT'
         ) from None
 
-
+# %% ../../nbs/09_study/05_workers.ipynb #59fa20cb
 def _dask_task(call, launch, folder, theirs, threads):
     "In a thread of a Dask worker: do a task, until it is done or cancelled"
     from distributed import get_worker
@@ -388,7 +388,7 @@ def _done_on_dask(client, futures):
             done, left = left, set()
         yield from done
 
-
+# %% ../../nbs/09_study/05_workers.ipynb #98fa2fbe
 def _result_on_dask(future, call, address):
     "The answer of a task; raises `InputError` where the cluster could not have it done"
     try:
@@ -401,7 +401,7 @@ def _result_on_dask(future, call, address):
         why = why if lost else f'a worker could not do it ({type(error).__name__}: {one_line(error)})'
     raise InputError(f'{call.name}: {why}')
 
-
+# %% ../../nbs/09_study/05_workers.ipynb #8530a726
 def _on_dask(work, calls, workers):
     "Tasks as futures of a Dask cluster"
     notes = set()
@@ -440,7 +440,7 @@ def _ray_at(address):
     finally:
         ray.shutdown()
 
-
+# %% ../../nbs/09_study/05_workers.ipynb #896ad704
 def _on_ray(work, calls, workers):
     "Tasks as futures of a Ray cluster"
     notes = set()
