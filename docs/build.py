@@ -51,7 +51,7 @@ def toctrees(nbs: Path) -> str:
     for caption, patterns in NAVIGATION.items():
         notebooks = [path for pattern in patterns for path in sorted(nbs.glob(f'{pattern}.ipynb'))]
         trees.append(tree(caption, [page_of(path.relative_to(nbs)).as_posix() for path in notebooks]))
-    project = ['promises', 'contributing', 'decisions/index', 'changelog', 'security']
+    project = ['promises', 'clusters', 'contributing', 'decisions/index', 'changelog', 'security']
     return '\n'.join([*trees, tree('Project', project)])
 
 
@@ -89,6 +89,7 @@ def texts() -> dict[Path, Path]:
         ROOT / 'CHANGELOG.md': Path('changelog.md'),
         ROOT / 'SECURITY.md': Path('security.md'),
         DOCS / 'promises.md': Path('promises.md'),
+        DOCS / 'clusters.md': Path('clusters.md'),
         **{path: Path('decisions') / path.name.replace('README', 'index') for path in decisions},
     }
 

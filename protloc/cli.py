@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN', 'KNOWN_BY', 'RENAMED', 'Overwrite', 'Seed',
            'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'Backend',
-           'Address', 'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells', 'Least', 'Fields',
-           'Tile', 'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels', 'Fit', 'Enlarge',
-           'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers', 'TrainShare', 'ValShare',
-           'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group', 'Duplicates', 'Distance',
-           'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan', 'GuidanceScale',
-           'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps', 'Scheduler', 'Edit',
-           'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy', 'StrategyOption',
-           'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta', 'Also', 'TestSplit',
-           'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan',
-           'presets', 'report', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
-           'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
+           'Address', 'Gpus', 'Launch', 'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells',
+           'Least', 'Fields', 'Tile', 'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels',
+           'Fit', 'Enlarge', 'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers',
+           'TrainShare', 'ValShare', 'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group',
+           'Duplicates', 'Distance', 'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan',
+           'GuidanceScale', 'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps',
+           'Scheduler', 'Edit', 'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy',
+           'StrategyOption', 'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta',
+           'Also', 'TestSplit', 'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities',
+           'main', 'run', 'plan', 'presets', 'report', 'task', 'simulate', 'prepare', 'info', 'split',
+           'train_generator', 'generate', 'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -28,7 +28,7 @@ import typer
 
 from . import __version__
 from .core import MOST_IMAGES, InputError, read_config
-from .ending import answered, command_name, ends_in, fitting, speak_any_terminal, stoppable
+from .ending import answered, command_name, ends_in, fitting, sentence_of, speak_any_terminal, stoppable
 from .files import check_outputs, exclusive, is_cut_off, read_text, sweep
 
 # %% ../nbs/11_cli.ipynb #4fcc7f12
@@ -257,6 +257,14 @@ Backend = Annotated[
     str, typer.Option(help='Who does the work: local, or dask or ray for a cluster whose machines see the run folder.')
 ]
 Address = Annotated[str, typer.Option(metavar='HOST:PORT', help="The cluster's scheduler, for dask and ray.")]
+Gpus = Annotated[int, typer.Option(min=0, max=1024, help='GPUs that each task asks of a dask or ray cluster.')]
+Launch = Annotated[
+    str,
+    typer.Option(
+        metavar='COMMAND',
+        help="What starts each training, to spread it over GPUs: --launch 'accelerate launch --num_processes 2'.",
+    ),
+]
 
 # %% ../nbs/11_cli.ipynb #f16ef0da
 @app.command()
@@ -269,12 +277,15 @@ def run(
     skip_bad: SkipBadOfRun = False,
     backend: Backend = 'local',
     address: Address = '',
+    gpus: Gpus = 0,
+    launch: Launch = '',
 ):
     "Run a study from images to report; run it again to continue, with more replicates if you like."
     from protloc.core import read_config
     from protloc.study.workers import Workers
 
-    workers = read_config(Workers, dict(jobs=jobs, backend=backend, address=address), 'run')
+    options = dict(jobs=jobs, backend=backend, address=address, gpus=gpus, launch=launch)
+    workers = read_config(Workers, options, 'run')
     studies = _studies(preset, data, set, skip_bad)
     path = out or Path('runs') / Path(preset).stem
     folders = {name: path / name if name else path for name in studies}
@@ -364,6 +375,36 @@ def report(folder: Annotated[Path, typer.Argument(help='Folder of a finished run
     from protloc.study.report import write_report
 
     print(f'Report: {write_report(folder)}')
+
+# %% ../nbs/11_cli.ipynb #63127ef8
+@app.command(hidden=True)
+def task(
+    folder: Annotated[Path, typer.Argument(help='Folder of a run that has begun.')],
+    kind: Annotated[str, typer.Argument(help='generator, images, classifier or judgement.')],
+    replicate: Annotated[int, typer.Argument(min=0, max=1000, help='Counted from 0.')],
+    name: Annotated[str, typer.Argument(help='Source of the images, or arm of the classifier.')] = '',
+    attended: Annotated[bool, typer.Option('--attended', help='Answer on stdout; end when stdin ends.')] = False,
+):
+    "Make one part of a study."
+    from protloc.study.workers import answer, end_with_input
+
+    if attended:
+        end_with_input()
+    try:
+        from protloc.study.parts import Part
+        from protloc.study.runner import make_as_command
+        from protloc.training import this_process
+
+        seconds, why = make_as_command(folder, Part(kind, replicate, name), attended)
+    except Exception as error:
+        if not attended or not sentence_of(error):
+            raise
+        answer(refused=sentence_of(error))
+        raise typer.Exit(2) from None
+    if why or this_process().is_main_process:
+        answer(result=[seconds, why])
+    if why:
+        raise typer.Exit(3)  # the others of a launch are not waited for
 
 # %% ../nbs/11_cli.ipynb #dfc2b9bc
 Out = Annotated[Path, typer.Argument(help='The new store; a finished one is not written over.')]

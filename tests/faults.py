@@ -402,7 +402,7 @@ def commands():
 
     from protloc.cli import app
 
-    return typer.main.get_command(app).commands
+    return {name: command for name, command in typer.main.get_command(app).commands.items() if not command.hidden}
 
 
 @functools.cache

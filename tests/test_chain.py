@@ -18,6 +18,7 @@ from protloc.core import sha256
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
 from protloc.study.folder import RunFolder
+from protloc.study.workers import cores
 
 PROTLOC = Path(sys.executable).parent / 'protloc'
 TORCHRUN = Path(sys.executable).parent / 'torchrun'
@@ -232,8 +233,9 @@ def test_two_processes_train_one_classifier(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_jobs_give_the_same_numbers(protloc, finished, small, tmp_path):
-    "Two processes make the parts of the study"
+def test_several_jobs_give_the_same_numbers(protloc, finished, small, monkeypatch, tmp_path):
+    "Two processes make the parts of the study, each with as many threads as the one had"
+    monkeypatch.setenv('OMP_NUM_THREADS', str(cores()))
     run = RunFolder(tmp_path / 'apart' / 'run')
     code, _, err = protloc('run', 'demo', '--out', run.path, *small, '--jobs', 2)
     assert code == 0, err

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier, weights_hash
-from ..core import Failure, InputError, derive_seed, one_line, sha256, versions
+from ..core import Failure, InputError, derive_seed, one_line, read_config, sha256, versions
 from ..data.layouts import labelled_fields
 from ..data.prepare import folder_stamps, prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
@@ -24,6 +26,7 @@ from ..data.store import ImageStore
 from ..diffusion.generate import generate
 from ..diffusion.train import generator_as_meant, open_pipeline, train_generator
 from protloc.files import (
+    LOCK_SECONDS,
     claim_settings,
     exclusive,
     lock_of,
@@ -57,11 +60,12 @@ from protloc.study.parts import (
     waves_of,
 )
 from .plan import freeze
-from .workers import Workers, cores, work_through
+from .workers import Call, Workers, check_workers, cores, work_through
+from ..training import this_process
 
 # %% auto #0
-__all__ = ['WRITTEN', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs', 'real_images', 'make',
-           'make_wave', 'check_predictions', 'run_study']
+__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs',
+           'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):
@@ -279,6 +283,8 @@ def _make_classifier(config, run, part):
         run.classifier('real', number) if arm.needs_teacher else None,
         **how['options'],
     )
+    if not this_process().is_main_process:  # of the processes that trained it together, one asks it
+        return
     for split in ('val', 'test'):
         run.write_predictions(part.name, number, split, probabilities(classifier, real, real.rows(split)))
 
@@ -303,7 +309,7 @@ def make(
     config: StudyConfig,
     run: RunFolder,
     part: Part,  # whose inputs are there
-) -> tuple[Part, float, str]:  # the part, seconds, and why it could not be made: one sentence, or ''
+) -> tuple[float, str]:  # seconds, and why it could not be made: one sentence, or ''
     "Make one part, or go on with it"
     start = time.time()
     why = ''
@@ -313,7 +319,7 @@ def make(
         why = one_line(error, 400)
     except MemoryError:
         why = 'memory ran out'
-    return part, time.time() - start, why
+    return time.time() - start, why
 
 # %% ../../nbs/09_study/06_runner.ipynb #3a5e4e15
 def _needs(config, part):
@@ -330,6 +336,56 @@ def _needs(config, part):
         images = [Part('images', number, arm.source)] if 'synthetic' in arm.sources else []
         return [*images, *([judge] if arm.needs_teacher else [])]
     return []
+
+# %% ../../nbs/09_study/06_runner.ipynb #b2775aa2
+SEEN_SECONDS = 120  # for files of another machine to be seen, and for the lock of a lost one to end
+
+
+def _as_command(run, part):
+    "What follows `python` in the command that makes a part, and whether several processes may share it"
+    words = ['task', str(run.path.absolute()), part.kind, str(part.replicate), *([part.name] if part.name else [])]
+    return ('-m', 'protloc', *words, '--attended'), part.kind in ('generator', 'classifier')
+
+
+def wait_until_made(
+    run: RunFolder,
+    parts: list[Part],
+    seconds: float,  # at most
+):
+    "Wait until this machine sees parts that may have been made on another one; raises `InputError` where it does not"
+    end = time.monotonic() + seconds
+    for part in parts:
+        while not is_made(run, part):
+            if time.monotonic() > end:
+                raise InputError(
+                    f'{place_of(run, part)}, the {part.kind} of replicate {part.replicate}, is not to be seen on'
+                    f' {platform.node()}: all machines must see the folder of the run'
+                )
+            time.sleep(0.2)
+
+# %% ../../nbs/09_study/06_runner.ipynb #fbe962b2
+def make_as_command(
+    folder: str | Path,  # of a run that has begun, and is held by another process
+    part: Part,
+    attended: bool,  # whether that process waits for it, and names no part that is at work
+) -> tuple[float, str]:  # as `make`
+    "Make one part in this process, or together with those that were launched with it"
+    run, seconds = RunFolder(folder), SEEN_SECONDS if attended else 0
+    if not run.config.exists():
+        raise InputError(
+            f'{run.path} is not to be seen on {platform.node()}, or holds no study: begin it with `protloc run`'
+        )
+    config = cast(StudyConfig, read_config(StudyConfig, _as_meant(run.read_settings()), str(run.config)))
+    if part not in sum(waves_of(config), []):
+        raise InputError(
+            f'{run.path} has no part {" ".join(map(str, part))}: see its plan.yaml for arms and replicates'
+        )
+    wait_until_made(run, _needs(config, part), seconds)
+    torch.set_num_threads(cores())
+    if this_process().is_main_process and place_of(run, part).parent.exists():
+        with exclusive(place_of(run, part), max(seconds, LOCK_SECONDS)):
+            pass  # a lost machine's lock has ended
+    return make(config, run, part)
 
 # %% ../../nbs/09_study/06_runner.ipynb #efb63dd7
 def _reuse(config, run, parts):
@@ -361,8 +417,11 @@ def make_wave(
     "Make all parts of a wave that are missing and can be made"
     possible = [part for part in parts if all(is_made(run, needed) for needed in _needs(config, part))]
     todo = _reuse(config, run, [part for part in possible if not is_made(run, part)])
-    calls = [(str(part), (config, run, part)) for part in todo]
-    for part, seconds, why in work_through(make, calls, workers):
+    calls = [Call(str(part), (config, run, part), *_as_command(run, part)) for part in todo]
+    for call, (seconds, why) in work_through(make, calls, workers):
+        part = call.args[-1]
+        if not why:
+            wait_until_made(run, [part], SEEN_SECONDS)
         run.note_failure(str(part), why)
         if why:
             print(f'note: {part} could not be made: {why}', file=sys.stderr, flush=True)
@@ -412,6 +471,7 @@ def run_study(
     "Do all stages of a study, or what is left of them; raises `InputError` for images or a folder that do not fit"
     run, workers = RunFolder(folder), workers or Workers()
     check_folder(run)
+    check_workers(workers)
     if not run.config.exists():
         check_images(config)
     was_there = run.path.exists()
