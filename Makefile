@@ -1,12 +1,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 2)
+JOBS := $(shell test $(CORES) -lt 8 && echo $(CORES) || echo 8)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(CORES) --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test quick lint docs lab export clean
 
 demo: .venv/.installed  ## the main job on the embedded data; ends with the path of the report
-	$(BIN)/protloc run demo
+	$(BIN)/protloc run demo --jobs $(JOBS)
 
 test: lint  ## every check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES)

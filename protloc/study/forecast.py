@@ -28,14 +28,14 @@ from ..evaluate.intervals import count_in_groups, f1_influence
 from ..evaluate.power import smallest_difference, standard_error
 from ..evaluate.rule import shared_variance
 from ..labels import Vocabulary
-from .arms import ArmConfig, StudyConfig
+from .arms import StudyConfig
 from .parts import waves_of
 from .plan import LEAST_GROUPS, LEVEL
 from .runner import is_store
 from .scores import Study
 
 # %% auto #0
-__all__ = ['REPLICATE_SD', 'OWN_SHARE', 'labels_of', 'part_seconds', 'hours', 'test_set_sd', 'measured_sd', 'forecast']
+__all__ = ['REPLICATE_SD', 'OWN_SHARE', 'labels_of', 'part_seconds', 'hours', 'sd_of_test_set', 'measured_sd', 'forecast']
 
 # %% ../../nbs/09_study/13_forecast.ipynb #45b6d409
 def labels_of(config: StudyConfig) -> pd.DataFrame:  # columns split, group, labels (a tuple of class numbers)
@@ -199,13 +199,12 @@ def hours(
     return sum(max(max(wave, default=0), sum(wave) / workers) for wave in waves) / 3600
 
 # %% ../../nbs/09_study/13_forecast.ipynb #fe215026
-REPLICATE_SD = (
-    0.024  # of an arm's difference: two classifiers of .015 and a generator of .012, see `benchmarks/calibration.py`
-)
+# of an arm's difference: two classifiers of .015 and a generator of .012, as in `benchmarks/calibration.py`
+REPLICATE_SD = 0.024
 OWN_SHARE = 0.1  # of the noise on an image, that belongs to an arm and not to a replicate
 
 
-def test_set_sd(
+def sd_of_test_set(
     images: pd.DataFrame,  # of `labels_of`
     num_classes: int,
 ) -> tuple[float, int, int]:  # SD of a difference from one test set to the next; groups; classes that count
@@ -259,7 +258,8 @@ def forecast(
     spread = measured_sd(like) if like else REPLICATE_SD
     lines = [
         f'{config.replicates} replicates, {len(config.arms)} arms, {tested} of them tested:'
-        f' {count["generator"]} generators, {count["images"]} sets of synthetic images, {count["classifier"]} classifiers',
+        f' {count["generator"]} generators, {count["images"]} sets of synthetic images,'
+        f' {count["classifier"]} classifiers',
         'seconds a part: ' + ', '.join(f'{name} {value:,.0f}' for name, value in seconds.items()),
         'hours on this machine: ' + f'{hours(config, seconds):.2f}',
         'hours with more workers like it: '
@@ -277,7 +277,7 @@ def _sight(config, images, num_classes, spread, like, arms):
         of_test, groups, counted = 0.0, 1000, 0
         about = 'labels and splits are not known before the images are prepared: the test set is left out of this'
     else:
-        of_test, groups, counted = test_set_sd(images, num_classes)
+        of_test, groups, counted = sd_of_test_set(images, num_classes)
         about = f'{counted} of {num_classes} classes count, with {LEAST_GROUPS} or more of {groups} test groups'
     if np.isnan(of_test):
         return [f'{about}: nothing can be called, get more test images']
