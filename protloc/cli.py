@@ -1003,19 +1003,26 @@ def evaluate(
     threshold: Threshold = '0.5',
     tta: Tta = False,
 ):
-    "Score a classifier on one split of a store."
+    "Score a classifier on one split of a store; F1 with 95 % intervals, from resampled groups."
     from protloc.classify.predict import probabilities
     from protloc.classify.thresholds import read_thresholds
+    from protloc.evaluate.intervals import f1_intervals
     from protloc.metrics import METRICS, MORE_METRICS, every_score, per_class
 
     models, card, images = _classifiers_and_images(classifier, also, store)
     rows = images.rows(split)
     limits = read_thresholds(threshold, card['classes'])
     predicted = probabilities(models, images, rows, progress='evaluate', tta=tta)
-    print(per_class(predicted, images.labels[rows], images.vocab, limits).round(3).to_string(), end='\n\n')
+    *of_classes, (low, high) = f1_intervals(predicted > limits, images.labels[rows], images.table.group.iloc[rows])
+    table = per_class(predicted, images.labels[rows], images.vocab, limits)
+    for place, name in enumerate(('f1_low', 'f1_high')):
+        table.insert(3 + place, name, [ends[place] for ends in of_classes])
+    print(table.round(3).to_string(), end='\n\n')
     every = every_score(predicted, images.labels[rows], limits)
     for metrics in (METRICS, MORE_METRICS):
         print(', '.join(f'{name} {every[name]:.3f}' for name in metrics))
+    if low == low:  # not NaN
+        print(f'macro_f1: 95 % interval {low:.3f} to {high:.3f} ({images.table.group.iloc[rows].nunique()} groups)')
 
 # %% ../nbs/11_cli.ipynb #93e5ba37
 def _classifiers_and_images(classifier, also, store):

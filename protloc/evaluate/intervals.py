@@ -14,7 +14,7 @@ import numpy as np
 from ..core import InputError, rng_for, shown
 
 # %% auto #0
-__all__ = ['GroupCounts', 'count_in_groups', 'f1_of', 'macro', 'drawn_groups', 'resampled_f1', 'f1_influence',
+__all__ = ['GroupCounts', 'count_in_groups', 'f1_of', 'macro', 'drawn_groups', 'resampled_f1', 'f1_intervals', 'f1_influence',
            'precision_influence']
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #4296d0b6
@@ -100,6 +100,21 @@ def resampled_f1(
         start += len(times)
     f1[:, :, ~counts.true.any(0)] = np.nan
     return f1.swapaxes(0, 1)
+
+# %% ../../nbs/08_evaluate/00_intervals.ipynb #7b4972c1
+def f1_intervals(
+    decisions: np.ndarray,  # (N, K) bool, of one classifier
+    labels: np.ndarray,  # (N, K) multi-hot
+    groups: Sequence[str],  # (N,) the group of each image
+    draws: int = 10_000,  # bootstrapped test sets
+    least: int = 5,  # groups that show a class; a rarer one gets no interval
+) -> np.ndarray:  # (K + 1, 2) ends of the 95 % intervals of each class's F1 and, last, of macro-F1; NaN for none
+    "Between which values F1 would lie on other test sets (bootstrap percentiles)"
+    counts = count_in_groups(decisions[None], labels, groups)
+    f1 = resampled_f1(counts, draws)[0, 1:]
+    ends = np.quantile(np.concatenate([f1, macro(f1)[:, None]], 1), [0.025, 0.975], axis=0).T
+    ends[:-1][(counts.true > 0).sum(0) < least] = np.nan
+    return ends if len(counts.true) >= least else np.full_like(ends, np.nan)
 
 # %% ../../nbs/08_evaluate/00_intervals.ipynb #735f19f0
 def f1_influence(

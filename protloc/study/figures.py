@@ -192,7 +192,8 @@ def table_comparisons(results: Results) -> pd.DataFrame:  # a row an arm and bas
     every = results.comparisons
     texts = every.assign(text=every.apply(cell, axis=1), against=every.against.str.replace('_', ' '))
     wide = texts.pivot(index=['against', 'arm'], columns='score', values='text')[list(SCORES)]
-    order = [key for against in ('real', 'duplicate real') for key in wide.index if key[0] == against]
+    baselines = [(against, arm) for against in ('real', 'duplicate real') for arm in results.study.compared_arms]
+    order = [key for key in baselines if key in wide.index]
     return wide.loc[order].rename(columns=SCORES).rename_axis(columns=None, index=['against', 'arm'])
 
 
