@@ -5,7 +5,11 @@ import shutil
 
 import pytest
 
+from protloc.classify.mixing import build_strategy
+from protloc.classify.train import choose_second_store
 from protloc.core import Failure, InputError
+from protloc.data.resplit import replace_table, table_as_written
+from protloc.data.store import ImageStore
 from protloc.study import runner
 from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
@@ -155,6 +159,19 @@ def test_a_share_without_a_class_is_refused(tmp_path):
     with pytest.raises(InputError, match="has none that shows '"):
         wide = 'data.simulate.classes=[Nucleoli, Plasma membrane, Cytosol, Mitochondria, Nucleoplasm, Microtubules]'
         runner.run_study(few('real_fractions=[.01, 1]', wide), tmp_path / 'study')
+
+
+def test_images_of_a_generator_that_saw_the_test_images_are_refused(run, tmp_path):
+    "The split was made anew between its training and theirs"
+    real, synthetic = run.open_real(), run.open_synthetic()
+    assert choose_second_store(build_strategy('concat'), real, synthetic) is synthetic
+    table = table_as_written(real)
+    moved = table.assign(split=table.split.map(dict(train='test', test='train', val='val')))
+    again = replace_table(ImageStore(shutil.copytree(real.path, tmp_path / 'again')), moved)
+    with pytest.raises(InputError, match='may have seen those of val and test'):
+        choose_second_store(build_strategy('concat'), again, synthetic)
+    noted = replace_table(ImageStore(shutil.copytree(real.path, tmp_path / 'noted')), table.assign(slide='a'))
+    assert choose_second_store(build_strategy('concat'), noted, synthetic) is synthetic
 
 
 def test_a_changed_plan_is_refused(run):

@@ -134,6 +134,12 @@ def choose_second_store(
     synthetic.kind.must_match(
         real.kind, mend=f'--synthetic takes images like those of {real.path}, such as `protloc generate` makes'
     )
+    seen, allowed = synthetic.manifest['made'].get('seen'), real.seen_in_training()
+    if isinstance(seen, dict) and seen.get('images') == allowed['images'] and seen != allowed:
+        raise InputError(
+            f'the generator of {synthetic.path} was trained on these images before they were split as they are in'
+            f' {real.path}, so it may have seen those of val and test: train it again, and draw anew'
+        )
     return synthetic
 
 # %% ../../nbs/07_classify/07_train.ipynb #3e695122

@@ -619,6 +619,15 @@ def rows(
         raise InputError(f"{self.path} has no image in its split '{split}': it has {splits}")
     return positions
 
+
+@patch
+def seen_in_training(
+    self: ImageStore,
+) -> dict[str, str]:  # images, train: hashes of all images, and of the ids in 'train'
+    "What a generator that is trained on this store will have seen"
+    ids = sorted(self.table.id[self.rows('train')].astype(str))
+    return dict(images=self.manifest['sha256']['images'], train=sha256('\n'.join(ids).encode()))
+
 # %% ../../nbs/04_data/03_store.ipynb #265ced5f
 def class_counts(
     store: ImageStore,

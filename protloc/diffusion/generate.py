@@ -28,7 +28,7 @@ from ..core import MOST_IMAGES, Config, InputError, lookup, one_line, rng_for, s
 from ..data.readers.tables import check_separator, read_table
 from ..data.store import ImageStore, ResumableWriter, TryAgain
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
-from ..files import atomic_path, partial_of, remove
+from ..files import atomic_path, partial_of, read_json, remove
 from ..labels import Vocabulary
 from ..training import this_process
 
@@ -365,7 +365,16 @@ def _provenance(pipe, config, seed, judge, base):
         made['edited'] = base[0].manifest['sha256']['images']
     if judge:
         made['filter'] = judge.settings
+    if seen := _seen_by(pipe):
+        made['seen'] = seen
     return made
+
+
+def _seen_by(pipe):
+    "What a generator was trained on, as its folder tells; nothing where it does not"
+    note = Path(str(pipe.config.get('_name_or_path') or '.')) / 'training.json'
+    seen = read_json(note).get('seen') if note.is_file() else None
+    return seen if isinstance(seen, dict) else {}
 
 # %% ../../nbs/06_diffusion/05_generate.ipynb #36aad644
 def _make_fast(pipe, config, device):

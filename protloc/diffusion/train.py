@@ -477,7 +477,8 @@ def train_generator(
         preconditioner = preconditioner_of(batches, scheduler, folder)
         log = _train(denoiser, batches, scheduler, preconditioner, folder, seed)
         if this_process().is_main_process:
-            settings.update(config=config.model_dump(), images=len(store.rows('train')))
+            seen = store.seen_in_training()
+            settings.update(config=config.model_dump(), images=len(store.rows('train')), seen=seen)
             _save(denoiser, batches, scheduler, preconditioner, log, settings, folder)
     pipe = pipeline_of(denoiser, store, config, scheduler, conditions, preconditioner)
     pipe.register_to_config(_name_or_path=str(folder / 'pipeline'))
