@@ -266,13 +266,11 @@ def test_a_backend_without_its_package(protloc, monkeypatch, tmp_path, backend, 
 
 
 @pytest.mark.slow
-def test_launched_commands_make_the_same(protloc, alone, monkeypatch, tmp_path):
+def test_launched_commands_make_the_same(alone, monkeypatch, tmp_path):
     "Each part in a command of its own, two at a time"
     monkeypatch.setenv('OMP_NUM_THREADS', str(cores()))
     run = RunFolder(tmp_path / 'apart' / 'run')
-    settings = [word for setting in SMALLER for word in ('--set', setting)]
-    code, out, err = protloc('run', 'demo', '--out', run.path, *settings, '--jobs', 2, '--launch', 'python')
-    assert code == 0, err
+    run_study(study_config('demo', overrides=SMALLER), run.path, Workers(jobs=2, launch='python'))
     for name in ('generator/last', 'classifiers/concat/classifier'):
         weights = run.replicate(0) / f'{name}.safetensors'
         assert weights.read_bytes() == (alone / 'replicate-0' / f'{name}.safetensors').read_bytes()
@@ -286,7 +284,7 @@ LAUNCH = 'torchrun --nproc_per_node 2'  # on CPUs `accelerate launch` starts one
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_part(protloc, alone, monkeypatch, tmp_path):
+def test_two_processes_share_a_part(alone, monkeypatch, tmp_path):
     "As the same launch by hand: half of a batch each, and one of them writes and answers"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     launched, by_hand = (RunFolder(tmp_path / name / 'run') for name in ('launched', 'by-hand'))
@@ -294,9 +292,7 @@ def test_two_processes_share_a_part(protloc, alone, monkeypatch, tmp_path):
     for run in (launched, by_hand):
         shutil.copytree(alone, run.path, ignore=shutil.ignore_patterns('real', 'results', 'figures', 'report.*'))
         shutil.copytree(RunFolder(alone).real, run.real)
-    settings = [word for setting in SMALLER for word in ('--set', setting)]
-    code, out, err = protloc('run', 'demo', '--out', launched.path, *settings, '--launch', LAUNCH)
-    assert code == 0, err
+    run_study(study_config('demo', overrides=SMALLER), launched.path, Workers(launch=LAUNCH))
     assert log_of(launched).count('real of replicate 0') == 2
     words = [*LAUNCH.split(), '-m', 'protloc', 'task', by_hand.path, *part]
     words[0] = PROTLOC.with_name(words[0])
