@@ -49,8 +49,9 @@ def df_of_test(
     groups = influence.shape[1]
     squares, fourths = (influence**2).sum(1), (influence**4).sum(1)
     spread = fourths - squares**2 / groups
-    df = 2 * squares**2 / spread.clip(1e-300)
-    return df.clip(1, max(groups - 1, 1))
+    with np.errstate(over='ignore', divide='ignore', invalid='ignore'):
+        df = 2 * squares**2 / np.maximum(spread, 0)  # inf where all groups weigh the same
+    return np.nan_to_num(df, nan=1.0).clip(1, max(groups - 1, 1))
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #b08a76cf
 def satterthwaite(

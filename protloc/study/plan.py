@@ -5,8 +5,6 @@
 # %% ../../nbs/09_study/02_plan.ipynb #ff8df1e5
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..core import InputError, one_line
@@ -15,9 +13,6 @@ from ..data.store import ImageStore
 from ..evaluate.power import level_of_look
 from ..files import first_difference, read_json, remove, write_yaml
 from .folder import RunFolder
-
-if TYPE_CHECKING:  # a finished study opens without PyTorch
-    from protloc.study.arms import StudyConfig
 
 # %% auto #0
 __all__ = ['LEAST_GROUPS', 'LEVEL', 'SCORE', 'groups_in_test', 'score_classes', 'plan_of', 'freeze', 'level_of', 'deviations']
@@ -35,7 +30,7 @@ def groups_in_test(
 
 
 def score_classes(
-    config: StudyConfig,
+    config,  # a `StudyConfig`
     real: ImageStore,
 ) -> list[str]:  # names, in the order of the vocabulary; empty where no class has enough groups
     "The classes over which the score averages; raises `InputError` for one that no test image shows"
@@ -61,7 +56,7 @@ SCORE = 'macro-F1 on the test split, thresholds of each class matched to the pre
 
 
 def plan_of(
-    config: StudyConfig,
+    config,  # a `StudyConfig`
     real: ImageStore,
 ) -> dict:  # what YAML can hold
     "What is fixed before training"
@@ -87,7 +82,7 @@ def plan_of(
 # %% ../../nbs/09_study/02_plan.ipynb #89cfe69a
 def freeze(
     run: RunFolder,  # held, with its settings
-    config: StudyConfig,
+    config,  # a `StudyConfig`
     real: ImageStore,
 ) -> dict:  # the plan
     "Write the plan, or add replicates to it; raises `InputError` where the folder has another one"
