@@ -60,12 +60,12 @@ def challenge(tmp_path):
 SMALL = [
     'data.simulate.counts={train: 120, val: 40, test: 40}',
     'data.simulate.classes=[Nucleoli, Plasma membrane, Cytosol]',
-    'generator.loop={steps: 60, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}',
-    'generator.unet.widths=[16, 32]',
+    'generator.loop={steps: 40, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}',
+    'generator.unet={widths: [16, 32], patch_size: 2}',
     'generate={images: 64, num_inference_steps: 3}',
     'arms=[real, concat, mix_representation]',
     'replicates=2',
-    'classifier.loop={steps: 60, batch_size: 16, lr: 0.003, evaluate_every: 20, checkpoint_seconds: 0}',
+    'classifier.loop={steps: 30, batch_size: 16, lr: 0.003, evaluate_every: 10, checkpoint_seconds: 0}',
 ]
 
 

@@ -35,7 +35,7 @@ from PIL import Image
 import wrong
 from trial import Case, Tries, call, can_make_devices, content, in_child, printed_to, run_cases
 
-CHOSEN = 850  # cases in the tests
+CHOSEN = 950  # cases in the tests
 SEED = 14  # of the choice
 SLOW_CHOSEN = 6  # strata of cases that take seconds, among them
 
@@ -74,6 +74,7 @@ COMMANDS = {
     'export': 'export {home}/classifier {work}/classifier.ts --kind torchscript',
     'report': 'report {work}/run',
     'run': 'run {home}/preset.yaml --out {work}/out',
+    'plan': 'plan {home}/preset.yaml',
 }
 # further calls, which read further files: name -> words
 FURTHER = {
@@ -112,7 +113,7 @@ BESIDE = {
 }
 WITHOUT = {('split', 'folds'): ('--train', '--val', '--test'), ('split', 'test_fold'): ('--train', '--val', '--test')}
 OUTPUTS = ('out', 'sheet', 'probabilities')  # parameters that name what is written
-SLOW = ('report',)  # commands that take seconds where nothing is wrong
+SLOW = ('report', 'plan')  # commands that take seconds where nothing is wrong
 
 
 def copies_of(words):
@@ -755,7 +756,7 @@ FINE_FILES = [  # (file, what) as patterns -> why it may be fine
     (r'training\.json$', 'seed is huge', 'a seed may be large'),
     (r'classifier\.json$', 'depths is twice', 'a set of depths'),
     (r'training\.json$', 'removed|a dangling link|a link to itself|a pipe|a folder', 'older generators have none'),
-    (r'training\.json$', r'(config|store|versions|images|made)\b.*', 'a note of how it was trained'),
+    (r'training\.json$', r'(config|store|versions|images|made|seen)\b.*', 'a note of how it was trained'),
     (r'run/|half/', '.*', 'the stage that wrote it may be finished'),
     (r'\{work\}/(classifier|generator)', '.*', 'what is finished need not be read again'),
     (r'\{work\}/(drawing|preparing)', '.*', 'it may begin again, if it ends in the same images'),

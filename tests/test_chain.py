@@ -92,7 +92,7 @@ def test_arms_see_the_same_real_images_for_the_same_number_of_steps(finished):
         assert (labels == both[step]['real'][1]).all()
     assert (alone[0]['real'][0] != alone[7]['real'][0]).any()
     last_steps = [run.read_training(arm, 0).step.iloc[-1] for arm in ('real', 'concat', 'mix_representation')]
-    assert last_steps == [60, 60, 60]
+    assert last_steps == [30, 30, 30]
 
 
 def test_synthetic_store_carries_its_provenance(finished):

@@ -12,12 +12,15 @@ from pathlib import Path
 import faults
 import pytest
 
+from protloc.study.arms import DesignConfig
+
 import wrong
 
 ALL = os.environ.get('PROTLOC_FAULTS') == 'all'
 PROGRAM = Path(faults.__file__)
 OPTIONS = ['protloc', *faults.COMMANDS]
-SECTIONS = ['about', 'seed', 'replicates', 'data', 'generator', 'generate', 'classifier', 'arms', '--set']
+DESIGN = [*DesignConfig.model_fields]
+SECTIONS = ['about', 'seed', 'data', 'generator', 'generate', 'filter', 'classifier', 'arms', '--set', *DESIGN]
 READERS = [command for command in faults.COMMANDS if command not in ('presets', 'simulate')]
 PARTS = [
     *(('option', part) for part in OPTIONS),

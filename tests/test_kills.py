@@ -40,7 +40,7 @@ def test_a_killed_command_goes_on(rows, command):
 def test_every_command_that_writes_is_killed():
     from faults import commands
 
-    assert set(commands()) - set(kills.WRITING) == {'presets', 'evaluate'}
+    assert set(commands()) - set(kills.WRITING) == {'presets', 'evaluate', 'plan'}
 
 
 def test_events_are_counted_and_end_the_process(tmp_path):

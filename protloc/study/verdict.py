@@ -352,7 +352,8 @@ def write_results(
         learning_curve=learning_curve(study, main),
         budgets=budgets(study).reset_index(),
     )
-    if study.synthetic and study.run.predictions('real', 0, 'synthetic').exists():
+    judged = study.run.predictions('real', 0, 'synthetic').exists() or not study.run.read_failures()
+    if study.synthetic and judged:
         tables['label_fidelity'] = fidelity_by_class(study).reset_index()
         if min(len(study.synthetic), len(study.labels('val'))) > 1:
             tables['detail'] = detail_by_band(study).reset_index()
