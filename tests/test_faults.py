@@ -12,9 +12,8 @@ from pathlib import Path
 import faults
 import pytest
 
-from protloc.study.arms import DesignConfig
-
 import wrong
+from protloc.study.arms import DesignConfig
 
 ALL = os.environ.get('PROTLOC_FAULTS') == 'all'
 PROGRAM = Path(faults.__file__)
