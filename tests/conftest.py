@@ -60,7 +60,7 @@ def challenge(tmp_path):
 SMALL = [
     'data.simulate.counts={train: 120, val: 40, test: 40}',
     'data.simulate.classes=[Nucleoli, Plasma membrane, Cytosol]',
-    'generator.loop={steps: 40, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}',
+    'generator.loop={steps: 50, batch_size: 16, lr: 0.002, ema_decay: 0.9, checkpoint_seconds: 0}',
     'generator.unet={widths: [16, 32], patch_size: 2}',
     'generate={images: 64, num_inference_steps: 3}',
     'arms=[real, concat, mix_representation]',

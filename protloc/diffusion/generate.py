@@ -474,7 +474,8 @@ def _claimed(path, pipe, labels, config, made, base):
         yield None
         return
     edited = sha256(np.asarray(base[1]).tobytes()) if base else ''
-    settings = dict(made, labels=sha256(labels.tobytes()), base=edited)
+    settings = {name: value for name, value in made.items() if name != 'seen'}  # a note, which decides nothing
+    settings |= dict(labels=sha256(labels.tobytes()), base=edited)
     with ResumableWriter(path, pipe.config.channels, pipe.vocab, pipe.size, made, settings) as writer:
         describe = partial(_describe, pipe, labels, config, base)
         assembly = _Assembly(writer, path, labels, config, describe)
