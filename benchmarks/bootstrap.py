@@ -89,7 +89,7 @@ def main():
         ways[way] = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     sizes = {name: getattr(args, name) for name in ('draws', 'images', 'classifiers', 'classes', 'threads')}
     ratio = ways['groups']['cpu_seconds'] / ways['images']['cpu_seconds']
-    print(json.dumps(dict(benchmark='bootstrap', **sizes, cpu_ratio=round(ratio, 3), **ways)))
+    print(json.dumps(dict(benchmark='bootstrap', **sizes, cpu_ratio=round(ratio, 3), ways=ways)))
 
 
 if __name__ == '__main__':
