@@ -303,7 +303,7 @@ def run(
     if len(studies) > 1:
         print(f'All studies: {write_grid(path, studies).resolve()}')
 
-
+# %% ../nbs/11_cli.ipynb #bae1119b
 @app.command()
 def plan(
     preset: StudyPreset = 'demo',
@@ -322,7 +322,7 @@ def plan(
             print(f'=== {name}')
         print(forecast(config, like), flush=True)
 
-
+# %% ../nbs/11_cli.ipynb #5556c6b4
 def _run(config, path, workers):
     "One study, from images to report"
     from protloc.study.folder import RunFolder

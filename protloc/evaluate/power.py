@@ -34,7 +34,7 @@ def standard_error(
     doubt = between**2 / df_between + of_test**2 / max(groups - 1, 1)
     return total**0.5, total**2 / doubt if doubt else df_between
 
-
+# %% ../../nbs/08_evaluate/05_power.ipynb #cfd76acd
 def power(
     difference: float,  # the true one
     se: float,  # of `standard_error`

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+from fastcore.basics import patch
 
 from ..classify.backbone import check_size
 from ..classify.mixing import STRATEGIES, build_strategy
@@ -29,7 +30,7 @@ from ..files import check_name, parse_yaml, read_yaml
 # %% auto #0
 __all__ = ['Number', 'Replicates', 'Fraction', 'DEFAULT_ARMS', 'MOST_NAMES', 'SECTIONS', 'PrepareConfig', 'DataConfig',
            'ArmConfig', 'FilterConfig', 'DesignConfig', 'with_company', 'StudyConfig', 'presets', 'read_preset',
-           'commands_of', 'with_overrides', 'section_of', 'study_config', 'preset_values', 'read_study',
+           'commands_of', 'with_overrides', 'with_value', 'section_of', 'study_config', 'preset_values', 'read_study',
            'section_config', 'arm_of']
 
 # %% ../../nbs/09_study/00_arms.ipynb #3dd5981f
@@ -104,25 +105,28 @@ class ArmConfig(Config):
         "The strategy's name"
         return self.strategy or self.name
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        "Which images it wants: 'real', 'synthetic'"
-        strategy_class = STRATEGIES[self.kind]
-        return strategy_class.sources if strategy_class.second_store == 'synthetic' else ('real',)
+# %% ../../nbs/09_study/00_arms.ipynb #461abddd
+@patch(as_prop=True)
+def sources(self: ArmConfig) -> tuple[str, ...]:
+    "Which images it wants: 'real', 'synthetic'"
+    strategy_class = STRATEGIES[self.kind]
+    return strategy_class.sources if strategy_class.second_store == 'synthetic' else ('real',)
 
-    @property
-    def needs_teacher(self) -> bool:
-        "Whether it needs a teacher, the arm 'real' of the same replicate"
-        return STRATEGIES[self.kind].needs_teacher
 
-    @property
-    def role(self) -> Literal['baseline', 'tested', 'control', 'curve']:
-        "What it is for"
-        if self.fraction:
-            return 'curve'
-        if self.name == 'real':
-            return 'baseline'
-        return 'tested' if 'synthetic' in self.sources and self.source == 'generator' else 'control'
+@patch(as_prop=True)
+def needs_teacher(self: ArmConfig) -> bool:
+    "Whether it needs a teacher, the arm 'real' of the same replicate"
+    return STRATEGIES[self.kind].needs_teacher
+
+
+@patch(as_prop=True)
+def role(self: ArmConfig) -> Literal['baseline', 'tested', 'control', 'curve']:
+    "What it is for"
+    if self.fraction:
+        return 'curve'
+    if self.name == 'real':
+        return 'baseline'
+    return 'tested' if 'synthetic' in self.sources and self.source == 'generator' else 'control'
 
 # %% ../../nbs/09_study/00_arms.ipynb #43ac586d
 DEFAULT_ARMS = ('real', 'synthetic', 'concat', 'mix_loss', 'mix_representation')
@@ -174,6 +178,12 @@ class DesignConfig(Config):
     def _sorted(cls, fractions):
         return tuple(sorted(set(fractions)))
 
+# %% ../../nbs/09_study/00_arms.ipynb #7901016f
+@patch(as_prop=True)
+def planned_looks(self: DesignConfig) -> tuple[int, ...]:
+    "Numbers of replicates at which the results are looked at, as they were planned"
+    return self.looks or (self.replicates,)
+
 # %% ../../nbs/09_study/00_arms.ipynb #5e190363
 def _check_names(arms):
     "Raise `InputError` where `real` is missing, or two arms could not be told apart"
@@ -209,6 +219,17 @@ def with_company(
     baseline = [arm for arm in arms if arm.name == 'real']
     return (*baseline, *first, *(arm for arm in arms if arm.name != 'real'), *last)
 
+# %% ../../nbs/09_study/00_arms.ipynb #3fc992be
+def _check_budget(budget, patience):
+    "Raise `InputError` where arms would be trained for different times although they should not, or the reverse"
+    if budget == 'steps' and patience:
+        raise InputError(
+            'classifier.loop.patience ends arms at different steps, and they were to have equal budgets:'
+            ' leave it out, or set budget=converged'
+        )
+    if budget == 'converged' and not patience:
+        raise InputError('budget: converged needs classifier.loop.patience, validations without a better score')
+
 # %% ../../nbs/09_study/00_arms.ipynb #1b8cfb54
 class StudyConfig(DesignConfig):
     "Everything that a study depends on"
@@ -237,7 +258,7 @@ class StudyConfig(DesignConfig):
     @pydantic.model_validator(mode='after')
     def _whole(self):
         _check_names(self.arms)
-        self._check_budget()
+        _check_budget(self.budget, self.classifier.loop.patience)
         simulated = bool(not self.data.folder and self.data.simulate)
         controls = ['duplicate_real', *['oracle'] * simulated] if self.controls else []
         fractions = [share for share in self.real_fractions if share != self.data.fraction]
@@ -250,22 +271,6 @@ class StudyConfig(DesignConfig):
         if self.generate.best_of > 1 and not self.filter.needs_classifier:
             raise InputError('generate.best_of needs somebody who chooses: set filter.judge=true')
         return self
-
-    def _check_budget(self):
-        "Raise `InputError` where arms would be trained for different times although they should not, or the reverse"
-        patience = self.classifier.loop.patience
-        if self.budget == 'steps' and patience:
-            raise InputError(
-                'classifier.loop.patience ends arms at different steps, and they were to have equal budgets:'
-                ' leave it out, or set budget=converged'
-            )
-        if self.budget == 'converged' and not patience:
-            raise InputError('budget: converged needs classifier.loop.patience, validations without a better score')
-
-    @property
-    def planned_looks(self) -> tuple[int, ...]:
-        "Numbers of replicates at which the results are looked at, as they were planned"
-        return self.looks or (self.replicates,)
 
 # %% ../../nbs/09_study/00_arms.ipynb #32d7fdb8
 def _yaml_files(folder, above=''):
@@ -308,22 +313,27 @@ def with_overrides(
         names = key.strip().split('.')
         if not equals or not all(names) or len(names) > MOST_NAMES:
             raise InputError(f'{shown(text)} is not of the form name.of.setting=value: write it so')
-        values = _with_value(values, names, parse_yaml(value, f'the value of {shown(key)}'), text)
+        values = with_value(values, names, parse_yaml(value, f'the value of {shown(key)}'), text)
     return values
 
 
 MOST_NAMES = 20  # no setting lies that deep
 
 # %% ../../nbs/09_study/00_arms.ipynb #0af4e488
-def _with_value(values, names, value, text):
-    "Settings with one of them changed; `text` is what the user wrote"
+def with_value(
+    values: dict,  # nested settings
+    names: Sequence[str],  # of the setting, from the outermost section inwards
+    value,  # any that YAML can hold
+    text: str,  # what the user wrote, for the message
+) -> dict:  # a changed copy
+    "Settings with one of them changed; raises `InputError` for a part of what has no parts"
     if not isinstance(values, dict):
         raise InputError(f'{shown(text)} sets a part of {shown(values)}, which has no parts: set it as a whole')
     first, *rest = names
     if not rest:
         return {**values, first: value}
     inside = values.get(first)
-    return {**values, first: _with_value({} if inside is None else inside, rest, value, text)}
+    return {**values, first: with_value({} if inside is None else inside, rest, value, text)}
 
 # %% ../../nbs/09_study/00_arms.ipynb #4206750f
 def section_of(

@@ -269,7 +269,7 @@ def forecast(
     ]
     return '\n'.join(lines)
 
-
+# %% ../../nbs/09_study/13_forecast.ipynb #54b4be0b
 def _sight(config, images, num_classes, spread, like, arms):
     "What the design can find, in words"
     where = f'as in {like}' if like else 'as stated in protloc.study.forecast'

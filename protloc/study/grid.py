@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import InputError, one_line, read_config, shown
 from ..data.readers.tables import write_table
 from ..files import check_name, claim_settings
-from .arms import ArmConfig, StudyConfig, preset_values, read_study, with_overrides
+from .arms import ArmConfig, StudyConfig, preset_values, read_study, with_value
 from .folder import RunFolder
 from .parts import GRID
 
@@ -67,12 +67,7 @@ def _spread_arms(values, grid, preset):
 def _arm_with(arm, setting, value):
     "An arm with another value, and a name that says so"
     name = f'{arm["name"]}-{setting[-1]}-{_text(value)}'
-    changed = with_overrides(arm, [f'{".".join(setting)}=null'])
-    inner = changed
-    for part in setting[:-1]:
-        inner = inner[part]
-    inner[setting[-1]] = value
-    return {**changed, 'name': name, 'strategy': arm.get('strategy') or arm['name']}
+    return {**with_value(arm, setting, value, name), 'name': name, 'strategy': arm.get('strategy') or arm['name']}
 
 # %% ../../nbs/09_study/12_grid.ipynb #f578c3e2
 def study_configs(
@@ -101,12 +96,7 @@ def study_configs(
 def _with_values(values, others, combination):
     "Settings with one value for each setting of the grid"
     for key, value in zip(others, combination, strict=True):
-        *above, last = key.split('.')
-        values = with_overrides(values, [f'{key}=null'])
-        inner = values
-        for part in above:
-            inner = inner[part]
-        inner[last] = value
+        values = with_value(values, key.split('.'), value, key)
     return values
 
 

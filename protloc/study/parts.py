@@ -162,7 +162,7 @@ def decides(
     teacher = run.classifier('real', number) if arm.needs_teacher else None
     return classifier_settings(real, synthetic, config.classifier, teacher, **how_to_train(config, arm, number))
 
-
+# %% ../../nbs/09_study/04_parts.ipynb #af2ef895
 def how_to_train(
     config: StudyConfig,
     arm: ArmConfig,

@@ -38,6 +38,13 @@ from protloc.files import (
     write_json,
     write_yaml,
 )
+from ..training import this_process
+
+# %% auto #0
+__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs',
+           'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave', 'check_predictions', 'run_study']
+
+# %% ../../nbs/09_study/06_runner.ipynb #ba9e3a71
 from .arms import PrepareConfig, StudyConfig
 from .draw import judge_for
 from .folder import RunFolder
@@ -61,11 +68,6 @@ from protloc.study.parts import (
 )
 from .plan import freeze
 from .workers import Call, Workers, check_workers, cores, work_through
-from ..training import this_process
-
-# %% auto #0
-__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs',
-           'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):

@@ -62,20 +62,37 @@ class Study:
         "The synthetic images of the first generator; None where there are none"
         return self.run.open_synthetic()
 
-    def probabilities(self, arm: str, replicate: int, split: str) -> np.ndarray:
-        "(n, K) in [0, 1]: what one classifier says about the split 'val' or 'test'"
-        return self.run.read_predictions(arm, replicate, split, (len(self.real.rows(split)), len(self.real.vocab)))
-
-    def labels(self, split: str) -> np.ndarray:
-        "(n, K) multi-hot: what the real images of a split show"
-        return self.real.labels[self.real.rows(split)]
-
-    def groups(self, split: str) -> pd.Series:
-        "(n,) the group (antibody, field) of each real image of a split"
-        return self.real.table.group.iloc[self.real.rows(split)]
-
     def __repr__(self):
         return f"Study({str(self.run.path)!r}: {', '.join(self.arms)}; {len(self.replicates)} replicates)"
+
+# %% ../../nbs/09_study/07_scores.ipynb #71aa45e2
+@patch
+def probabilities(
+    self: Study,
+    arm: str,
+    replicate: int,
+    split: str,  # 'val' or 'test'
+) -> np.ndarray:  # (n, K) in [0, 1]
+    "What one classifier says about a split; raises `InputError` where it has not been asked yet"
+    return self.run.read_predictions(arm, replicate, split, (len(self.real.rows(split)), len(self.real.vocab)))
+
+
+@patch
+def labels(
+    self: Study,
+    split: str,
+) -> np.ndarray:  # (n, K) multi-hot
+    "What the real images of a split show"
+    return self.real.labels[self.real.rows(split)]
+
+
+@patch
+def groups(
+    self: Study,
+    split: str,
+) -> pd.Series:  # (n,)
+    "The group (antibody, field) of each real image of a split"
+    return self.real.table.group.iloc[self.real.rows(split)]
 
 # %% ../../nbs/09_study/07_scores.ipynb #b006f978
 @patch
