@@ -134,6 +134,30 @@ def write_words(run):
     return run.verdict.read_text().splitlines()
 
 
+def test_a_study_of_controls_alone_has_an_answer(tmp_path):
+    "No arm has images of a generator: what the controls say is in the tables, and the sentence says so"
+    run = RunFolder(tmp_path / 'study')
+    runner.run_study(few('arms=[real, duplicate_real, {name: perfect, strategy: concat, source: oracle}]'), run.path)
+    write_report(run.path)
+    assert run.verdict.read_text().startswith('No arm with synthetic images')
+    tables = run.read_results()
+    assert len(tables['verdict']) == 0 and {*tables['comparisons'].arm} == {'duplicate_real', 'perfect'}
+
+
+def test_an_arm_to_compare_with_is_needed():
+    for arms in ('[real]', '[real, {name: half, strategy: real, fraction: 0.5}]'):
+        with pytest.raises(InputError, match="at least one arm besides 'real'"):
+            few(f'arms={arms}')
+
+
+@pytest.mark.parametrize('line', ['looks: 5', 'classes: [a]', 'arms: {tested: 3}', 'level: high'])
+def test_a_damaged_plan_is_named(run, line):
+    name = line.partition(':')[0]
+    run.plan.write_text(re.sub(rf'(?m)^{name}:.*(\n[ -].*)*', line, run.plan.read_text()))
+    with pytest.raises(InputError, match='is not the plan of a study'):
+        write_results(Study(run.path))
+
+
 def test_images_are_judged_by_the_replicates_own_classifier(tmp_path):
     run = RunFolder(tmp_path / 'study')
     runner.run_study(few('filter={judge: true, drop_copies: true}', 'generate.best_of=2'), run.path)

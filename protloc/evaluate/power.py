@@ -14,9 +14,18 @@ from ..core import InputError, shown
 from .rule import CORRELATION
 
 # %% auto #0
-__all__ = ['MOST_REPLICATES', 'standard_error', 'power', 'smallest_difference', 'replicates_to_decide', 'spent', 'level_of_look']
+__all__ = ['MOST_REPLICATES', 'larger_of_two', 'standard_error', 'power', 'smallest_difference', 'replicates_to_decide', 'spent',
+           'level_of_look']
 
 # %% ../../nbs/08_evaluate/05_power.ipynb #845cab99
+def larger_of_two(
+    replicates: int,  # 2 or more
+    arms: int,  # that are compared with the baseline
+) -> float:  # 1 or more
+    "By what factor the larger of an arm's variance and the mean one exceeds the true variance, on average"
+    return 1 + 0.4 * (2 / (replicates - 1) * (1 - CORRELATION) * (1 - 1 / arms)) ** 0.5
+
+
 def standard_error(
     replicate_sd: float,  # of an arm's difference, from one replicate to the next
     test_sd: float,  # of an arm's difference, from one test set to the next
@@ -27,8 +36,7 @@ def standard_error(
     "What `rule.decide` will find on average; raises `InputError` for fewer than two replicates"
     if replicates < 2:
         raise InputError(f'{shown(replicates)} replicates give no interval: plan 2 or more')
-    larger = 0.4 * (2 / (replicates - 1) * (1 - CORRELATION) * (1 - 1 / arms)) ** 0.5  # the rule takes that of two
-    between, of_test = (1 + larger) * replicate_sd**2 / replicates, test_sd**2
+    between, of_test = larger_of_two(replicates, arms) * replicate_sd**2 / replicates, test_sd**2
     df_between = (replicates - 1) * arms / (1 + CORRELATION * (arms - 1))
     total = between + of_test
     doubt = between**2 / df_between + of_test**2 / max(groups - 1, 1)

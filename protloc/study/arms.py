@@ -190,8 +190,8 @@ def _check_names(arms):
     names = [arm.name for arm in arms]
     if 'real' not in names:
         raise InputError("a study needs the arm 'real': the others are compared with it")
-    if len(names) < 2:
-        raise InputError("a study needs at least one arm besides 'real'")
+    if all(arm.role in ('baseline', 'curve') for arm in arms):
+        raise InputError("a study needs at least one arm besides 'real' and the learning curve")
     if len(set(names)) < len(names):
         raise InputError(f'two arms have the same name: {one_line(", ".join(names))}')
     if len({name.casefold() for name in names}) < len(names):

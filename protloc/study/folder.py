@@ -32,7 +32,7 @@ from protloc.files import (
 )
 
 # %% auto #0
-__all__ = ['PLANNED', 'NAMES', 'RunFolder', 'RunSettings', 'GeneratorNote', 'StoreNote']
+__all__ = ['NAMES', 'RunFolder', 'RunSettings', 'PlanNote', 'GeneratorNote', 'StoreNote']
 
 # %% ../../nbs/09_study/01_folder.ipynb #4a189783
 class RunFolder:
@@ -189,11 +189,19 @@ class _NamedArm(Config):
 
     model_config = pydantic.ConfigDict(extra='ignore')
     name: str
+    fraction: float | None = pydantic.Field(None, gt=0, le=1)  # of the training groups, where it has a share of its own
 
     @pydantic.field_validator('name')
     def _is_folder(cls, name):
         check_name('arm', name)
         return name
+
+
+class _Share(Config):
+    "The part of a run's data settings that is read"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    fraction: float = pydantic.Field(1.0, gt=0, le=1)  # of the training groups
 
 
 class RunSettings(Config):
@@ -204,6 +212,7 @@ class RunSettings(Config):
     seed: Seed
     replicates: int = pydantic.Field(ge=1, le=1000)
     generators: Literal['each', 1]
+    data: _Share = _Share()
     arms: tuple[_NamedArm, ...] = pydantic.Field(min_length=1)
 
 # %% ../../nbs/09_study/01_folder.ipynb #43698bc5
@@ -224,6 +233,32 @@ def read_settings(self: RunFolder) -> dict:
     read_config(RunSettings, settings, str(self.config))
     return settings
 
+# %% ../../nbs/09_study/01_folder.ipynb #17b53c85
+class _Looks(Config):
+    "At which numbers of replicates the results are looked at"
+
+    planned: tuple[int, ...] = pydantic.Field(min_length=1)
+    added: tuple[int, ...]
+
+
+class _PlannedClasses(Config):
+    "Names of classes, and how many test groups show them"
+
+    score: dict[str, int]
+    described: dict[str, int]
+
+
+class PlanNote(Config):
+    "What is read of a plan"
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+    level: float = pydantic.Field(gt=0, lt=1)
+    margin: float = pydantic.Field(gt=0, le=1)
+    replicates: int = pydantic.Field(ge=1, le=1000)
+    looks: _Looks
+    arms: dict[Literal['baseline', 'tested', 'control', 'curve'], tuple[str, ...]]
+    classes: _PlannedClasses
+
 # %% ../../nbs/09_study/01_folder.ipynb #8eee8318
 @patch
 def read_plan(self: RunFolder) -> dict:
@@ -231,12 +266,12 @@ def read_plan(self: RunFolder) -> dict:
     if not self.plan.exists():
         raise self.unfinished('its plan')
     plan = read_yaml(self.plan)
-    if not {*PLANNED} <= {*plan}:
-        raise InputError(f'{self.plan} is not the plan of a study: put back what was there, or begin anew elsewhere')
+    try:
+        read_config(PlanNote, plan, str(self.plan))
+    except InputError as error:
+        mend = 'put back what was there, or begin anew elsewhere'
+        raise InputError(f'{self.plan} is not the plan of a study ({error}): {mend}') from None
     return plan
-
-
-PLANNED = ('arms', 'classes', 'level', 'looks', 'margin', 'replicates', 'rule')  # what each plan says
 
 
 @patch

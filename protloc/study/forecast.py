@@ -25,7 +25,7 @@ from ..data.store import ImageStore, write_store
 from ..diffusion.generate import generate
 from ..diffusion.train import train_generator
 from ..evaluate.intervals import count_in_groups, f1_influence
-from ..evaluate.power import smallest_difference, standard_error
+from ..evaluate.power import larger_of_two, smallest_difference, standard_error
 from ..evaluate.rule import shared_variance
 from ..labels import Vocabulary
 from .arms import StudyConfig
@@ -240,7 +240,9 @@ def measured_sd(
     table = study.run.read_results().get('verdict')
     if table is None or not len(table):
         raise study.run.unfinished('its verdict')
-    return float((table.replicate_variance * table.replicates).mean() ** 0.5)
+    replicates = int(table.replicates.iloc[0])
+    variance = (table.replicate_variance * replicates).mean() / larger_of_two(replicates, len(table))
+    return float(variance**0.5)
 
 # %% ../../nbs/09_study/13_forecast.ipynb #854128d5
 def forecast(

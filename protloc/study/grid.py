@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import InputError, one_line, read_config, shown
 from ..data.readers.tables import write_table
 from ..files import check_name, claim_settings
-from .arms import ArmConfig, StudyConfig, preset_values, read_study, with_value
+from .arms import MOST_NAMES, ArmConfig, StudyConfig, preset_values, read_study, with_value
 from .folder import RunFolder
 from .parts import GRID
 
@@ -32,12 +32,15 @@ def _checked_grid(values, preset):
     if not isinstance(grid, dict) or not all(isinstance(each, list) and each for each in grid.values()):
         raise InputError(f"preset '{preset}': grid is {shown(grid)}: write lines `name.of.setting: [VALUE, VALUE]`")
     for name, each in grid.items():
+        names = str(name).split('.')
+        if not all(names) or len(names) > MOST_NAMES:
+            raise InputError(f"preset '{preset}': grid has {shown(name)}, which is not of the form name.of.setting")
         texts = [_text(value) for value in each]
         if len({*texts}) < len(texts):
             raise InputError(
                 f"preset '{preset}': grid has a value of {shown(name)} twice: {one_line(', '.join(texts))}"
             )
-    return grid
+    return {str(name): each for name, each in grid.items()}
 
 
 def _text(value):
@@ -51,7 +54,7 @@ def _spread_arms(values, grid, preset):
     "Settings with an arm of each value, for the settings of the grid that are an arm's"
     arms = [arm if isinstance(arm, dict) else dict(name=arm) for arm in values.get('arms') or []]
     for key, each in grid.items():
-        _, name, *setting = str(key).split('.')
+        _, name, *setting = key.split('.')
         places = [place for place, arm in enumerate(arms) if arm.get('name') == name]
         if not places or not setting:
             names = one_line(', '.join(str(arm.get('name')) for arm in arms))
@@ -79,17 +82,15 @@ def study_configs(
     values = preset_values(preset, data, overrides)
     grid = _checked_grid(values, preset)
     values = {name: value for name, value in values.items() if name != 'grid'}
-    of_arms = {key: each for key, each in grid.items() if str(key).startswith('arms.')}
+    of_arms = {key: each for key, each in grid.items() if key.startswith('arms.')}
     values = _spread_arms(values, of_arms, preset) if of_arms else values
-    others = {str(key): each for key, each in grid.items() if key not in of_arms}
+    others = {key: each for key, each in grid.items() if key not in of_arms}
     combinations = [*itertools.islice(itertools.product(*others.values()), MOST_STUDIES + 1)]
     if len(combinations) > MOST_STUDIES:
         raise InputError(f"preset '{preset}': the grid has more than {MOST_STUDIES:,} studies: leave out some values")
     studies = {}
     for combination in combinations:
-        name = _name_of(others, combination)
-        config = read_study(_with_values(values, others, combination), preset)
-        studies[name] = config
+        studies[_name_of(others, combination)] = read_study(_with_values(values, others, combination), preset)
     return studies
 
 

@@ -24,7 +24,7 @@ from .folder import RunFolder
 
 # %% auto #0
 __all__ = ['GRID', 'Part', 'arm_named', 'source_replicate', 'waves_of', 'place_of', 'is_made', 'real_of', 'shares_of', 'decides',
-           'how_to_train', 'planned_labels', 'images_seed', 'key_of', 'note_made', 'find_made', 'take_over']
+           'how_to_train', 'planned_labels', 'images_seed', 'key_of', 'note_made', 'made_beside', 'take_over']
 
 # %% ../../nbs/09_study/04_parts.ipynb #9b8ebb1e
 class Part(NamedTuple):
@@ -230,21 +230,19 @@ def _is_own(path):
     return not hasattr(os, 'getuid') or path.stat().st_uid == os.getuid()
 
 
-def find_made(
+def made_beside(
     run: RunFolder,
-    key: str,
-) -> Path | None:  # of a finished part; None where there is none
-    "A part of this name in the studies beside this one, and in their grids"
+) -> dict[str, Path]:  # name -> place of a finished part
+    "The finished parts of the studies beside this one, and of their grids"
     tree = Path(os.path.realpath(run.path)).parent
     tree = tree.parent if (tree / GRID).exists() else tree
+    found = {}
     for note in sorted([*tree.glob('*/made.json'), *tree.glob('*/*/made.json')]):
         if not _is_own(note) or note.parent.samefile(run.path):
             continue
-        places = [note.parent / name for name, other in read_json(note).items() if other == key]
-        place = next(filter(Path.exists, places), None)
-        if place and _is_own(place):
-            return place
-    return None
+        places = {key: note.parent / name for name, key in read_json(note).items()}
+        found |= {key: place for key, place in places.items() if place.exists() and _is_own(place)}
+    return found
 
 
 def take_over(
@@ -255,9 +253,8 @@ def take_over(
     if path.is_dir():
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_file():
-        with atomic_path(path) as partial:
+    with atomic_path(path) as partial:
+        if place.is_file():
             link(place, partial)
-    else:
-        with atomic_path(path) as partial:
+        else:
             shutil.copytree(place, partial, copy_function=link, ignore=shutil.ignore_patterns('.*'))

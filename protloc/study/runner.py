@@ -21,10 +21,10 @@ from ..core import Failure, InputError, derive_seed, one_line, read_config, sha2
 from ..data.layouts import labelled_fields
 from ..data.prepare import folder_stamps, prepare
 from ..data.simulate.datasets import oracle_store, simulate_store
-from ..data.split import SPLITS, Fractions
+from ..data.split import SPLITS
 from ..data.store import ImageStore
 from ..diffusion.generate import generate
-from ..diffusion.train import generator_as_meant, open_pipeline, train_generator
+from ..diffusion.train import open_pipeline, train_generator
 from protloc.files import (
     LOCK_SECONDS,
     claim_settings,
@@ -45,18 +45,18 @@ __all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'claim_folder', 'stage', '
            'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave', 'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #ba9e3a71
-from .arms import PrepareConfig, StudyConfig
+from .arms import StudyConfig
 from .draw import judge_for
 from .folder import RunFolder
 from protloc.study.parts import (
     Part,
     arm_named,
     decides,
-    find_made,
     how_to_train,
     images_seed,
     is_made,
     key_of,
+    made_beside,
     note_made,
     place_of,
     planned_labels,
@@ -81,23 +81,10 @@ def check_folder(run: RunFolder):
         return
     try:
         run.read_settings()
-    except InputError:
-        raise InputError(f'{run.path} is not empty and holds no study: choose another folder with --out') from None
-
-# %% ../../nbs/09_study/06_runner.ipynb #9650efdd
-def _as_meant(settings):
-    "A run's settings as they are read today: what an older version did not know of generators and `data.prepare`"
-    settings = {**settings, 'generator': generator_as_meant(settings.get('generator'))}
-    data = settings.get('data')
-    if not isinstance(data, dict):
-        return settings
-    noted = data.get('prepare')
-    if not isinstance(noted, dict) or 'fit' in noted:
-        return settings
-    if noted.get('fractions') == Fractions().model_dump():  # noted where nobody had asked for any
-        noted = {**noted, 'fractions': None}
-    prepare = {**PrepareConfig().model_dump(mode='json'), **noted}
-    return {**settings, 'data': {**data, 'prepare': prepare}}
+    except InputError as error:
+        raise InputError(
+            f'{run.path} is not empty and holds no study to go on with ({error}): choose another folder with --out'
+        ) from None
 
 # %% ../../nbs/09_study/06_runner.ipynb #822c7a07
 def claim_folder(
@@ -114,7 +101,7 @@ def claim_folder(
         raise InputError(f'{run.path} was begun with {before} replicates: more can be added, none taken away; {mend}')
 
     def meant(noted):
-        return {**_as_meant(noted), 'replicates': config.replicates}
+        return {**noted, 'replicates': config.replicates}
 
     claim_settings(run.config, settings, mend, anew=not run.begun, meant=meant)
     if before < config.replicates:
@@ -224,7 +211,7 @@ def real_images(
     key = key_of(
         dict(data=config.data.model_dump(mode='json', exclude={'fraction'}), seed=config.seed, inputs=_noted(run))
     )
-    there = find_made(run, key)
+    there = made_beside(run).get(key)
     if there:
         take_over(there, run.real)
         print(f'== real images: taken over from {there}', flush=True)
@@ -377,7 +364,7 @@ def make_as_command(
         raise InputError(
             f'{run.path} is not to be seen on {platform.node()}, or holds no study: begin it with `protloc run`'
         )
-    config = cast(StudyConfig, read_config(StudyConfig, _as_meant(run.read_settings()), str(run.config)))
+    config = cast(StudyConfig, read_config(StudyConfig, run.read_settings(), str(run.config)))
     if part not in sum(waves_of(config), []):
         raise InputError(
             f'{run.path} has no part {" ".join(map(str, part))}: see its plan.yaml for arms and replicates'
@@ -392,9 +379,9 @@ def make_as_command(
 # %% ../../nbs/09_study/06_runner.ipynb #efb63dd7
 def _reuse(config, run, parts):
     "Take over what studies beside this one have made; returns what is left to make"
-    left = []
+    left, beside = [], made_beside(run)
     for part in parts:
-        there = find_made(run, key_of(decides(config, run, part)))
+        there = beside.get(key_of(decides(config, run, part))) if beside else None
         if there:
             take_over(there, place_of(run, part))
             print(f'== {part}: taken over from {there}', flush=True)
@@ -404,9 +391,10 @@ def _reuse(config, run, parts):
 
 
 def _note(config, run, parts):
-    "Note the names of finished parts, by which other studies find them"
+    "Note the names of finished parts, by which other studies find them, where that has not been done"
+    noted = read_json(run.made) if run.made.exists() else {}
     for part in parts:
-        if is_made(run, part):
+        if place_of(run, part).relative_to(run.path).as_posix() not in noted and is_made(run, part):
             note_made(run, place_of(run, part), key_of(decides(config, run, part)))
 
 # %% ../../nbs/09_study/06_runner.ipynb #8b614af5
@@ -486,9 +474,10 @@ def run_study(
         claim_inputs(config, run)
         run.read_stages()  # a damaged log is named before hours of work
         real = real_images(config, run)
-        if not run.plan.exists():
+        if run.plan.exists():
+            freeze(run, config, real)
+        else:
             stage(run, 'write the plan', lambda: freeze(run, config, real))
-        freeze(run, config, real)
         check_predictions(config, real, run)
         for number, arm in shares_of(config):
             real_of(config, run, number, arm)

@@ -5,6 +5,7 @@
 # %% ../../nbs/09_study/07_scores.ipynb #846e495b
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ class Study:
         self.one_generator = settings['generators'] == 1  # for all replicates
         self.arms = [arm['name'] for arm in settings['arms']]
         self.replicates = range(settings['replicates'])
-        whole = settings.get('data', {}).get('fraction', 1)
+        whole = (settings.get('data') or {}).get('fraction', 1)
         self.shares = {arm['name']: arm.get('fraction') or whole for arm in settings['arms']}  # of the training groups
 
     @cached_property
@@ -50,7 +51,8 @@ class Study:
 
     def arms_of(self, *roles: str) -> list[str]:
         "Names of the arms that are 'baseline', 'tested', 'control' or 'curve', those that can be compared"
-        return [arm for role in roles for arm in self.plan['arms'][role] if arm in self.compared_arms]
+        compared = self.compared_arms
+        return [arm for role in roles for arm in self.plan['arms'][role] if arm in compared]
 
     @cached_property
     def real(self) -> ImageStore:
@@ -114,8 +116,9 @@ def compared_arms(self: Study) -> list[str]:
 @patch(as_prop=True)
 def compared_replicates(self: Study) -> list[int]:
     "The replicates in which all compared arms are there; raises `InputError` where there are none"
-    numbers = [n for n in self.replicates if all(n in self._trained(arm) for arm in self.compared_arms)]
-    if 'real' not in self.compared_arms or not numbers:
+    arms = self.compared_arms
+    numbers = sorted(set(self.replicates).intersection(*map(self._trained, arms)))
+    if 'real' not in arms or len(arms) < 2 or not numbers:
         why = ' '.join(f'{part}: {why}.' for part, why in self.run.read_failures().items())
         raise InputError(f'{self.run.path} has nothing to compare, too many trainings failed: {why}')
     return numbers
@@ -124,7 +127,7 @@ def compared_replicates(self: Study) -> list[int]:
 @patch
 def classifiers(self: Study) -> Iterator[tuple[str, int]]:
     "Arm and replicate of each classifier that is compared"
-    return ((arm, number) for arm in self.compared_arms for number in self.compared_replicates)
+    return itertools.product(self.compared_arms, self.compared_replicates)
 
 # %% ../../nbs/09_study/07_scores.ipynb #4014fc81
 @patch
@@ -153,6 +156,14 @@ def real_of(
 def num_synthetic(self: Study) -> int:
     "How many synthetic images a replicate has from its generator"
     return len(self.synthetic) if self.synthetic else 0
+
+# %% ../../nbs/09_study/07_scores.ipynb #056b2cfb
+@patch(as_prop=True)
+def judged(self: Study) -> list[int]:
+    "The replicates whose synthetic images a classifier of the arm 'real' has read, or should have"
+    drawn = [number for number in self.replicates if self.run.synthetic(number).exists()]
+    failed = self.run.read_failures()
+    return [n for n in drawn if self.run.predictions('real', n, 'synthetic').exists() or not failed]
 
 # %% ../../nbs/09_study/07_scores.ipynb #accdb0f6
 SCORES = {  # name in tables -> title; the first one is the verdict's

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import InputError
 from ..evaluate.detail import band_ratios
 from ..evaluate.label_fidelity import label_fidelity_by_class
-from ..evaluate.power import replicates_to_decide
+from ..evaluate.power import larger_of_two, replicates_to_decide
 from ..evaluate.rule import decide
 from ..evaluate.worth import Worth, worth
 from .plan import level_of
@@ -104,7 +104,8 @@ def _to_decide(study, row, arms):
     "How many replicates would probably decide an undecided arm"
     if row.verdict != 'undecided' or not np.isfinite(row.se):
         return np.nan
-    spread = (row.replicate_variance * len(study.compared_replicates)) ** 0.5
+    replicates = len(study.compared_replicates)
+    spread = (row.replicate_variance * replicates / larger_of_two(replicates, arms)) ** 0.5
     groups = study.groups('test').nunique()
     level = level_of(study.plan)
     return replicates_to_decide(
@@ -168,15 +169,16 @@ def budgets(study: Study) -> pd.DataFrame:  # a row an arm: steps, rise, rising 
 # %% ../../nbs/09_study/08_verdict.ipynb #1d0f2701
 def verdict(
     study: Study,  # finished
-    found: dict[str, Score],  # by the names of `SCORES`
+    score: Score,  # the verdict's
+    table: pd.DataFrame,  # of `comparisons`
+    ends: pd.DataFrame,  # of `budgets`
 ) -> pd.DataFrame:  # index arm, a row for each tested arm: columns of `decide`, and what follows from them
     "The answer for each tested arm"
-    table, ends = comparisons(study, found), budgets(study)
     arms = study.arms_of('tested')
     rows = {}
     for arm in arms:
         every = table[(table.arm == arm) & (table.against == 'real')].set_index('score')
-        row = every.loc[VERDICT_SCORE].copy()
+        row = every.loc[VERDICT_SCORE].drop(['against', 'arm'])
         row['agreement'] = agreement(every)
         control = table[(table.arm == arm) & (table.against == 'duplicate_real') & (table.score == VERDICT_SCORE)]
         for name in ('difference', 'low', 'high', 'verdict'):
@@ -186,10 +188,11 @@ def verdict(
         row['replicates_to_decide'] = _to_decide(study, row, len(arms))
         row['rising'] = 'yes' if 'yes' in (ends.rising[arm], ends.rising['real']) else ends.rising[arm]
         row['steps'] = ends.steps[arm]
-        value = worth_of(study, found[VERDICT_SCORE], arm)
+        value = worth_of(study, score, arm)
         row['worth'] = value.in_words(study.num_synthetic) if value else ''
         rows[arm] = row
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('arm').drop(columns=['against', 'arm'])
+    columns = [name for name in table if name not in ('against', 'arm', 'score')]
+    return pd.DataFrame.from_dict(rows, orient='index', columns=None if rows else columns).rename_axis('arm')
 
 # %% ../../nbs/09_study/08_verdict.ipynb #28178041
 def score_intervals(
@@ -309,15 +312,19 @@ def _number(n):
 def fidelity_by_class(
     study: Study,  # with synthetic images
 ) -> pd.DataFrame:  # one row per class: F1 on validation (real) and on synthetic images
-    "`label_fidelity_by_class` of the first classifier of the arm 'real'"
-    judge = ('real', 0)
-    return label_fidelity_by_class(
-        study.run.read_predictions(*judge, 'synthetic', study.synthetic.labels.shape),
-        study.synthetic.labels,
-        study.probabilities(*judge, 'val'),
-        study.labels('val'),
-        study.real.vocab,
-    )
+    "`label_fidelity_by_class` of each replicate's classifier of the arm 'real', averaged over those that judged"
+
+    def of(number):
+        synthetic = study.run.open_synthetic(number)
+        return label_fidelity_by_class(
+            study.run.read_predictions('real', number, 'synthetic', synthetic.labels.shape),
+            synthetic.labels,
+            study.probabilities('real', number, 'val'),
+            study.labels('val'),
+            study.real.vocab,
+        )
+
+    return sum(map(of, study.judged)) / len(study.judged)
 
 # %% ../../nbs/09_study/08_verdict.ipynb #16b6b252
 _MOST_IMAGES = 2000  # of a kind, whose detail is measured
@@ -341,22 +348,22 @@ def write_results(
 ) -> pd.DataFrame:  # of `verdict`
     "Write all tables and the answer in words; the first line is that of the study, then one for each arm"
     found = {name: score_of(study, name) for name in SCORES}
-    changes, main = verdict(study, found), found[VERDICT_SCORE]
+    main, compared, ends = found[VERDICT_SCORE], comparisons(study, found), budgets(study)
+    changes = verdict(study, main, compared, ends)
     tables = dict(
         scores=all_scores(study),
         classes=class_scores(study),
         verdict=changes.reset_index(),
-        comparisons=comparisons(study, found),
+        comparisons=compared,
         score_intervals=score_intervals(study, main).reset_index(),
         class_changes=class_changes(study, main).reset_index(),
         learning_curve=learning_curve(study, main),
-        budgets=budgets(study).reset_index(),
+        budgets=ends.reset_index(),
     )
-    judged = study.run.predictions('real', 0, 'synthetic').exists() or not study.run.read_failures()
-    if study.synthetic and judged:
+    if study.judged:
         tables['label_fidelity'] = fidelity_by_class(study).reset_index()
-        if min(len(study.synthetic), len(study.labels('val'))) > 1:
-            tables['detail'] = detail_by_band(study).reset_index()
+    if study.synthetic and min(len(study.synthetic), len(study.labels('val'))) > 1:
+        tables['detail'] = detail_by_band(study).reset_index()
     words = [in_words(arm, row, study.plan['margin'], study.one_generator) for arm, row in changes.iterrows()]
     study.run.write_results(tables, '\n'.join([study_in_words(study, changes), '', *words]) + '\n')
     return changes
