@@ -356,7 +356,7 @@ def fig_training(results: Results) -> Figure:
     for arm, colour in zip(results.study.compared_arms, colours, strict=True):
         _draw_validation(right, results, arm, colour)
     right.set(title='classifiers', xlabel='optimizer step', ylabel='validation macro-F1')
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     for ax in (left, right):
         _despine(ax)
     fig.tight_layout()
