@@ -308,11 +308,15 @@ def test_a_run_that_was_begun_before_a_setting_existed_goes_on(tmp_path):
     run = claim_folder(tmp_path / 'run', config)
     run.real.mkdir()
     noted = read_yaml(run.config)
-    noted['data']['prepare'] = dict(size=32, tile=None, fractions=dict(train=0.7, val=0.1, test=0.2))
+    del noted['filter'], noted['data']['prepare']['fit'], noted['data']['prepare']['fractions']
     run.config.write_text(yaml.safe_dump(noted))
     claim_folder(run.path, config)
+    assert read_yaml(run.config) == noted
     with pytest.raises(InputError, match='data.prepare.fit is crop there and pad now'):
         claim_folder(run.path, study_config('tiny', tmp_path, ['data.prepare={size: 32, fit: pad}']))
+    run.config.write_text(yaml.safe_dump({**noted, 'knobs': 1}))
+    with pytest.raises(InputError, match="version does not take .config.yaml: there is no setting 'knobs'"):
+        claim_folder(run.path, config)
 
 
 # --- the usual mistakes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -184,6 +184,10 @@ def unfinished(
     return InputError(f'{self.path} is not finished, {what} is missing: continue it with the command that began it')
 
 # %% ../../nbs/09_study/01_folder.ipynb #c06b009b
+_Replicates = Annotated[int, pydantic.Field(ge=1, le=1000)]
+_Groups = Annotated[int, pydantic.Field(ge=0, le=1_000_000_000)]
+
+
 class _NamedArm(Config):
     "An arm of a run's settings"
 
@@ -210,7 +214,7 @@ class RunSettings(Config):
     model_config = pydantic.ConfigDict(extra='ignore')
     about: str  # one line for people
     seed: Seed
-    replicates: int = pydantic.Field(ge=1, le=1000)
+    replicates: _Replicates
     generators: Literal['each', 1]
     data: _Share = _Share()
     arms: tuple[_NamedArm, ...] = pydantic.Field(min_length=1)
@@ -237,15 +241,15 @@ def read_settings(self: RunFolder) -> dict:
 class _Looks(Config):
     "At which numbers of replicates the results are looked at"
 
-    planned: tuple[int, ...] = pydantic.Field(min_length=1)
-    added: tuple[int, ...]
+    planned: tuple[_Replicates, ...] = pydantic.Field(min_length=1)
+    added: tuple[_Replicates, ...]
 
 
 class _PlannedClasses(Config):
     "Names of classes, and how many test groups show them"
 
-    score: dict[str, int]
-    described: dict[str, int]
+    score: dict[str, _Groups]
+    described: dict[str, _Groups]
 
 
 class PlanNote(Config):
@@ -254,7 +258,7 @@ class PlanNote(Config):
     model_config = pydantic.ConfigDict(extra='ignore')
     level: float = pydantic.Field(gt=0, lt=1)
     margin: float = pydantic.Field(gt=0, le=1)
-    replicates: int = pydantic.Field(ge=1, le=1000)
+    replicates: _Replicates
     looks: _Looks
     arms: dict[Literal['baseline', 'tested', 'control', 'curve'], tuple[str, ...]]
     classes: _PlannedClasses

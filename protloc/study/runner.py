@@ -86,6 +86,20 @@ def check_folder(run: RunFolder):
             f'{run.path} is not empty and holds no study to go on with ({error}): choose another folder with --out'
         ) from None
 
+# %% ../../nbs/09_study/06_runner.ipynb #69937321
+def _as_noted(config):
+    return config.model_dump(mode='json')
+
+
+def _completed(noted, run, mend):
+    "A run's settings; those that its version did not have stand as they do where nobody sets them"
+    try:
+        return _as_noted(read_config(StudyConfig, noted, run.config.name))
+    except InputError as error:
+        raise InputError(
+            f'{run.path} was begun with settings that this version does not take ({error}): {mend}'
+        ) from None
+
 # %% ../../nbs/09_study/06_runner.ipynb #822c7a07
 def claim_folder(
     folder: str | Path,  # of the run; created, or begun earlier
@@ -95,13 +109,13 @@ def claim_folder(
     run = RunFolder(folder)
     check_folder(run)
     mend = 'choose another folder with --out, or remove this one'
-    settings = config.model_dump(mode='json')
+    settings = _as_noted(config)
     before = run.read_settings()['replicates'] if run.begun else config.replicates
     if before > config.replicates:
         raise InputError(f'{run.path} was begun with {before} replicates: more can be added, none taken away; {mend}')
 
     def meant(noted):
-        return {**noted, 'replicates': config.replicates}
+        return {**_completed(noted, run, mend), 'replicates': config.replicates}
 
     claim_settings(run.config, settings, mend, anew=not run.begun, meant=meant)
     if before < config.replicates:
