@@ -2,8 +2,8 @@
 
     python benchmarks/defects.py [--seeds 4] [--out runs/defects]
 
-Prints JSON, a line for each repair and seed. The cells are simulated: the demo's eight classes, 2,000 training and 800
-test images of 32 px, the test images from other cell lines. The released generator drew 32 px images that were
+Prints JSON, a line for each repair and seed. The cells are simulated, of the demo's eight classes: 2,000 training and
+800 test images of 32 px, the test images from other cell lines. The released generator drew 32 px images that were
 enlarged to 512 px beside real ones; here it draws 8 px images that are enlarged to 32, so that a generated cell has
 about as many pixels as there. The MixModel is a ResNet-10 without pretrained weights, trained with Mix Loss for a
 small share of the paper's steps: the table says which defects matter here and by how much, not what the paper would

@@ -82,12 +82,13 @@ def replicates_to_decide(
     margin: float,  # of equivalence
     arms: int = 1,  # that are compared with the baseline
     groups: int = 1000,  # in the test set
-    alpha: float = 0.05,  # of the study
-) -> float:  # a whole number of 2 or more; inf where no number up to `MOST_REPLICATES` would do
+    alpha: float = 0.05,  # two-sided level of this arm
+    least: int = 2,  # replicates, of those that come into question
+) -> float:  # a whole number, `least` or more; inf where no number up to `MOST_REPLICATES` would do
     "The least number of replicates at which a call is likelier than none, if difference and spread stay as found"
-    for replicates in range(2, MOST_REPLICATES + 1):
+    for replicates in range(least, MOST_REPLICATES + 1):
         se, df = standard_error(replicate_sd, test_sd, replicates, arms, groups)
-        is_called = abs(difference) > stats.t.ppf(1 - alpha / arms / 2, df) * se
+        is_called = abs(difference) > stats.t.ppf(1 - alpha / 2, df) * se
         if is_called or abs(difference) + stats.t.ppf(0.95, df) * se < margin:
             return replicates
     return np.inf

@@ -18,7 +18,7 @@ __all__ = ['CORRELATION', 'CALLS', 'replicate_variance', 'shared_variance', 'df_
            'call', 'decide']
 
 # %% ../../nbs/08_evaluate/04_rule.ipynb #45cfa9ff
-CORRELATION = 0.64  # of the spreads of two arms that share a baseline, in the count of degrees of freedom
+CORRELATION = 0.64  # of the variances of two arms that share a baseline, in the count of degrees of freedom
 
 
 def replicate_variance(

@@ -61,11 +61,11 @@ class Worth(NamedTuple):
                 else 'any real ones that are left'
             )
             return f'{begin} more than {further}'
-        if not self.equal:
-            return f'{begin} less than none: {self.least:,} real images alone do better'
         span = f'95 % interval {self._bound(self.low)} to {self._bound(self.high)}'
+        if not self.equal:
+            return f'{begin} less than none: {self.least:,} real images alone do better ({span})'
         if self.equal < self.had:
-            return f'{begin} less than none: as if {self.had - self.equal:,.0f} real ones had been lost ({span})'
+            return f'{begin} less than none, like losing {self.had - self.equal:,.0f} real ones ({span})'
         return f'{begin} adding {self.equal - self.had:,.0f} real ones ({span})'
 
     def _bound(self, number):

@@ -116,16 +116,8 @@ def fig_verdict(results: Results) -> Figure:
     ax.axvspan(-margin, margin, color='gray', alpha=0.12, lw=0, zorder=0)
     from_the_top = np.arange(len(verdict))[::-1]
     for y, (_, row) in zip(from_the_top, verdict.iterrows(), strict=True):
-        ax.annotate(
-            f'{row.difference:+.3f}  {row.verdict}',
-            (row.difference, y),
-            (0, 7),
-            textcoords='offset points',
-            ha='center',
-            size=9,
-            color=colours[row.verdict],
-            bbox=dict(fc='white', ec='none', pad=1),
-        )
+        place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
+        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colours[row.verdict], **place)
     return ax.figure
 
 # %% ../../nbs/09_study/09_figures.ipynb #84c72284
@@ -190,9 +182,9 @@ def table_comparisons(results: Results) -> pd.DataFrame:  # a row an arm and bas
         return f'{row.difference:+.3f}{span}, {row.verdict}'
 
     every = results.comparisons
-    texts = every.assign(text=every.apply(cell, axis=1), against=every.against.str.replace('_', ' '))
+    texts = every.assign(text=every.apply(cell, axis=1))
     wide = texts.pivot(index=['against', 'arm'], columns='score', values='text')[list(SCORES)]
-    baselines = [(against, arm) for against in ('real', 'duplicate real') for arm in results.study.compared_arms]
+    baselines = [(against, arm) for against in ('real', 'duplicate_real') for arm in results.study.compared_arms]
     order = [key for key in baselines if key in wide.index]
     return wide.loc[order].rename(columns=SCORES).rename_axis(columns=None, index=['against', 'arm'])
 

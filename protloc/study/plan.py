@@ -15,7 +15,8 @@ from ..files import first_difference, read_json, remove, write_yaml
 from .folder import RunFolder
 
 # %% auto #0
-__all__ = ['LEAST_GROUPS', 'LEVEL', 'SCORE', 'groups_in_test', 'score_classes', 'plan_of', 'freeze', 'level_of', 'deviations']
+__all__ = ['LEAST_GROUPS', 'LEVEL', 'SCORE', 'groups_in_test', 'score_classes', 'plan_of', 'freeze', 'level_of', 'level_of_next',
+           'deviations']
 
 # %% ../../nbs/09_study/02_plan.ipynb #01b22fdd
 LEAST_GROUPS = 5  # test groups that show a class, for it to count
@@ -123,6 +124,17 @@ def level_of(
     if plan['replicates'] in planned:
         return level_of_look(planned, alpha=plan['level'], number=planned.index(plan['replicates']))
     return level_of_look(planned, len(added), plan['level'])
+
+
+def level_of_next(
+    plan: dict,
+) -> float:  # the level at which the look after this one will be tested
+    "What is left to the next planned look, or to one that is added"
+    planned, added = (plan['looks'][kind] for kind in ('planned', 'added'))
+    later = [number for number, replicates in enumerate(planned) if replicates > plan['replicates']]
+    if later:
+        return level_of_look(planned, alpha=plan['level'], number=later[0])
+    return level_of_look(planned, len(added) + 1, plan['level'])
 
 # %% ../../nbs/09_study/02_plan.ipynb #122ec970
 def deviations(

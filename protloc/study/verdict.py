@@ -17,7 +17,7 @@ from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..evaluate.power import larger_of_two, replicates_to_decide
 from ..evaluate.rule import decide
 from ..evaluate.worth import Worth, worth
-from .plan import level_of
+from .plan import level_of, level_of_next
 from protloc.study.scores import (
     SCORES,
     VERDICT_SCORE,
@@ -100,16 +100,22 @@ def agreement(
     return 'agree' if rows.verdict.nunique() == 1 else 'verdict differs'
 
 # %% ../../nbs/09_study/08_verdict.ipynb #aa5f8b18
-def _to_decide(study, row, arms):
-    "How many replicates would probably decide an undecided arm"
+def _to_decide(study, row, p):
+    "How many replicates would probably decide an undecided arm among arms of these p"
     if row.verdict != 'undecided' or not np.isfinite(row.se):
         return np.nan
-    replicates = len(study.compared_replicates)
+    replicates, arms = len(study.compared_replicates), len(p)
     spread = (row.replicate_variance * replicates / larger_of_two(replicates, arms)) ** 0.5
-    groups = study.groups('test').nunique()
-    level = level_of(study.plan)
+    level = level_of_next(study.plan) / (p >= row.p).sum()
     return replicates_to_decide(
-        row.difference, spread, row.test_variance**0.5, study.plan['margin'], arms, groups, level
+        row.difference,
+        spread,
+        row.test_variance**0.5,
+        study.plan['margin'],
+        arms,
+        study.groups('test').nunique(),
+        level,
+        replicates + 1,
     )
 
 
@@ -175,6 +181,7 @@ def verdict(
 ) -> pd.DataFrame:  # index arm, a row for each tested arm: columns of `decide`, and what follows from them
     "The answer for each tested arm"
     arms = study.arms_of('tested')
+    main = table[(table.against == 'real') & (table.score == VERDICT_SCORE)].set_index('arm')
     rows = {}
     for arm in arms:
         every = table[(table.arm == arm) & (table.against == 'real')].set_index('score')
@@ -185,7 +192,7 @@ def verdict(
             row[f'{name}_duplicate'] = control[name].iloc[0] if len(control) else ('' if name == 'verdict' else np.nan)
         row['oracle_share'] = oracle_share(table, arm)
         row['replicates'] = len(study.compared_replicates)
-        row['replicates_to_decide'] = _to_decide(study, row, len(arms))
+        row['replicates_to_decide'] = _to_decide(study, row, main.p[arms])
         row['rising'] = 'yes' if 'yes' in (ends.rising[arm], ends.rising['real']) else ends.rising[arm]
         row['steps'] = ends.steps[arm]
         value = worth_of(study, score, arm)
@@ -226,7 +233,8 @@ _CALLED = dict(helps='helps', hurts='hurts', equivalent='changes nothing that ma
 
 
 def _span(row):
-    return f'95 % interval {row.low:+.3f} to {row.high:+.3f}, p {_p(row.p_holm)}, {row.replicates:.0f} replicates'
+    interval = f'95 % interval {row.low:+.3f} to {row.high:+.3f}'
+    return f'{interval}, corrected p {_p(row.p_holm)}, {row.replicates:.0f} replicates'
 
 
 def _p(p):
@@ -265,7 +273,7 @@ def in_words(
 def _what_next(row):
     "What would decide an undecided arm"
     if np.isfinite(row.replicates_to_decide):
-        return f'about {row.replicates_to_decide:.0f} replicates would decide'
+        return f'about {row.replicates_to_decide:.0f} replicates would probably decide'
     return 'no number of replicates would decide, only more test images'
 
 
@@ -297,9 +305,22 @@ def study_in_words(
     end = f'{best}, changes test macro-F1 by {row.difference:+.3f}{span}{_conditions(row, study.one_generator)}.'
     if len(table) == 1:
         return f'The one way that was tried {"helped" if helping else "did not help"}: {end}'
-    if helping:
-        return f'{_number(len(helping)).capitalize()} of {ways} helped; the best, {end}'
-    return f'{"Neither" if len(table) == 2 else "None"} of {ways} helped; the best, {end}'
+    number = _number(len(helping)).capitalize() if helping else 'Neither' if len(table) == 2 else 'None'
+    return f'{number} of {ways} helped{_others(table)}; the best, {end}'
+
+
+_REST = dict(
+    hurts=('hurts', 'hurt'),
+    equivalent=('changes nothing that matters', 'change nothing that matters'),
+    undecided=('is undecided', 'are undecided'),
+)
+
+
+def _others(table):
+    "What the ways did that did not help"
+    counts = {word: int((table.verdict == word).sum()) for word in _REST}
+    said = [f'{_number(n)} {_REST[word][n > 1]}' for word, n in counts.items() if n]
+    return f' ({", ".join(said)})' if said else ''
 
 
 _NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten')
