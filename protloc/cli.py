@@ -27,7 +27,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import MOST_IMAGES, InputError, read_config
+from .core import MOST_IMAGES, InputError, one_line, read_config
 from .ending import answered, command_name, ends_in, fitting, sentence_of, speak_any_terminal, stoppable
 from .files import check_outputs, exclusive, is_cut_off, read_text, sweep
 
@@ -281,27 +281,19 @@ def run(
     launch: Launch = '',
 ):
     "Run a study from images to report; run it again to continue, with more replicates if you like."
-    from protloc.core import read_config
     from protloc.study.workers import Workers
 
     options = dict(jobs=jobs, backend=backend, address=address, gpus=gpus, launch=launch)
     workers = read_config(Workers, options, 'run')
     studies = _studies(preset, data, set, skip_bad)
     path = out or Path('runs') / Path(preset).stem
-    folders = {name: path / name if name else path for name in studies}
     config = next(iter(studies.values()))
     outputs = {'--out': path, 'OUT.bad.csv': f'{path}.bad.csv'}
     _writes(outputs, PRESET=_file_of(preset), data=config.data.folder)
-    if len(studies) > 1:
-        from protloc.study.grid import claim_grid, write_grid
-
-        claim_grid(path, studies)
-    for name, config in studies.items():
-        if name:
-            print(f'=== {name}', flush=True)
-        _run(config, folders[name], workers)
-    if len(studies) > 1:
-        print(f'All studies: {write_grid(path, studies).resolve()}')
+    if '' in studies:
+        _run(config, path, workers)
+    else:
+        _run_grid(studies, path, workers)
 
 # %% ../nbs/11_cli.ipynb #bae1119b
 @app.command()
@@ -338,6 +330,28 @@ def _run(config, path, workers):
         write_report(path)
     print(read_text(folder.verdict))
     print(f'Report: {folder.report.resolve()}')
+
+
+def _run_grid(studies, path, workers):
+    "The studies of a grid, one after the other; raises `InputError` in the end for those without an answer"
+    from protloc.study.folder import RunFolder
+    from protloc.study.grid import claim_grid, write_grid
+
+    claim_grid(path, studies)
+    without = []
+    for name, config in studies.items():
+        print(f'=== {name}', flush=True)
+        try:
+            _run(config, path / name, workers)
+        except InputError as error:
+            if not RunFolder(path / name).training_begun:
+                raise
+            print(f'note: {name} has no answer: {error}', file=sys.stderr, flush=True)
+            without.append(name)
+    if len(without) < len(studies):
+        print(f'All studies: {write_grid(path).resolve()}')
+    if without:
+        raise InputError(f'{len(without)} of {len(studies)} studies have no answer: {one_line(", ".join(without))}')
 
 
 def _studies(preset, data, overrides, skip_bad):

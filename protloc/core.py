@@ -187,7 +187,8 @@ def read_config(
         named = not names or names[-1] in reason
         raise InputError(f'{where}: {reason}' if named else f"{where}: '{field}' is wrong: {reason}")
     if error['type'] != 'extra_forbidden':
-        raise InputError(f"{where}: '{field}' is wrong: {error['msg']}, got {shown(error['input'])}")
+        wanted = 'write a list, [VALUE, VALUE]' if error['type'] in ('tuple_type', 'list_type') else error['msg']
+        raise InputError(f"{where}: '{field}' is wrong: {wanted}, got {shown(error['input'])}")
     known = _fields_beside(kind, error['loc'])
     near = nearest(error['loc'][-1], known)
     hint = f": did you mean '{near}'?" if near else f': there are {", ".join(known)}' if known else ''

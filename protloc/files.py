@@ -452,11 +452,18 @@ def first_difference(
     name: str = '',  # of the setting that holds both
 ) -> str:  # e.g. 'loop.steps is 500 there and 600 now'; '' where they are equal
     "Name the first setting in which two trees of settings differ"
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        there, here = ({_name_in_list(item, i): item for i, item in enumerate(items)} for items in (there, here))
     if not (isinstance(there, dict) and isinstance(here, dict)):
         then, now = ('not set' if value is None else one_line(value, 120) for value in (there, here))
         return '' if there == here else f'{name} is {then} there and {now} now'
     named = (first_difference(there.get(k), here.get(k), f'{name}.{k}'.strip('.')) for k in {**there, **here})
     return next(filter(None, named), '')
+
+
+def _name_in_list(item, place):
+    "By what an item of a list is known: its name where it has one"
+    return item['name'] if isinstance(item, dict) and 'name' in item else place
 
 # %% ../nbs/00_files.ipynb #fad0fbb4
 def claim_settings(

@@ -12,6 +12,7 @@ from protloc.data.resplit import replace_table, table_as_written
 from protloc.data.store import ImageStore
 from protloc.study import runner
 from protloc.study.arms import study_config
+from protloc.study.figures import Results, fig_training
 from protloc.study.folder import RunFolder
 from protloc.study.grid import study_configs
 from protloc.study.parts import Part, is_made, waves_of
@@ -100,8 +101,10 @@ def test_a_part_that_fails_is_listed_and_the_others_go_on(run, monkeypatch, caps
     assert write_results(study).replicates['concat'] == 2
     assert all(is_made(run, part) for wave in waves_of(config) for part in wave if part.name != 'concat')
     monkeypatch.undo()
+    run.report.write_text('of two replicates </html>')
     runner.run_study(config, run.path)
     assert run.read_failures() == {} and Study(run.path).compared_replicates == [0, 1, 2, 3]
+    assert not run.report.exists()
 
 
 def test_a_generator_that_fails_takes_its_replicate_with_it(run, monkeypatch):
@@ -114,6 +117,16 @@ def test_a_generator_that_fails_takes_its_replicate_with_it(run, monkeypatch):
     assert run.read_failures() == {'generator of replicate 2': 'memory ran out'}
     assert run.trained('real', 2) and not is_made(run, Part('images', 2, 'generator'))
     assert Study(run.path).compared_replicates == [0, 1]
+
+
+def test_generators_that_diverge_leave_an_answer_of_the_controls(tmp_path):
+    "At their first steps, before anything is logged"
+    run = RunFolder(tmp_path / 'study')
+    runner.run_study(few('generator.loop.lr=1000'), run.path)
+    assert {*run.read_failures()} == {'generator of replicate 0', 'generator of replicate 1'}
+    write_results(Study(run.path))
+    fig_training(Results(run.path))
+    assert run.verdict.read_text().startswith('No arm with synthetic images')
 
 
 @pytest.mark.slow
@@ -219,6 +232,7 @@ def test_training_until_validation_stops_rising(tmp_path):
 @pytest.mark.slow
 def test_a_grid_shares_what_is_the_same(protloc, tmp_path):
     words = [word for setting in FEW for word in ('--set', setting)]
+    words += ['--set', 'controls=false']
     grid = 'grid={generate.guidance_scale: [1, 2], arms.concat.ratio: [0.5, 1]}'
     out = tmp_path / 'grid'
     code, said, err = protloc('run', 'demo', '--out', out, *words, '--set', grid)
@@ -232,8 +246,9 @@ def test_a_grid_shares_what_is_the_same(protloc, tmp_path):
     first = RunFolder(out / 'guidance_scale=1')
     assert (first.replicate(1) / weights).samefile(second.replicate(1) / weights)
     assert len((out / 'verdicts.csv').read_text().splitlines()) == 1 + 2 * 2
-    code, _, err = protloc('run', 'demo', '--out', out, *words, '--set', 'grid={seed: [1, 2]}')
-    assert code == 2 and 'begun with other settings' in err
+    code, _, err = protloc('run', 'demo', '--out', out, *words, '--set', 'grid={generator.loop.lr: [1000]}')
+    assert code == 2 and 'lr=1000 has no answer' in err and '1 of 1 studies have no answer: lr=1000' in err
+    assert 'has nothing to compare' in err
 
 
 def test_names_of_a_grid_are_folders(tmp_path):

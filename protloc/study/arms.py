@@ -174,6 +174,15 @@ class DesignConfig(Config):
             level_of_look(looks)
         return looks
 
+    @pydantic.model_validator(mode='after')
+    def _at_a_look(self):
+        if self.looks and self.replicates < self.looks[-1] and self.replicates not in self.looks:
+            raise InputError(
+                f'replicates is {self.replicates}, and the looks are at {", ".join(map(str, self.looks))}:'
+                f' set replicates to the look that comes next, {min(n for n in self.looks if n > self.replicates)}'
+            )
+        return self
+
     @pydantic.field_validator('real_fractions')
     def _sorted(cls, fractions):
         return tuple(sorted(set(fractions)))
@@ -185,11 +194,24 @@ def planned_looks(self: DesignConfig) -> tuple[int, ...]:
     return self.looks or (self.replicates,)
 
 # %% ../../nbs/09_study/00_arms.ipynb #5e190363
+_MEANING = dict(  # of names that the verdict knows
+    real=lambda arm: arm.kind == 'real',
+    duplicate_real=lambda arm: arm.kind == 'duplicate_real',
+    oracle=lambda arm: arm.source == 'oracle' and 'synthetic' in arm.sources,
+)
+
+
 def _check_names(arms):
     "Raise `InputError` where `real` is missing, or two arms could not be told apart"
     names = [arm.name for arm in arms]
     if 'real' not in names:
         raise InputError("a study needs the arm 'real': the others are compared with it")
+    for arm in arms:
+        if arm.name in _MEANING and (arm.fraction or not _MEANING[arm.name](arm)):
+            raise InputError(
+                f"the arm '{arm.name}' has another strategy, source or fraction than its name says, and the others are"
+                ' compared with it: give it another name'
+            )
     if all(arm.role in ('baseline', 'curve') for arm in arms):
         raise InputError("a study needs at least one arm besides 'real' and the learning curve")
     if len(set(names)) < len(names):

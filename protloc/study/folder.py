@@ -351,11 +351,11 @@ def read_training(
 def read_generator_training(
     self: RunFolder,
     replicate: int = 0,
-) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator
+) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator, or a finished step
     "How the training of a generator went"
     log = self.generator(replicate) / 'log.jsonl'
-    if not log.exists():
-        return None
+    if not log.exists() or not log.stat().st_size:
+        return None  # one that diverges at its first step has nothing to log
     return _read_log(log, ['step', 'loss'], 'remove it, the report then says nothing of this training')
 
 # %% ../../nbs/09_study/01_folder.ipynb #1b3a6518
@@ -460,8 +460,8 @@ def read_predictions(
 
 # %% ../../nbs/09_study/01_folder.ipynb #e7186d52
 # columns of the results that hold texts
-NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'rising', 'score', 'split')
-NAMES += ('verdict', 'verdict_duplicate', 'worth')
+NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'guessing', 'rising', 'score', 'split')
+NAMES += ('other_scores', 'verdict', 'verdict_duplicate', 'worth')
 
 
 @patch

@@ -34,7 +34,7 @@ from ..labels import Vocabulary
 from .arms import StudyConfig
 from .parts import waves_of
 from .plan import LEAST_GROUPS, LEVEL
-from .runner import is_store
+from .runner import check_images, is_store
 from .scores import Study
 
 # %% auto #0
@@ -259,7 +259,7 @@ def noise_of_test(
     labels, val_labels = (_multi_hot(of.labels, num_classes) for of in (test, val if len(val) else test))
     groups = test.group.to_numpy()
     shown = [len({*groups[labels[:, k]]}) for k in range(num_classes)]
-    counted = np.array(shown) >= LEAST_GROUPS
+    counted = (np.array(shown) >= LEAST_GROUPS) & val_labels.any(0)
     if not counted.any():
         return NoiseOfTest(np.nan, np.nan, len({*groups}), 0)
     rng = rng_for(0, 'test set')
@@ -303,7 +303,8 @@ def forecast(
     like: str | Path | None = None,  # folder of a finished run, whose spread is taken
     workers: tuple[int, ...] = (1, 2, 4, 8),
 ) -> str:  # some lines for a terminal
-    "What a study will cost on this machine, and what it will see"
+    "What a study will cost on this machine, and what it will see; raises `InputError` for images that do not fit"
+    check_images(config)
     images = labels_of(config)
     _, vocab, _ = _shape_of(config)
     seconds, room = part_seconds(config, images)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import InputError, one_line, read_config, shown
 from ..data.readers.tables import write_table
-from ..files import check_name, claim_settings
+from ..files import check_name, read_yaml, write_yaml
 from .arms import MOST_NAMES, ArmConfig, StudyConfig, preset_values, read_study, with_value
 from .folder import RunFolder
 from .parts import GRID
@@ -38,7 +38,8 @@ def _checked_grid(values, preset):
         texts = [_text(value) for value in each]
         if len({*texts}) < len(texts):
             raise InputError(
-                f"preset '{preset}': grid has a value of {shown(name)} twice: {one_line(', '.join(texts))}"
+                f"preset '{preset}': grid has values of {shown(name)} that would have one name:"
+                f' {one_line(", ".join(texts))}'
             )
     return {str(name): each for name, each in grid.items()}
 
@@ -47,24 +48,24 @@ def _text(value):
     "A value as a part of a name"
     if isinstance(value, bool):
         return 'yes' if value else 'no'
-    return re.sub(r'[^\w.+-]+', '-', f'{value:g}' if isinstance(value, float) else str(value)).strip('.-') or 'none'
+    short = isinstance(value, float) and float(f'{value:g}') == value
+    return re.sub(r'[^\w.+-]+', '-', f'{value:g}' if short else str(value)).strip('.') or 'none'
 
 # %% ../../nbs/09_study/12_grid.ipynb #33923326
 def _spread_arms(values, grid, preset):
     "Settings with an arm of each value, for the settings of the grid that are an arm's"
     arms = [arm if isinstance(arm, dict) else dict(name=arm) for arm in values.get('arms') or []]
+    families = [(arm.get('name'), [arm]) for arm in arms]  # of arms that one became
     for key, each in grid.items():
         _, name, *setting = key.split('.')
-        places = [place for place, arm in enumerate(arms) if arm.get('name') == name]
-        if not places or not setting:
+        family = next((many for first, many in families if first == name), None)
+        if family is None or not setting or setting == ['name']:
             names = one_line(', '.join(str(arm.get('name')) for arm in arms))
             raise InputError(f"preset '{preset}': grid names {shown(key)}, and the arms are {names}: arms.NAME.SETTING")
-        place = places[0]
-        many = [_arm_with(arms[place], setting, value) for value in each]
-        for arm in many:
+        family[:] = [_arm_with(arm, setting, value) for arm in family for value in each]
+        for arm in family:
             read_config(ArmConfig, arm, f"preset '{preset}', grid, {key}")
-        arms[place : place + 1] = many
-    return {**values, 'arms': arms}
+    return {**values, 'arms': [arm for _, many in families for arm in many]}
 
 
 def _arm_with(arm, setting, value):
@@ -91,6 +92,10 @@ def study_configs(
     studies = {}
     for combination in combinations:
         studies[_name_of(others, combination)] = read_study(_with_values(values, others, combination), preset)
+    if len({name.casefold() for name in studies}) < len(combinations):
+        raise InputError(
+            f"preset '{preset}': studies of the grid differ by capital letters alone: leave out some values"
+        )
     return studies
 
 
@@ -115,22 +120,34 @@ def claim_grid(
     path: Path,  # of the grid
     studies: dict[str, StudyConfig],  # of `study_configs`
 ):
-    "Note which studies a folder has; raises `InputError` where it holds something else"
+    "Note which studies a folder has, those that were there before as well; raises `InputError` where it is none's"
     path = Path(path)
     others = [entry for entry in path.iterdir() if not entry.name.startswith('.')] if path.exists() else []
     if others and not (path / GRID).exists():
         raise InputError(f'{path} is not empty and holds no grid of studies: choose another folder with --out')
     path.mkdir(parents=True, exist_ok=True)
-    claim_settings(path / GRID, dict(studies=[*studies]), 'choose another folder with --out')
+    before = _noted_studies(path)
+    if {*studies} - {*before}:
+        write_yaml(path / GRID, dict(studies=[*dict.fromkeys([*before, *studies])]))
+
+
+def _noted_studies(path):
+    noted = read_yaml(path / GRID).get('studies') if (path / GRID).exists() else []
+    if not isinstance(noted, list) or not all(isinstance(name, str) for name in noted):
+        raise InputError(f'{path / GRID} was damaged, it has no list of studies: remove it, and run the grid again')
+    return noted
 
 
 def write_grid(
-    path: Path,  # of the grid, all of whose studies are finished
-    studies: dict[str, StudyConfig],  # of `study_configs`
+    path: Path,  # of the grid
 ) -> Path:  # of the table
-    "One table of all answers"
-    tables = [RunFolder(Path(path) / name).read_results()['verdict'].assign(study=name) for name in studies]
+    "One table of the answers of all studies that have one; raises `InputError` where none has"
+    path = Path(path)
+    results = {name: RunFolder(path / name).read_results() for name in _noted_studies(path)}
+    tables = [found['verdict'].assign(study=name) for name, found in results.items() if 'verdict' in found]
+    if not tables:
+        raise InputError(f'no study in {path} has an answer yet')
     table = pd.concat(tables, ignore_index=True)
-    target = Path(path) / 'verdicts.csv'
+    target = path / 'verdicts.csv'
     write_table(table[['study', *(name for name in table if name != 'study')]], target, '%.6g')
     return target

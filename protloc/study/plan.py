@@ -34,18 +34,22 @@ def score_classes(
     config,  # a `StudyConfig`
     real: ImageStore,
 ) -> list[str]:  # names, in the order of the vocabulary; empty where no class has enough groups
-    "The classes over which the score averages; raises `InputError` for one that no test image shows"
+    "The classes over which the score averages; raises `InputError` for one that no test or validation image shows"
     groups = dict(zip(real.vocab, groups_in_test(real).tolist(), strict=True))
+    in_val = dict(zip(real.vocab, real.labels[real.rows('val')].any(0).tolist(), strict=True))
+    if not any(groups.values()):
+        raise InputError('no test image shows any class, so there is nothing to score: label them, or split again')
     for name in config.score_classes:
         if name not in groups:
             raise InputError(f"score_classes: the images have no class '{one_line(name)}', they have {_few(groups)}")
-        if not groups[name]:
-            raise InputError(
-                f"no test image shows '{name}', so nothing can be said about it: leave it out of score_classes,"
-                ' or split the images again'
-            )
-    wanted = config.score_classes or [name for name, number in groups.items() if number >= LEAST_GROUPS]
-    return [name for name in groups if name in wanted]
+        for split, shown in (('test', groups), ('validation', in_val)):
+            if not shown[name]:
+                raise InputError(
+                    f"no {split} image shows '{name}', so nothing can be said about it: leave it out of score_classes,"
+                    ' or split the images again'
+                )
+    enough = [name for name, number in groups.items() if number >= LEAST_GROUPS and in_val[name]]
+    return [name for name in groups if name in (config.score_classes or enough)]
 
 
 def _few(names):
@@ -90,9 +94,25 @@ def freeze(
     plan = plan_of(config, real)
     if run.plan.exists():
         plan = _continued(run, plan)
+    elif run.results.exists():
+        raise InputError(
+            f'{run.plan} is missing, and there are results: put it back (it says how often they were looked at),'
+            ' or choose another folder with --out'
+        )
+    _check_look(plan)
     if not run.plan.exists() or run.read_plan() != plan:
         write_yaml(run.plan, plan)
     return plan
+
+
+def _check_look(plan):
+    "Raise `InputError` for a number of replicates that is neither planned nor added"
+    looks = plan['looks']
+    if plan['replicates'] not in (*looks['planned'], *looks['added']):
+        raise InputError(
+            f'replicates is {plan["replicates"]}, and the looks are at {", ".join(map(str, looks["planned"]))}, none of'
+            ' which has been: set replicates to one of them, or leave out looks'
+        )
 
 
 def _continued(run, plan):

@@ -420,7 +420,10 @@ def make_wave(
 ):
     "Make all parts of a wave that are missing and can be made"
     possible = [part for part in parts if all(is_made(run, needed) for needed in _needs(config, part))]
-    todo = _reuse(config, run, [part for part in possible if not is_made(run, part)])
+    missing = [part for part in possible if not is_made(run, part)]
+    if missing:
+        remove(run.report)  # it speaks of fewer parts, and a run with a report is finished
+    todo = _reuse(config, run, missing)
     calls = [Call(str(part), (config, run, part), *_as_command(run, part)) for part in todo]
     for call, (seconds, why) in work_through(make, calls, workers):
         part = call.args[-1]

@@ -17,7 +17,7 @@ from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..evaluate.power import larger_of_two, replicates_to_decide
 from ..evaluate.rule import decide
 from ..evaluate.worth import Worth, worth
-from .plan import level_of, level_of_next
+from .plan import LEVEL, level_of, level_of_next
 from protloc.study.scores import (
     SCORES,
     VERDICT_SCORE,
@@ -30,9 +30,9 @@ from protloc.study.scores import (
 )
 
 # %% auto #0
-__all__ = ['VERDICT_COLOURS', 'compare', 'comparisons', 'oracle_share', 'agreement', 'learning_curve', 'worth_of', 'rise_at_end',
-           'budgets', 'verdict', 'score_intervals', 'class_changes', 'in_words', 'study_in_words', 'fidelity_by_class',
-           'detail_by_band', 'write_results']
+__all__ = ['VERDICT_COLOURS', 'compare', 'comparisons', 'oracle_share', 'agreement', 'learning_curve', 'worth_of', 'is_guessing',
+           'rise_at_end', 'budgets', 'verdict', 'score_intervals', 'class_changes', 'in_words', 'study_in_words',
+           'fidelity_by_class', 'detail_by_band', 'write_results']
 
 # %% ../../nbs/09_study/08_verdict.ipynb #4d06bd1d
 def _of_arms(study, values, arms, baseline):
@@ -91,13 +91,14 @@ def oracle_share(
 
 
 def agreement(
-    rows: pd.DataFrame,  # of `comparisons`, of one arm and baseline: a row a score
-) -> str:  # 'agree', 'verdict differs', 'sign differs'
-    "Whether the scores say the same"
-    called = rows[rows.verdict.isin(['helps', 'hurts'])]
-    if {'helps', 'hurts'} <= {*called.verdict} or (len(called) and len({*np.sign(rows.difference)} - {0.0}) > 1):
-        return 'sign differs'
-    return 'agree' if rows.verdict.nunique() == 1 else 'verdict differs'
+    rows: pd.DataFrame,  # of `comparisons`, of one arm and baseline: index score
+) -> tuple[str, str]:  # 'agree', 'verdict differs' or 'sign differs'; and what the scores say that do not agree
+    "Whether the other scores say the same as the verdict's"
+    main, others = rows.loc[VERDICT_SCORE], rows.drop(VERDICT_SCORE)
+    turned = np.sign(others.difference) * np.sign(main.difference) < 0
+    apart = others[turned | (others.verdict != main.verdict)]
+    said = '; '.join(f'{SCORES[name]} {row.difference:+.3f}, {row.verdict}' for name, row in apart.iterrows())
+    return 'sign differs' if turned.any() else 'verdict differs' if said else 'agree', said
 
 # %% ../../nbs/09_study/08_verdict.ipynb #aa5f8b18
 def _to_decide(study, row, p):
@@ -150,6 +151,15 @@ def worth_of(
     return worth(points.to_numpy(), curve, _of_arms(study, values, [arm], '')[0], had, study.groups('test').nunique())
 
 # %% ../../nbs/09_study/08_verdict.ipynb #0af24010
+def is_guessing(
+    study: Study,
+    score: Score,  # the verdict's
+) -> bool:
+    "Whether classifiers of real images alone score no more than random answers of the right number would"
+    values = [value for (arm, _), value in zip(study.classifiers(), score.values, strict=True) if arm == 'real']
+    return bool(np.mean(values) <= study.labels('test')[:, scored_classes(study)].mean())
+
+
 def rise_at_end(
     log: pd.DataFrame,  # with columns step, val_macro_f1; of one training
 ) -> float:  # of macro-F1; NaN for fewer than three validations in the last half
@@ -182,16 +192,21 @@ def verdict(
     "The answer for each tested arm"
     arms = study.arms_of('tested')
     main = table[(table.against == 'real') & (table.score == VERDICT_SCORE)].set_index('arm')
+    guessing = is_guessing(study, score)
     rows = {}
     for arm in arms:
         every = table[(table.arm == arm) & (table.against == 'real')].set_index('score')
         row = every.loc[VERDICT_SCORE].drop(['against', 'arm'])
-        row['agreement'] = agreement(every)
+        row['agreement'], row['other_scores'] = agreement(every)
         control = table[(table.arm == arm) & (table.against == 'duplicate_real') & (table.score == VERDICT_SCORE)]
         for name in ('difference', 'low', 'high', 'verdict'):
             row[f'{name}_duplicate'] = control[name].iloc[0] if len(control) else ('' if name == 'verdict' else np.nan)
         row['oracle_share'] = oracle_share(table, arm)
         row['replicates'] = len(study.compared_replicates)
+        row['level'] = level_of(study.plan)
+        row['guessing'] = 'yes' if guessing else 'no'
+        if guessing and row.verdict == 'equivalent':
+            row['verdict'] = 'undecided'
         row['replicates_to_decide'] = _to_decide(study, row, main.p[arms])
         row['rising'] = 'yes' if 'yes' in (ends.rising[arm], ends.rising['real']) else ends.rising[arm]
         row['steps'] = ends.steps[arm]
@@ -215,14 +230,14 @@ def class_changes(
     score: Score,  # with F1 by class
 ) -> pd.DataFrame:  # index (class, arm): difference, low, high ...; no interval for a class that does not count
     "Change of each class's test F1 against `real`; classes without a test image are left out"
-    arms = study.arms_of('tested', 'control')
+    families = [arms for arms in map(study.arms_of, ('tested', 'control')) if arms]
     counts, occurs = scored_classes(study), study.labels('test').any(0)
     tables = {}
     for k, name in enumerate(study.real.vocab):
         if occurs[k]:
             of_class = score.by_class[:, :, k].astype(float)
             one = score._replace(values=of_class[:, 0], draws=of_class[:, 1:], influence=score.class_influence[:, :, k])
-            tables[name] = compare(study, one, arms)
+            tables[name] = pd.concat([compare(study, one, arms) for arms in families])
             if not counts[k]:
                 tables[name].loc[:, ['low', 'high', 'low90', 'high90', 'p', 'p_holm']] = np.nan
                 tables[name]['verdict'] = 'undecided'
@@ -234,7 +249,8 @@ _CALLED = dict(helps='helps', hurts='hurts', equivalent='changes nothing that ma
 
 def _span(row):
     interval = f'95 % interval {row.low:+.3f} to {row.high:+.3f}'
-    return f'{interval}, corrected p {_p(row.p_holm)}, {row.replicates:.0f} replicates'
+    level = '' if row.level == LEVEL else f' at level {_p(row.level)}'
+    return f'{interval}, corrected p {_p(row.p_holm)}{level}, {row.replicates:.0f} replicates'
 
 
 def _p(p):
@@ -244,6 +260,8 @@ def _p(p):
 def _conditions(row, one_generator):
     "On what the answer rests, as parts of the sentence"
     parts = ['for this generator'] if one_generator else []
+    if row.guessing == 'yes':
+        parts.append('where real images alone do no better than guessing')
     if row.rising == 'yes':
         parts.append(f'after {row.steps:.0f} steps; training had not ended')
     return ''.join(f', {part}' for part in parts)
@@ -272,6 +290,8 @@ def in_words(
 
 def _what_next(row):
     "What would decide an undecided arm"
+    if row.guessing == 'yes':
+        return 'train classifiers that learn something first'
     if np.isfinite(row.replicates_to_decide):
         return f'about {row.replicates_to_decide:.0f} replicates would probably decide'
     return 'no number of replicates would decide, only more test images'
@@ -282,10 +302,8 @@ def _doubts(row):
     said = []
     if row.verdict == 'helps' and row.verdict_duplicate and row.verdict_duplicate != 'helps':
         said.append(f'Against duplicated real images it is {row.verdict_duplicate} ({row.difference_duplicate:+.3f}).')
-    if row.agreement == 'sign differs':
-        said.append('Other scores point the other way.')
-    elif row.agreement == 'verdict differs':
-        said.append('Other scores do not all say so.')
+    if row.other_scores:
+        said.append(f'By other scores: {row.other_scores}.')
     if row.worth:
         said.append(f'{row.worth[0].upper()}{row.worth[1:]}.')
     return said
@@ -410,13 +428,15 @@ def _sizes(study):
     "How much was compared, in one line"
     real = study.real
     train, val, test = (len(study.labels(split)) for split in ('train', 'val', 'test'))
-    replicates = len(study.replicates)
+    begun = len(study.replicates)
+    compared = len(study.compared_replicates) if study.run.results.exists() else begun
+    replicates = f'{compared} replicates' if compared == begun else f'{compared} of {begun} replicates'
     each = 'from one generator' if study.one_generator else 'from the generator of each replicate'
     synthetic = f'{study.num_synthetic} synthetic images {each}; ' if study.synthetic else ''
     return (
         f'{train} training, {val} validation and {test} test images of {real.size} px,'
         f' {len(real.vocab)} classes, {len(real.channels)} channels;'
-        f' {synthetic}{replicates} replicates.'
+        f' {synthetic}{replicates}.'
     )
 
 # %% ../../nbs/09_study/08_verdict.ipynb #cb048e7a
