@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from protloc import cli
@@ -76,13 +77,16 @@ def small():
 
 
 @pytest.fixture(scope='session')
-def finished(small, tmp_path_factory):
-    "The folder of a finished small study"
+def finished(tmp_path_factory, worker_id):
+    "The folder of a finished small study, made once for all processes that test"
     from protloc.study.arms import study_config
     from protloc.study.report import write_report
     from protloc.study.runner import run_study
 
-    folder = tmp_path_factory.mktemp('study') / 'run'
-    run_study(study_config('demo', overrides=SMALL), folder)
-    write_report(folder)
+    shared = tmp_path_factory.getbasetemp() if worker_id == 'master' else tmp_path_factory.getbasetemp().parent
+    folder = shared / 'finished' / 'run'
+    with FileLock(shared / 'finished.lock'):
+        if not folder.exists():
+            run_study(study_config('demo', overrides=SMALL), folder)
+            write_report(folder)
     return folder

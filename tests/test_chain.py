@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SMALL
 from PIL import Image
 
 from protloc.core import sha256
 from protloc.data.store import ImageStore
 from protloc.labels import STAINS
+from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
-from protloc.study.workers import cores
+from protloc.study.runner import run_study
+from protloc.study.scores import Study
+from protloc.study.verdict import write_results
+from protloc.study.workers import Workers, cores
 
 PROTLOC = Path(sys.executable).parent / 'protloc'
 TORCHRUN = Path(sys.executable).parent / 'torchrun'
@@ -125,8 +130,8 @@ def test_killed_twice_and_continued_to_the_same_numbers(finished, small, tmp_pat
     kill_when(run.generator(1), 'checkpoints/step-*', command)
     assert not (run.generator(1) / 'pipeline').exists()
     kill_when(run.replicate(1), 'classifiers/concat/checkpoints/step-*', command)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_study(study_config('demo', overrides=SMALL), run.path)
+    write_results(Study(run.path))
     assert numbers_and_images(run.path) == numbers_and_images(finished)
 
 
@@ -233,12 +238,12 @@ def test_two_processes_train_one_classifier(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_jobs_give_the_same_numbers(protloc, finished, small, monkeypatch, tmp_path):
+def test_several_jobs_give_the_same_numbers(finished, monkeypatch, tmp_path):
     "Two processes make the parts of the study, each with as many threads as the one had"
     monkeypatch.setenv('OMP_NUM_THREADS', str(cores()))
     run = RunFolder(tmp_path / 'apart' / 'run')
-    code, _, err = protloc('run', 'demo', '--out', run.path, *small, '--jobs', 2)
-    assert code == 0, err
+    run_study(study_config('demo', overrides=SMALL), run.path, Workers(jobs=2))
+    write_results(Study(run.path))
     assert numbers_and_images(run.path) == numbers_and_images(finished)
 
 
