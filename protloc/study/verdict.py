@@ -249,7 +249,7 @@ _CALLED = dict(helps='helps', hurts='hurts', equivalent='changes nothing that ma
 
 def _span(row):
     interval = f'95 % interval {row.low:+.3f} to {row.high:+.3f}'
-    level = '' if row.level == LEVEL else f' at level {_p(row.level)}'
+    level = '' if np.isclose(row.level, LEVEL) else f' at level {_p(row.level)}'
     return f'{interval}, corrected p {_p(row.p_holm)}{level}, {row.replicates:.0f} replicates'
 
 
