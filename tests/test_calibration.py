@@ -1,16 +1,19 @@
 "The rule of the verdict against slow definitions, limits, and studies whose truth is known; broken rules are found out"
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from protloc.core import rng_for
 from protloc.evaluate import power, rule
 from protloc.evaluate.intervals import count_in_groups, drawn_groups, f1_influence, macro, resampled_f1
+from protloc.study.forecast import REPLICATE_SD, noise_of_test
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 
@@ -237,3 +240,17 @@ def test_a_study_of_trained_classifiers_has_no_effect_where_arms_are_copies():
     assert matched.f1.shape == half.f1.shape == (5, 8, 101) and on_all.shape == (5, 8)
     table = calibration.new_rule(matched)
     assert not table.called.any() and (abs(table.difference) < 0.05).all()
+
+
+@pytest.mark.parametrize('images', [200, 800, 2000])
+def test_a_plan_foresees_the_spread_of_such_studies(images):
+    "The spread over replicates that the benchmark's studies found, which a plan adds up from luck and test images"
+    lines = map(json.loads, calibration.RESULTS.read_text().splitlines())
+    found = next(line['new']['replicate_sd'] for line in lines if line['cell'] == f'null-28-{images}-5')
+    model, rng, tables = calibration.fit(28, images), rng_for(0, 'a plan'), []
+    for split, size in (('test', images), ('val', images // 2)):
+        labels, groups = calibration.draw_images(model, size, rng)
+        sets = [tuple(np.flatnonzero(row)) for row in labels]
+        tables.append(pd.DataFrame(dict(split=split, group=groups.astype(str), labels=sets)))
+    noise = noise_of_test(pd.concat(tables), 28)
+    assert (REPLICATE_SD**2 + noise.own**2) ** 0.5 == pytest.approx(found, rel=0.2)
