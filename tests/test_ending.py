@@ -648,5 +648,6 @@ def test_predictions_are_made_again(finished, tmp_path, protloc):
     with pytest.raises(InputError, match='val.npy'):
         run_study(config, folder)
     path.write_bytes(whole)
-    run.report.write_text(read_text(run.report)[:1000])
+    assert not run.report.exists()
+    run.report.write_text(read_text(RunFolder(finished).report)[:1000])
     assert not run.reported

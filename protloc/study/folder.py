@@ -354,7 +354,8 @@ def read_generator_training(
 ) -> pd.DataFrame | None:  # columns step, loss ...; None without a generator, or a finished step
     "How the training of a generator went"
     log = self.generator(replicate) / 'log.jsonl'
-    if not log.exists() or not log.stat().st_size:
+    made = (self.generator(replicate) / 'pipeline').exists()
+    if not log.exists() or (not made and not log.stat().st_size):
         return None  # one that diverges at its first step has nothing to log
     return _read_log(log, ['step', 'loss'], 'remove it, the report then says nothing of this training')
 
