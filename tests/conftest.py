@@ -10,12 +10,18 @@ from protloc import cli
 from protloc.labels import STAINS
 
 
+# minutes each: with several processes they come first, so that none of them is left alone with one in the end
+LONGEST = ('faults', 'clusters', 'chain', 'ending', 'kills', 'study', 'modules', 'reading', 'training', 'denoisers')
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Tests of the finished study count as slow: making it takes half a minute"
     for item in items:
         if 'finished' in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    place = {f'test_{name}.py': number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope='session')
