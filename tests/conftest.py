@@ -9,7 +9,6 @@ from PIL import Image
 from protloc import cli
 from protloc.labels import STAINS
 
-
 # minutes each: with several processes they come first, so that none of them is left alone with one in the end
 LONGEST = ('faults', 'clusters', 'chain', 'ending', 'kills', 'study', 'modules', 'reading', 'training', 'denoisers')
 
