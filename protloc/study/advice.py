@@ -57,7 +57,7 @@ def use_the_best(
         why = f'It changes test macro-F1 by {helping.difference[arm]:+.3f} against real images alone.'
     elif doubled is not None and doubled.verdict == 'helps':
         arm = 'duplicate_real'
-        why += f' More of them in each step are ({arm}, {doubled.difference:+.3f}).'
+        why += f' Real images in larger batches were ({arm}, {doubled.difference:+.3f}).'
     classifier, store = study.run.classifier(arm, study.compared_replicates[0]), study.real.path
     command = shlex.join(['protloc', 'thresholds', str(classifier), str(store), '--rule', 'prevalence'])
     return Step(what, f'{why} Choose thresholds on validation images.', command)
@@ -96,7 +96,7 @@ def look_again(
     planned = [look for look in study.plan['looks']['planned'] if look > now]
     if wanted <= MOST_MORE:
         number = next((look for look in planned if look >= wanted), planned[-1] if planned else round(wanted))
-        why = f'{arm} is undecided; about {wanted:.0f} replicates would probably decide it, if its difference stays.'
+        why = f'{arm} is undecided; about {wanted:.0f} replicates would probably decide it if its difference stays the same.'
         return Step('Add replicates', why, _again(study, study.run.path, f'replicates={number}'))
     groups = study.groups('test').nunique()
     why = f'{arm} is undecided, and what hides its difference is that there are {groups} test groups and not more.'

@@ -33,10 +33,10 @@ from .scores import SCORES, VERDICT_SCORE, Study
 from .verdict import VERDICT_COLOURS, oracle_share, write_results
 
 # %% auto #0
-__all__ = ['SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'show', 'what_to_do', 'fig_verdict', 'fig_scores',
-           'table_scores', 'table_comparisons', 'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fig_fidelity',
-           'fig_detail', 'fig_classes', 'fig_training', 'plan_and_deviations', 'table_data', 'generator_problem',
-           'leak_check', 'provenance']
+__all__ = ['IN_WORDS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'show', 'what_to_do', 'arms_in_words',
+           'changes_in_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons', 'table_shares',
+           'fig_curve', 'examples', 'fig_cells', 'fig_fidelity', 'fig_detail', 'fig_classes', 'fig_training',
+           'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/10_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -88,6 +88,8 @@ def show(
     fig: Figure,  # closed afterwards
     path: Path,  # where the PNG is kept
     caption: str,  # under the figure
+    numbers: str = '',  # what the figure shows, for who cannot see it
+    photograph: bool = False,  # whether its colours mean something, so that they stay in a dark page
 ) -> HTML:
     "A figure with its caption, inside the page"
     buffer = io.BytesIO()
@@ -96,10 +98,10 @@ def show(
     with atomic_path(path) as partial:
         partial.write_bytes(buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
-    text = html.escape(caption)
-    return HTML(
-        f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-    )
+    text, alt = html.escape(caption), html.escape(f'{caption} {numbers}'.strip())
+    kind = 'photograph' if photograph else 'chart'
+    picture = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+    return HTML(f'<figure class="{kind}">{picture}<figcaption>{text}</figcaption></figure>')
 
 # %% ../../nbs/09_study/10_figures.ipynb #0c33ce81
 def what_to_do(results: Results) -> HTML:
@@ -118,6 +120,45 @@ def what_to_do(results: Results) -> HTML:
         for step in steps
     ]
     return HTML(f'<ol class="steps">{"".join(items)}</ol>' if items else '<p>Nothing that follows from this study.</p>')
+
+# %% ../../nbs/09_study/10_figures.ipynb #7d1dbef5
+IN_WORDS = dict(  # strategy -> what a step of it does
+    real='real images alone',
+    synthetic='synthetic images alone',
+    concat='real and synthetic images side by side',
+    mix_loss='real and synthetic images side by side, their errors weighted by a random share for each pair',
+    mix_representation='what the network sees in a real and in a synthetic image, blended by a random share',
+    duplicate_real='real images, and the same real ones once more in place of synthetic ones',
+    input_mixup='pixels of a real and of a synthetic image, blended by a random share',
+    cutmix='real images with a box of a synthetic one pasted in',
+    pretrain_finetune='synthetic images first, then real ones',
+    weighted='real and synthetic images side by side, synthetic ones count less',
+    tail_only='real images, and synthetic ones that show a rare class',
+    soft_labels='real and synthetic images, the latter labelled by a classifier of real ones',
+)
+
+
+def arms_in_words(results: Results) -> HTML:
+    "What each arm was trained on, in a line each"
+    lines = []
+    for arm in results.run.read_settings()['arms']:
+        kind = arm.get('strategy') or arm['name']
+        words = IN_WORDS.get(kind, kind)
+        if arm.get('source') == 'oracle':
+            words += '; the simulator drew them anew, as a perfect generator would'
+        if arm.get('fraction'):
+            words += f'; {arm["fraction"]:.0%} of the training groups'
+        lines.append(f'<dt>{html.escape(arm["name"])}</dt><dd>{html.escape(words)}</dd>')
+    return HTML(f'<dl class="arms">{"".join(lines)}</dl>')
+
+
+def changes_in_numbers(results: Results) -> str:
+    "The verdict's picture for who cannot see it"
+    rows = results.comparisons[(results.comparisons.against == 'real') & (results.comparisons.score == VERDICT_SCORE)]
+    spans = (
+        rows.difference.map('{:+.3f}'.format) + rows.low.map(' ({:+.3f}'.format) + rows.high.map(' to {:+.3f})'.format)
+    )
+    return '; '.join(rows.arm + ' ' + spans + ', ' + rows.verdict) + '.'
 
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
 def fig_verdict(results: Results) -> Figure:
