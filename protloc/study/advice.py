@@ -96,7 +96,7 @@ def look_again(
     planned = [look for look in study.plan['looks']['planned'] if look > now]
     if wanted <= MOST_MORE:
         number = next((look for look in planned if look >= wanted), planned[-1] if planned else round(wanted))
-        why = f'{arm} is undecided; about {wanted:.0f} replicates would probably decide it if its difference stays the same.'
+        why = f'{arm} is undecided; about {wanted:.0f} replicates would probably decide it, if its difference stays.'
         return Step('Add replicates', why, _again(study, study.run.path, f'replicates={number}'))
     groups = study.groups('test').nunique()
     why = f'{arm} is undecided, and what hides its difference is that there are {groups} test groups and not more.'
