@@ -331,7 +331,7 @@ def _run(config, path, workers):
     print(read_text(folder.verdict))
     print(f'Report: {folder.report.resolve()}')
 
-
+# %% ../nbs/11_cli.ipynb #0ac4ec4c
 def _run_grid(studies, path, workers):
     "The studies of a grid, one after the other; raises `InputError` in the end for those without an answer"
     from protloc.study.folder import RunFolder
@@ -353,7 +353,7 @@ def _run_grid(studies, path, workers):
     if without:
         raise InputError(f'{len(without)} of {len(studies)} studies have no answer: {one_line(", ".join(without))}')
 
-
+# %% ../nbs/11_cli.ipynb #0b769e4a
 def _studies(preset, data, overrides, skip_bad):
     "The validated settings of each study that a preset asks for, by name; one named '' where it has no grid"
     from protloc.study.grid import study_configs

@@ -114,7 +114,7 @@ def _check_look(plan):
             ' which has been: set replicates to one of them, or leave out looks'
         )
 
-
+# %% ../../nbs/09_study/02_plan.ipynb #cf26ad95
 def _continued(run, plan):
     "The plan that is there, with replicates added"
     there = run.read_plan()

@@ -119,7 +119,7 @@ def _to_decide(study, row, p):
         replicates + 1,
     )
 
-
+# %% ../../nbs/09_study/08_verdict.ipynb #50e2f95e
 def learning_curve(
     study: Study,
     score: Score,
