@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
@@ -236,3 +237,15 @@ def test_a_link_to_nothing_fails_the_build(tmp_path):
     assert done.returncode != 0 and done.stderr.count('WARNING') == done.stderr.count('index.md') == len(bad), (
         done.stderr
     )
+
+
+def test_cells_fit_on_a_screen():
+    "A reader of the site sees a cell as a whole"
+    long = []
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in path.parts:
+            continue
+        cells = nbformat.read(path, as_version=4).cells
+        sizes = {number: len(cell.source.splitlines()) for number, cell in enumerate(cells) if cell.cell_type == 'code'}
+        long += [f'{path.name}[{number}]' for number, lines in sizes.items() if lines > 45]
+    assert not long
