@@ -72,10 +72,8 @@ def train_longer(
     if not rising:
         return None
     steps = round(ends.steps.max())
-    why = (
-        f'After {steps:,} steps validation still rose in {len(rising)} of {len(ends)} arms, so another budget may give'
-    )
-    why += ' another answer.'
+    share = f'{len(rising)} of {len(ends)} arms'
+    why = f'After {steps:,} steps validation still rose in {share}, so another budget may give another answer.'
     command = _again(study, _beside(study, 'longer'), f'classifier.loop.steps={2 * steps}')
     return Step('Train longer', why, command)
 
