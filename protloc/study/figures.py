@@ -5,9 +5,7 @@
 # %% ../../nbs/09_study/10_figures.ipynb #732fdd18
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,8 +22,9 @@ from ..core import InputError, versions
 from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
-from ..files import CHANGED, atomic_path, read_json, read_text
+from ..files import CHANGED, read_json, read_text
 from ..metrics import METRICS
+from ..pages import NARROW, WIDE
 from ..plots import details, plain, preformatted, show_cells, show_intervals
 from .advice import next_steps
 from .plan import deviations
@@ -33,10 +32,10 @@ from .scores import SCORES, VERDICT_SCORE, Study
 from .verdict import VERDICT_COLOURS, oracle_share, write_results
 
 # %% auto #0
-__all__ = ['IN_WORDS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'show', 'what_to_do', 'arms_in_words',
-           'changes_in_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons', 'table_shares',
-           'fig_curve', 'examples', 'fig_cells', 'fig_fidelity', 'fig_detail', 'fig_classes', 'fig_training',
-           'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
+__all__ = ['IN_WORDS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'what_to_do', 'arms_in_words',
+           'changes_in_numbers', 'named_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons',
+           'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fig_fidelity', 'fig_detail', 'fig_classes',
+           'fig_training', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/10_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -82,26 +81,6 @@ class Results:
 
     def _repr_html_(self):
         return self.study._repr_html_()
-
-# %% ../../nbs/09_study/10_figures.ipynb #d3a9194f
-def show(
-    fig: Figure,  # closed afterwards
-    path: Path,  # where the PNG is kept
-    caption: str,  # under the figure
-    numbers: str = '',  # what the figure shows, for who cannot see it
-    photograph: bool = False,  # whether its colours mean something, so that they stay in a dark page
-) -> HTML:
-    "A figure with its caption, inside the page"
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format='png', dpi=160, bbox_inches='tight', facecolor='white')
-    plt.close(fig)
-    with atomic_path(path) as partial:
-        partial.write_bytes(buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode()
-    text, alt = html.escape(caption), html.escape(f'{caption} {numbers}'.strip())
-    kind = 'photograph' if photograph else 'chart'
-    picture = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
-    return HTML(f'<figure class="{kind}">{picture}<figcaption>{text}</figcaption></figure>')
 
 # %% ../../nbs/09_study/10_figures.ipynb #0c33ce81
 def what_to_do(results: Results) -> HTML:
@@ -160,35 +139,54 @@ def changes_in_numbers(results: Results) -> str:
     )
     return '; '.join(rows.arm + ' ' + spans + ', ' + rows.verdict) + '.'
 
+
+def named_numbers(
+    values: pd.Series,  # index: names
+    form: str = '{:.2f}',
+) -> str:
+    "A picture's numbers for who cannot see it"
+    return '; '.join(f'{name} {form.format(value)}' for name, value in values.items()) + '.'
+
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
-def fig_verdict(results: Results) -> Figure:
-    "Change of test macro-F1 by arm, controls below in grey, the margin as a band"
-    every = results.comparisons
-    main = every[(every.against == 'real') & (every.score == VERDICT_SCORE)].set_index('arm')
+OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
+
+
+def fig_verdict(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
+    "Change of test macro-F1 by arm, controls below in grey, the margin as a band, other scores as hollow marks"
+    every = results.comparisons[results.comparisons.against == 'real']
+    main = every[every.score == VERDICT_SCORE].set_index('arm')
     verdict = main.assign(verdict=main.verdict.where(main.index.isin(results.verdict.index), 'control'))
-    colours = {**VERDICT_COLOURS, 'control': 'gray'}
-    ax = show_intervals(
-        verdict,
-        'change of test macro-F1 against real images alone\n(left: worse, right: better)',
-        [colours[word] for word in verdict.verdict],
-    )
+    colours = [{**VERDICT_COLOURS, 'control': '#666666'}[word] for word in verdict.verdict]
+    fig, ax = plt.subplots(figsize=(width, 0.55 * len(verdict) + 1.2))
+    show_intervals(verdict, 'change of test macro-F1\n(left: worse, right: better)', colours, ax)
     margin = results.study.plan['margin']
-    ax.axvspan(-margin, margin, color='gray', alpha=0.12, lw=0, zorder=0)
-    from_the_top = np.arange(len(verdict))[::-1]
-    for y, (_, row) in zip(from_the_top, verdict.iterrows(), strict=True):
+    ax.axvspan(-margin, margin, color='gray', alpha=0.15, lw=0, zorder=0, label=f'within the margin of {margin:g}')
+    heights = dict(zip(verdict.index, np.arange(len(verdict))[::-1], strict=True))
+    for score, marker in OTHER_MARKERS.items():
+        rows = every[every.score == score]
+        place = rows.arm.map(heights) - 0.28
+        ax.plot(rows.difference, place, marker, mfc='none', mec='0.35', ms=4.5, mew=0.9, label=SCORES[score])
+    for (_, row), y, colour in zip(verdict.iterrows(), heights.values(), colours, strict=True):
         place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
-        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colours[row.verdict], **place)
-    return ax.figure
+        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colour, **place)
+    _legend_above(fig, ax, 2 if width > NARROW else 1)
+    return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #84c72284
 SPLIT_COLOURS = dict(val='tab:gray', test='tab:blue')
 SPLIT_NAMES = dict(val='validation', test='test')
 
 # %% ../../nbs/09_study/10_figures.ipynb #11f2db02
-def fig_scores(results: Results) -> Figure:
+def fig_scores(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "Validation and test macro-F1 of every classifier, test means with intervals"
     arms = results.study.compared_arms
-    fig, ax = plt.subplots(figsize=(6.5, 0.5 * len(arms) + 1.1))
+    fig, ax = plt.subplots(figsize=(width, 0.5 * len(arms) + 1.1))
     height = {arm: i for i, arm in enumerate(arms[::-1])}
     shifts = dict(val=0.15, test=-0.15)
     for split, shift in shifts.items():
@@ -197,9 +195,9 @@ def fig_scores(results: Results) -> Figure:
         y = height[row.arm] + shifts['test']
         ax.plot([row.low, row.high], [y, y], color=SPLIT_COLOURS['test'], lw=1.5)
     ax.set_yticks(list(height.values()), [plain(arm) for arm in height])
-    ax.set_xlabel('macro-F1, thresholds matched to prevalence (a dot a replicate, a bar the mean)')
+    ax.set_xlabel('macro-F1, thresholds matched to prevalence\n(a dot a replicate, a bar the mean)')
     ax.set_ylim(-0.6, len(height) - 0.4)
-    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncol=2)
+    _legend_above(fig, ax, 2)
     _despine(ax)
     return fig
 
@@ -217,6 +215,13 @@ def _draw_scores(ax, scores, height, shift, split):
 def _despine(ax: Axes):
     "No frame above and to the right"
     ax.spines[['top', 'right']].set_visible(False)
+
+
+def _legend_above(fig, ax, columns):
+    "The legend of one panel above all of them"
+    handles, labels = ax.get_legend_handles_labels()
+    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
+    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
 
 # %% ../../nbs/09_study/10_figures.ipynb #19d5bac2
 def table_scores(results: Results) -> pd.DataFrame:  # a row an arm, columns (test or validation, score)
@@ -260,10 +265,13 @@ def table_shares(results: Results) -> pd.DataFrame:  # a row a tested arm; empty
     return table.map(_share_in_words).rename(columns=dict(share="share of the oracle's gain"))
 
 # %% ../../nbs/09_study/10_figures.ipynb #b14c1d4d
-def fig_curve(results: Results) -> Figure:
+def fig_curve(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "Macro-F1 of `real` by the number of its images, each arm as a line at its height"
     curve, arms = results.learning_curve, list(results.verdict.index)
-    fig, ax = plt.subplots(figsize=(6.5, 3))
+    fig, ax = plt.subplots(figsize=(width, 3))
     ax.plot(curve.images, curve.macro_f1, 'o', color='gray', ms=3, alpha=0.5)
     points = curve.groupby('arm')[['images', 'macro_f1']].mean().sort_values('images')
     ax.plot(points.images, points.macro_f1, 'o-', color='k', label='real')
@@ -293,17 +301,19 @@ def examples(
 # %% ../../nbs/09_study/10_figures.ipynb #705d91f3
 def fig_cells(
     results: Results,
-    n: int = 6,  # images a class and side
+    width: float = WIDE,  # inches
 ) -> Figure:
     "Real cells left, synthetic cells right, a row for each class that occurs"
     real, synthetic = results.study.real, results.study.synthetic
+    n = 6 if width > NARROW else 3
     rows = {}
     for k, name in enumerate(real.vocab):
         left = examples(real, k, n)
         if len(left):
             right = examples(synthetic, k, n) if synthetic else []
             rows[name] = [*left, *[None] * (n - len(left)), *right]
-    fig = show_cells(rows, real.channels, gap_after=n if synthetic else 0, edge=0.75)
+    sides = 2 if synthetic else 1
+    fig = show_cells(rows, real.channels, gap_after=n if synthetic else 0, edge=(width - 1.6) / n / sides)
     titles = {0: 'real', n + 1: 'synthetic'} if synthetic else {0: 'real'}
     for column, text in titles.items():
         ax = fig.axes[column]
@@ -311,22 +321,28 @@ def fig_cells(
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #e602e381
-def fig_fidelity(results: Results) -> Figure:
+def fig_fidelity(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "F1 of a real-trained classifier on unseen real and on synthetic images, by class"
     by_class = results.label_fidelity.dropna().iloc[::-1]
-    fig, ax = plt.subplots(figsize=(6.5, 0.28 * len(by_class) + 1))
+    fig, ax = plt.subplots(figsize=(width, 0.32 * len(by_class) + 1))
     y = np.arange(len(by_class))
     ax.barh(y + 0.2, by_class.real, 0.38, color='tab:gray', label='unseen real images')
     ax.barh(y - 0.2, by_class.synthetic, 0.38, color='tab:orange', label='synthetic images')
     ax.set_yticks(y, [plain(name) for name in by_class['class']])
     ax.set_xlim(0, 1)
     ax.set_xlabel('F1 of a classifier trained on real images alone')
-    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.45, 1), ncol=2)
+    _legend_above(fig, ax, 2)
     _despine(ax)
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #77b730da
-def fig_detail(results: Results) -> Figure:
+def fig_detail(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "Power of synthetic over training images by spatial frequency, a panel a stain"
     detail = results.detail
     stains, bands = detail['channel'].unique(), sorted(detail.band.unique())
@@ -359,13 +375,16 @@ def _band_name(i, bands):
     return {0: 'coarse', bands - 1: 'fine'}.get(i, '')
 
 # %% ../../nbs/09_study/10_figures.ipynb #93f78600
-def fig_classes(results: Results) -> Figure:
+def fig_classes(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "Change of each class's test F1 against `real`, a column an arm"
     changes = results.class_changes
     classes, arms = changes['class'].unique(), changes.arm.unique()
     wide = changes.pivot(index='class', columns='arm', values='difference').loc[classes, arms]
     texts = changes.assign(text=_signed_and_marked(changes)).pivot(index='class', columns='arm', values='text')
-    fig, ax = plt.subplots(figsize=(1.3 * len(arms) + 3, 0.3 * len(classes) + 1))
+    fig, ax = plt.subplots(figsize=(min(width, 1.3 * len(arms) + 3), 0.3 * len(classes) + 1))
     limit = max(0.05, np.nanmax(np.abs(wide.values)))
     sns.heatmap(
         wide,
@@ -396,9 +415,13 @@ def _signed_and_marked(changes):
     return changes.difference.map('{:+.2f}'.format) + np.where(excludes_zero, ' *', '')
 
 # %% ../../nbs/09_study/10_figures.ipynb #7150e901
-def fig_training(results: Results) -> Figure:
+def fig_training(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
     "The generators' losses, and each arm's validation macro-F1"
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
+    shape = (1, 2) if width > NARROW else (2, 1)
+    fig, (left, right) = plt.subplots(*shape, figsize=(width, 2.8 * shape[0]))
     for number in results.study.compared_replicates:
         log = results.run.read_generator_training(number)
         if log is not None:

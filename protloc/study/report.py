@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import os
 import re
 import tempfile
@@ -21,6 +20,7 @@ import papermill
 
 from ..core import InputError
 from ..files import exclusive, is_held, scratch_folder, write_text
+from ..pages import page_html
 from .folder import RunFolder
 from .scores import Study
 from .verdict import write_results
@@ -41,13 +41,7 @@ def page(
         template_name='basic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
     )
     body, _ = exporter.from_notebook_node(notebook)
-    style = (files('protloc') / 'assets' / 'report.css').read_text(encoding='utf-8')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><style>{style}</style></head>'
-        f'<body><main>{body}</main></body></html>\n'
-    )
+    return page_html(body, title)
 
 # %% ../../nbs/09_study/11_report.ipynb #15316c2e
 def _error_of(
