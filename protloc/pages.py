@@ -32,12 +32,15 @@ def fitted(
     width: float,  # inches
 ) -> Figure:
     "A figure that is, with all that stands beside its axes, about as wide as it should be"
-    fig = draw(width)
-    excess = fig.get_tightbbox().width - width
-    if abs(excess) < 0.1:
-        return fig
-    plt.close(fig)
-    return draw(max(width - excess, width / 3))
+    asked = width
+    for _ in range(3):
+        fig = draw(asked)
+        excess = fig.get_tightbbox().width - width
+        if abs(excess) < 0.1:
+            break
+        plt.close(fig)
+        asked = max(asked - excess, width / 3)
+    return fig
 
 # %% ../nbs/03_pages.ipynb #ba4eb937
 def _encoded(fig, kind):

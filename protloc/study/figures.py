@@ -147,6 +147,18 @@ def named_numbers(
     "A picture's numbers for who cannot see it"
     return '; '.join(f'{name} {form.format(value)}' for name, value in values.items()) + '.'
 
+# %% ../../nbs/09_study/10_figures.ipynb #7a6e7291
+def _despine(ax: Axes):
+    "No frame above and to the right"
+    ax.spines[['top', 'right']].set_visible(False)
+
+
+def _legend_above(fig, ax, columns):
+    "The legend of one panel above all of them"
+    handles, labels = ax.get_legend_handles_labels()
+    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
+    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
+
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
 OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
 
@@ -210,18 +222,6 @@ def _draw_scores(ax, scores, height, shift, split):
         ax.plot(mean, height[arm] + shift, '|', color=colour, ms=13, mew=2.5)
     label = SPLIT_NAMES[split] + (', with 95 % interval' if split == 'test' else '')
     ax.plot([], [], 'o', color=colour, label=label)
-
-
-def _despine(ax: Axes):
-    "No frame above and to the right"
-    ax.spines[['top', 'right']].set_visible(False)
-
-
-def _legend_above(fig, ax, columns):
-    "The legend of one panel above all of them"
-    handles, labels = ax.get_legend_handles_labels()
-    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
-    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
 
 # %% ../../nbs/09_study/10_figures.ipynb #19d5bac2
 def table_scores(results: Results) -> pd.DataFrame:  # a row an arm, columns (test or validation, score)
