@@ -42,7 +42,7 @@ from protloc.classify.train import ClassifierConfig, train_classifier
 from protloc.core import rng_for
 from protloc.data.simulate.datasets import oracle_store, simulate_store
 from protloc.data.store import ImageStore
-from protloc.evaluate.fidelity import features
+from protloc.evaluate.features import features
 from protloc.evaluate.power import power, standard_error
 from protloc.training import LoopConfig
 

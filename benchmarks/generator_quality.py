@@ -27,7 +27,8 @@ from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
-from protloc.evaluate.fidelity import features, measure
+from protloc.evaluate.features import features
+from protloc.evaluate.fidelity import measure
 from protloc.study.arms import section_config
 from protloc.training import LoopConfig
 

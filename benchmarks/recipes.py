@@ -36,7 +36,8 @@ from protloc.diffusion.generate import generators_for
 from protloc.diffusion.objective import least_timestep, to_images
 from protloc.diffusion.train import preview_rows, train_generator
 from protloc.evaluate.detail import band_ratios
-from protloc.evaluate.fidelity import coverage, features, frechet_distance, mean_interval
+from protloc.evaluate.features import features
+from protloc.evaluate.fidelity import coverage, frechet_distance, mean_interval
 from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 from protloc.files import atomic_path, remove
 from protloc.plots import composite

@@ -26,7 +26,8 @@ from protloc.data.store import ImageStore
 from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import open_pipeline
 from protloc.evaluate.detail import band_ratios
-from protloc.evaluate.fidelity import features, kernel_distance, mean_interval
+from protloc.evaluate.features import features
+from protloc.evaluate.fidelity import kernel_distance, mean_interval
 from protloc.evaluate.label_fidelity import label_fidelity, label_fidelity_by_class, micro_label_fidelity
 
 SETTINGS = {  # name -> scheduler, num_inference_steps, guidance_scale

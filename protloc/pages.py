@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .files import atomic_path
 
 # %% auto #0
-__all__ = ['WIDE', 'NARROW', 'Draw', 'fitted', 'show', 'table_html', 'page_html']
+__all__ = ['WIDE', 'NARROW', 'Draw', 'fitted', 'show', 'named_numbers', 'table_html', 'page_html']
 
 # %% ../nbs/03_pages.ipynb #1d466c74
 WIDE, NARROW = 8.5, 4.3  # inches
@@ -79,6 +79,14 @@ def show(
         f'<source media="(max-width: 40rem)" srcset="{addresses[1]}"><img src="{addresses[0]}" alt="{alt}"></picture>'
         f'<figcaption>{text}</figcaption></figure>'
     )
+
+# %% ../nbs/03_pages.ipynb #242552ea
+def named_numbers(
+    values: pd.Series,  # index: names
+    form: str = '{:.2f}',
+) -> str:
+    "A picture's numbers for who cannot see it"
+    return '; '.join(f'{name} {form.format(value)}' for name, value in values.items()) + '.'
 
 # %% ../nbs/03_pages.ipynb #601aa29c
 def table_html(

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['COLOURS', 'composite', 'plain', 'show_cells', 'show_stains', 'show_intervals', 'png_url', 'thumbnails', 'details',
-           'preformatted']
+__all__ = ['COLOURS', 'colours_of', 'composite', 'plain', 'despine', 'legend_above', 'show_cells', 'show_stains',
+           'show_intervals', 'png_url', 'thumbnails', 'details', 'preformatted']
 
 # %% ../nbs/03_plots.ipynb #0ec7ecf7
 COLOURS = {
@@ -34,15 +34,21 @@ COLOURS = {
 }
 
 
+def colours_of(
+    channels: Sequence[str],  # C channel names
+) -> list[tuple[float, float, float]]:  # red, green and blue of each, in [0, 1]
+    "The colour of each stain"
+    spare = itertools.cycle(COLOURS.values())
+    return [COLOURS[name] if name in COLOURS else next(spare) for name in channels]
+
+
 def composite(
     images: np.ndarray,  # (..., C, H, W) uint8
     channels: Sequence[str],  # C channel names
 ) -> np.ndarray:  # (..., H, W, 3) float32 in [0, 1]
     "Add the stains up in their colours"
-    spare = itertools.cycle(COLOURS.values())
-    colours = [COLOURS[name] if name in COLOURS else next(spare) for name in channels]
     shares = np.asarray(images, np.float32) / 255
-    return np.einsum('...chw,cd->...hwd', shares, np.array(colours, np.float32)).clip(0, 1)
+    return np.einsum('...chw,cd->...hwd', shares, np.array(colours_of(channels), np.float32)).clip(0, 1)
 
 # %% ../nbs/03_plots.ipynb #beb2877a
 def plain(
@@ -53,6 +59,22 @@ def plain(
     return f' {text}' if text.startswith('_') else text
 
 # %% ../nbs/03_plots.ipynb #0bfeb9ee
+def despine(ax: Axes):
+    "No frame above and to the right"
+    ax.spines[['top', 'right']].set_visible(False)
+
+
+def legend_above(
+    fig: Figure,
+    ax: Axes,  # whose lines it names
+    columns: int,
+):
+    "The legend of one panel above all of them"
+    handles, labels = ax.get_legend_handles_labels()
+    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
+    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
+
+
 def show_cells(
     rows: dict[str, Sequence],  # row title -> images (C, H, W) uint8; None leaves a place empty
     channels: Sequence[str],  # C channel names

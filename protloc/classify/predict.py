@@ -5,6 +5,7 @@
 # %% ../../nbs/07_classify/03_predict.ipynb #27b74255
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,10 +51,14 @@ def _as_list(classifiers):
     "One classifier or several as a list"
     return [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)
 
+
+def _device_of(net):
+    return next(itertools.chain(net.parameters(), net.buffers())).device
+
 # %% ../../nbs/07_classify/03_predict.ipynb #e3cda824
 @torch.no_grad()
 def map_batches(
-    classifiers: Classifier | Sequence[Classifier],  # one or several, on one device
+    classifiers: nn.Module | Sequence[nn.Module],  # networks, one or several, on one device
     store: ImageStore,  # images of the kind that they were trained on, see `ImageKind`
     rows: np.ndarray,  # (n,) positions in the store
     function: Callable,  # function(images (b, C, H, W) uint8 on the device) -> a tuple of tensors, each (b, ...)
@@ -70,7 +75,7 @@ def map_batches(
         model.eval()
     try:
         with tqdm(total=len(rows), desc=progress, unit='image', disable=not progress) as bar:
-            for images in _read_ahead(in_order(store, rows, batch_size), models[0].mean.device):
+            for images in _read_ahead(in_order(store, rows, batch_size), _device_of(models[0])):
                 outputs.append(function(images))
                 bar.update(len(images))
     finally:

@@ -761,6 +761,12 @@ def kind(self: ImageStore) -> ImageKind:
     "Channels, size, classes, and how fields became these images"
     return ImageKind.of(self.manifest, str(self.path))
 
+
+@patch(as_prop=True)
+def is_simulated(self: ImageStore) -> bool:
+    "Whether these are simulated cells that stand for real ones"
+    return self.manifest['made'].get('kind') == 'simulated'
+
 # %% ../../nbs/04_data/03_store.ipynb #4db32a45
 def write_store(
     path: str | Path,  # the store's folder; must not exist yet

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,28 +15,31 @@ import pandas as pd
 import seaborn as sns
 import yaml
 from IPython.display import HTML
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from ..core import InputError, versions
 from ..data.duplicates import near_duplicates
 from ..data.resplit import leaks
 from ..data.store import ImageStore
+from ..evaluate.examination import Examination
+from ..evaluate.fidelity_page import FidelityPage
 from ..files import CHANGED, read_json, read_text
 from ..metrics import METRICS
 from ..pages import NARROW, WIDE
-from ..plots import details, plain, preformatted, show_cells, show_intervals
+from ..plots import despine, details, legend_above, plain, preformatted, show_cells, show_intervals, thumbnails
 from .advice import next_steps
 from .plan import deviations
 from .scores import SCORES, VERDICT_SCORE, Study
 from .verdict import VERDICT_COLOURS, oracle_share, write_results
+from .why import PREDICTORS
 
 # %% auto #0
-__all__ = ['IN_WORDS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'NOT_KNOWN', 'Results', 'what_to_do', 'arms_in_words',
-           'changes_in_numbers', 'named_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons',
-           'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fig_fidelity', 'fig_detail', 'fig_classes',
-           'fig_training', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
+__all__ = ['IN_WORDS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'NOT_KNOWN', 'Results', 'what_to_do',
+           'arms_in_words', 'changes_in_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons',
+           'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fidelity_of', 'fig_associations', 'changed_images',
+           'fig_classes', 'fig_training', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check',
+           'provenance']
 
 # %% ../../nbs/09_study/10_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -47,6 +51,7 @@ _COLUMNS = dict(
     budgets=('arm', 'steps', 'rise', 'rising'),
     score_intervals=('arm', 'low', 'high'),
     class_changes=('class', 'arm', 'difference', 'low', 'high'),
+    changed_predictions=('what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates'),
 )
 
 
@@ -74,7 +79,7 @@ class Results:
         self.learning_curve = tables['learning_curve']  # a row a replicate and number of real images
         self.budgets = tables['budgets']  # a row an arm
         self.label_fidelity = tables.get('label_fidelity')  # a row a class; None without synthetic images
-        self.detail = tables.get('detail')  # a row a channel and band; None without, or of an older version
+        self.tables = tables  # all of them, by name
 
     def __repr__(self):
         return f'Results({str(self.run.path)!r})'
@@ -139,26 +144,6 @@ def changes_in_numbers(results: Results) -> str:
     )
     return '; '.join(rows.arm + ' ' + spans + ', ' + rows.verdict) + '.'
 
-
-def named_numbers(
-    values: pd.Series,  # index: names
-    form: str = '{:.2f}',
-) -> str:
-    "A picture's numbers for who cannot see it"
-    return '; '.join(f'{name} {form.format(value)}' for name, value in values.items()) + '.'
-
-# %% ../../nbs/09_study/10_figures.ipynb #7a6e7291
-def _despine(ax: Axes):
-    "No frame above and to the right"
-    ax.spines[['top', 'right']].set_visible(False)
-
-
-def _legend_above(fig, ax, columns):
-    "The legend of one panel above all of them"
-    handles, labels = ax.get_legend_handles_labels()
-    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
-    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
-
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
 OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
 
@@ -184,7 +169,7 @@ def fig_verdict(
     for (_, row), y, colour in zip(verdict.iterrows(), heights.values(), colours, strict=True):
         place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
         ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colour, **place)
-    _legend_above(fig, ax, 2 if width > NARROW else 1)
+    legend_above(fig, ax, 2 if width > NARROW else 1)
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #84c72284
@@ -209,8 +194,8 @@ def fig_scores(
     ax.set_yticks(list(height.values()), [plain(arm) for arm in height])
     ax.set_xlabel('macro-F1, thresholds matched to prevalence\n(a dot a replicate, a bar the mean)')
     ax.set_ylim(-0.6, len(height) - 0.4)
-    _legend_above(fig, ax, 2)
-    _despine(ax)
+    legend_above(fig, ax, 2)
+    despine(ax)
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #49324699
@@ -283,7 +268,7 @@ def fig_curve(
     ax.set_xticks(points.images, [f'{number:,.0f}' for number in points.images])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    _despine(ax)
+    despine(ax)
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #d53cada3
@@ -321,58 +306,72 @@ def fig_cells(
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #e602e381
-def fig_fidelity(
-    results: Results,
-    width: float = WIDE,  # inches
-) -> Figure:
-    "F1 of a real-trained classifier on unseen real and on synthetic images, by class"
-    by_class = results.label_fidelity.dropna().iloc[::-1]
-    fig, ax = plt.subplots(figsize=(width, 0.32 * len(by_class) + 1))
-    y = np.arange(len(by_class))
-    ax.barh(y + 0.2, by_class.real, 0.38, color='tab:gray', label='unseen real images')
-    ax.barh(y - 0.2, by_class.synthetic, 0.38, color='tab:orange', label='synthetic images')
-    ax.set_yticks(y, [plain(name) for name in by_class['class']])
-    ax.set_xlim(0, 1)
-    ax.set_xlabel('F1 of a classifier trained on real images alone')
-    _legend_above(fig, ax, 2)
-    _despine(ax)
-    return fig
+def fidelity_of(results: Results) -> FidelityPage | None:  # None without synthetic images that were judged
+    "How good the synthetic images are, as parts of a page"
+    if 'fidelity' not in results.tables:
+        return None
+    study, found = results.study, Examination.of(results.tables)
+    first = study.judged[0]
+    pairs = found.copies.pairs
+    found = replace(found, copies=found.copies._replace(pairs=pairs[pairs.replicate == pairs.replicate.min()]))
+    return FidelityPage(found, study.real_of('real', first), study.run.open_synthetic(first), results.run.figures)
 
-# %% ../../nbs/09_study/10_figures.ipynb #77b730da
-def fig_detail(
+# %% ../../nbs/09_study/10_figures.ipynb #2f4640d8
+def fig_associations(
     results: Results,
     width: float = WIDE,  # inches
 ) -> Figure:
-    "Power of synthetic over training images by spatial frequency, a panel a stain"
-    detail = results.detail
-    stains, bands = detail['channel'].unique(), sorted(detail.band.unique())
-    fig, axes = plt.subplots(1, len(stains), figsize=(2.2 * len(stains) + 0.6, 2.6), sharey=True, squeeze=False)
-    for ax, stain in zip(axes[0], stains, strict=True):
-        rows = detail[detail['channel'] == stain].sort_values('band')
-        ax.axhspan(0.9, 1.1, color='tab:green', alpha=0.15, lw=0)
-        ax.axhline(1, color='tab:green', lw=0.8)
-        ax.plot(bands, rows.real, 'o--', color='tab:gray', ms=4, lw=1, label='unseen real images')
-        errors = np.abs(rows[['low', 'high']].T - rows.ratio)
-        ax.errorbar(bands, rows.ratio, errors, fmt='s-', color='tab:orange', ms=4, label='synthetic images')
-        ax.set(title=plain(stain), yscale='log', xticks=bands)
-        ax.set_xticklabels([_band_name(i, len(bands)) for i in range(len(bands))], fontsize=8)
-        _despine(ax)
-    seen = detail[['ratio', 'real']].where(lambda values: values > 0)  # a logarithmic axis has no 0
-    low, high = seen.min().min(), seen.max().max()
-    axes[0, 0].set_ylim(min(0.5, 0.9 * low), max(2, 1.1 * high))
-    axes[0, 0].yaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 0.75, 1, 1.5, 2, 5, 10, 20]))
-    axes[0, 0].yaxis.set_major_formatter('{x:g}')
-    axes[0, 0].yaxis.set_minor_locator(NullLocator())
-    axes[0, 0].set_ylabel('power over training images')
-    fig.supxlabel('size of the detail', y=-0.04, fontsize=10)
-    fig.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc='lower center', bbox_to_anchor=(0.5, 0.98), ncol=2, frameon=False
+    "Rank correlation of each arm's change with what is known of the classes"
+    table = results.tables['associations'].dropna(subset='rho')
+    arms = list(table.arm.unique())
+    columns = min(len(arms), 3 if width > NARROW else 1) or 1
+    lines = -(-len(arms) // columns) or 1
+    fig, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(width, 1.7 * lines + 0.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout='constrained',
     )
+    for ax in axes.flat[len(arms) :]:
+        ax.axis('off')
+    names = [name for name in PREDICTORS if (table.predictor == name).any()]
+    for ax, arm in zip(axes.flat, arms, strict=False):
+        rows = table[table.arm == arm].set_index('predictor').reindex(names).rename(columns=dict(rho='difference'))
+        show_intervals(rows.rename(index=PREDICTORS_SHORT), '', ['#1f5fa8'] * len(rows), ax)
+        ax.set_title(plain(arm), size=9)
+        ax.set_xlim(-1.05, 1.05)
+        ax.tick_params(labelsize=8)
+    fig.supxlabel("rank correlation with the class's change of F1", size=9)
     return fig
 
 
-def _band_name(i, bands):
-    return {0: 'coarse', bands - 1: 'fine'}.get(i, '')
+PREDICTORS_SHORT = dict(
+    label_fidelity='readable labels',
+    kernel='distance from real',
+    domain_auc='told apart from real',
+    coverage='coverage of real',
+    images='number of training images',
+)
+
+# %% ../../nbs/09_study/10_figures.ipynb #ee71149f
+def changed_images(
+    results: Results,
+    edge: int = 96,  # of a picture, CSS pixels
+) -> HTML:
+    "The predictions that changed most between `real` and an arm, as pictures"
+    table, real, parts = results.tables['changed_predictions'], results.study.real, []
+    for (arm, what), some in table.groupby(['arm', 'what'], sort=False):
+        captions = [
+            f'{row["class"]} ({"shown" if row.shown == "yes" else "not shown"}):'
+            f' right in {row.before:.0f}, then {row.after:.0f} of {row.replicates:.0f}'
+            for _, row in some.iterrows()
+        ]
+        pictures = thumbnails(real.images[some.row.astype(int).to_numpy()], real.channels, captions, edge)
+        parts.append(f'<p class="lead-in">{html.escape(arm)}: {what}</p>{pictures}')
+    return HTML(''.join(parts) or '<p>No prediction changed in more replicates than one way or the other.</p>')
 
 # %% ../../nbs/09_study/10_figures.ipynb #93f78600
 def fig_classes(
@@ -433,7 +432,7 @@ def fig_training(
     right.set(title='classifiers', xlabel='optimizer step', ylabel='validation macro-F1')
     right.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     for ax in (left, right):
-        _despine(ax)
+        despine(ax)
     fig.tight_layout()
     return fig
 

@@ -12,8 +12,6 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import InputError
-from ..evaluate.detail import band_ratios
-from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..evaluate.power import larger_of_two, replicates_to_decide
 from ..evaluate.rule import decide
 from ..evaluate.worth import Worth, worth
@@ -28,11 +26,12 @@ from protloc.study.scores import (
     score_of,
     scored_classes,
 )
+from .why import why
 
 # %% auto #0
 __all__ = ['VERDICT_COLOURS', 'compare', 'comparisons', 'oracle_share', 'agreement', 'learning_curve', 'worth_of', 'is_guessing',
            'rise_at_end', 'budgets', 'verdict', 'score_intervals', 'class_changes', 'in_words', 'study_in_words',
-           'fidelity_by_class', 'detail_by_band', 'write_results']
+           'write_results']
 
 # %% ../../nbs/09_study/08_verdict.ipynb #4d06bd1d
 def _of_arms(study, values, arms, baseline):
@@ -347,40 +346,6 @@ _NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight'
 def _number(n):
     return _NUMBERS[n] if n < len(_NUMBERS) else str(n)
 
-# %% ../../nbs/09_study/08_verdict.ipynb #b93f80c3
-def fidelity_by_class(
-    study: Study,  # with synthetic images
-) -> pd.DataFrame:  # one row per class: F1 on validation (real) and on synthetic images
-    "`label_fidelity_by_class` of each replicate's classifier of the arm 'real', averaged over those that judged"
-
-    def of(number):
-        synthetic = study.run.open_synthetic(number)
-        return label_fidelity_by_class(
-            study.run.read_predictions('real', number, 'synthetic', synthetic.labels.shape),
-            synthetic.labels,
-            study.probabilities('real', number, 'val'),
-            study.labels('val'),
-            study.real.vocab,
-        )
-
-    return sum(map(of, study.judged)) / len(study.judged)
-
-# %% ../../nbs/09_study/08_verdict.ipynb #16b6b252
-_MOST_IMAGES = 2000  # of a kind, whose detail is measured
-
-
-def detail_by_band(
-    study: Study,  # with synthetic images
-) -> pd.DataFrame:  # index (channel, band), columns ratio, low, high of synthetic images, and real of validation images
-    "`band_ratios` of synthetic and of validation images over training images"
-
-    def some(store, rows):
-        return store.images[rows[:: -(-len(rows) // _MOST_IMAGES)]]
-
-    train, val = (some(study.real, study.real.rows(split)) for split in ('train', 'val'))
-    table = band_ratios(train, some(study.synthetic, study.synthetic.rows()), study.real.channels)
-    return table.assign(real=band_ratios(train, val, study.real.channels).ratio)
-
 # %% ../../nbs/09_study/08_verdict.ipynb #5c2e39f3
 def write_results(
     study: Study,  # `InputError` where it is not finished
@@ -399,10 +364,7 @@ def write_results(
         learning_curve=learning_curve(study, main),
         budgets=ends.reset_index(),
     )
-    if study.judged:
-        tables['label_fidelity'] = fidelity_by_class(study).reset_index()
-    if study.synthetic and min(len(study.synthetic), len(study.labels('val'))) > 1:
-        tables['detail'] = detail_by_band(study).reset_index()
+    tables |= why(study, tables['class_changes'], changes)
     words = [in_words(arm, row, study.plan['margin'], study.one_generator) for arm, row in changes.iterrows()]
     study.run.write_results(tables, '\n'.join([study_in_words(study, changes), '', *words]) + '\n')
     return changes
