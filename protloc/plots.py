@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .core import lookup
+
 # %% auto #0
-__all__ = ['COLOURS', 'colours_of', 'composite', 'plain', 'despine', 'legend_above', 'show_cells', 'show_stains',
+__all__ = ['COLOURS', 'PALETTES', 'colours_of', 'composite', 'plain', 'despine', 'legend_above', 'show_cells', 'show_stains',
            'show_intervals', 'png_url', 'thumbnails', 'details', 'preformatted']
 
 # %% ../nbs/03_plots.ipynb #0ec7ecf7
@@ -34,21 +36,30 @@ COLOURS = {
 }
 
 
+PALETTES = {  # name -> colours that take the place of others
+    'stains': {},  # each stain in the colour of its name
+    'safe': {'red': (1, 0, 1), 'blue': (0, 0.35, 1), 'yellow': (0.5, 0.5, 0.5)},  # without red beside green
+}
+
+
 def colours_of(
     channels: Sequence[str],  # C channel names
+    palette: str = 'stains',  # a name in `PALETTES`
 ) -> list[tuple[float, float, float]]:  # red, green and blue of each, in [0, 1]
-    "The colour of each stain"
-    spare = itertools.cycle(COLOURS.values())
-    return [COLOURS[name] if name in COLOURS else next(spare) for name in channels]
+    "The colour of each stain; raises `InputError` for an unknown palette"
+    colours = {**COLOURS, **lookup('palette', palette, PALETTES)}
+    spare = itertools.cycle(colours.values())
+    return [colours[name] if name in colours else next(spare) for name in channels]
 
 
 def composite(
     images: np.ndarray,  # (..., C, H, W) uint8
     channels: Sequence[str],  # C channel names
+    palette: str = 'stains',  # a name in `PALETTES`
 ) -> np.ndarray:  # (..., H, W, 3) float32 in [0, 1]
     "Add the stains up in their colours"
     shares = np.asarray(images, np.float32) / 255
-    return np.einsum('...chw,cd->...hwd', shares, np.array(colours_of(channels), np.float32)).clip(0, 1)
+    return np.einsum('...chw,cd->...hwd', shares, np.array(colours_of(channels, palette), np.float32)).clip(0, 1)
 
 # %% ../nbs/03_plots.ipynb #beb2877a
 def plain(
@@ -81,6 +92,7 @@ def show_cells(
     titles: Sequence[str] = (),  # of the columns
     edge: float = 0.8,  # of a cell, in inches
     gap_after: int = 0,  # leave a gap after this many columns
+    palette: str = 'stains',  # a name in `PALETTES`
 ) -> Figure:
     "Rows of composite cells"
     n = max(len(images) for images in rows.values())
@@ -99,7 +111,7 @@ def show_cells(
         line[0].text(-0.08, 0.5, plain(name), transform=line[0].transAxes, ha='right', va='center', size=9)
         for image, ax in zip(images, line, strict=False):
             if image is not None:
-                ax.imshow(composite(image, channels), interpolation='nearest')
+                ax.imshow(composite(image, channels, palette), interpolation='nearest')
     for title, ax in zip(titles, axs[0], strict=False):
         ax.set_title(plain(title), size=8)
     return fig
@@ -163,13 +175,14 @@ def thumbnails(
     channels: Sequence[str],  # C channel names
     captions: Sequence[str],  # N plain texts, shown below the images
     edge: int = 64,  # of an image on the page, in CSS pixels
+    palette: str = 'stains',  # a name in `PALETTES`
 ) -> str:  # HTML
     "Composite images side by side, each with its caption"
     frame = f'margin:0;width:{edge + 20}px;text-align:center;font-size:.75em;line-height:1.2'
     size = f'width:{edge}px;image-rendering:pixelated;display:block;margin:0 auto'
 
     def one(image, text):
-        url = png_url(composite(image, channels), edge)
+        url = png_url(composite(image, channels, palette), edge)
         text = html.escape(text)
         picture = f'<img src="{url}" alt="{text}" style="{size}">'
         return f'<figure style="{frame}">{picture}<figcaption>{text}</figcaption></figure>'

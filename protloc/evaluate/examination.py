@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..classify.backbone import Classifier
@@ -23,13 +25,13 @@ from .features import features as read
 from .fidelity import compare_features, diversity
 from .label_fidelity import label_fidelity_by_class
 from .linear import domain_auc, learned_from
-from .memorisation import Copies, find_copies
+from .memorisation import Copies, find_copies, known_images
 from .statistics import compare_statistics, image_statistics
 
 # %% auto #0
 __all__ = ['MEASURES', 'SHARES', 'FEW', 'MOST_TRAINING', 'BY_CLASS', 'ImageSet', 'some_of', 'real_sides', 'labels_for',
            'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'Examination',
-           'note_of', 'summarise', 'examine']
+           'note_of', 'Reference']
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #b0af0956
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ def compare_classes(
     "Every number of each class; NaN where there are too few images"
     rows = []
     for k, name in enumerate(names):
-        real, drawn, more = (images.of_class(k) for images in (reference, synthetic, other))
-        n = min(map(len, (real, drawn, more)))
+        sets = [images.of_class(k) for images in (reference, synthetic, other)]
+        n = min(map(len, sets))
+        real, drawn, more = (images.first([n]) for images in sets)
         value, floor = (compare_sets(real, images, seed, by_class=True) for images in (drawn, more))
         rows += [dict({'class': name}, measure=key, value=value[key], floor=floor[key], images=n) for key in BY_CLASS]
     return pd.DataFrame(rows)
@@ -254,18 +257,45 @@ def note_of(
     return f'few images ({images})' if images < FEW else ''
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #63464d47
-def summarise(
-    reference: ImageSet,
-    synthetic: ImageSet,
-    other: ImageSet,
-    halves: int = 0,  # for the intervals; none where 0
-    seed: int = 0,
-) -> pd.DataFrame:  # see `Examination.overall`
-    "Every number of synthetic images beside the floor"
-    sizes = [len(images) for images in (reference, synthetic, other)]
-    n, num_features = min(sizes), reference.points.shape[1]
-    value, floor = (compare_sets(reference.first(sizes), images.first(sizes), seed) for images in (synthetic, other))
-    errors = standard_errors(reference, synthetic, halves, seed) if halves else dict.fromkeys(MEASURES, np.nan)
+class Reference:
+    "Real images that synthetic ones are compared with, read once for several sets of synthetic images"
+
+    def __init__(
+        self,
+        real: ImageStore,
+        extractor: Extractor,  # in whose features images are compared
+        classifier: Classifier | None = None,  # trained on the real images alone; for label fidelity and drift
+        most: int = 2000,  # images of a kind that are compared
+        seed: int = 0,
+        tell: Callable[[str], None] = lambda stage: None,  # called at the begin of each stage
+    ):
+        self.real, self.extractor, self.classifier, self.most, self.seed = real, extractor, classifier, most, seed
+        unseen, other = real_sides(real, seed)
+        tell('features of real images')
+        self.unseen = self.read(real, some_of(unseen, most, seed, 'unseen'), real.labels)
+        self.other = self.read(real, some_of(other, most, seed, 'other'), real.labels)
+        tell('training images')
+        training = some_of(other, MOST_TRAINING, seed, 'training')
+        self.known = known_images(real, extractor, training, self.unseen.rows)
+        self.inputs = [batchnorm_inputs(classifier, real, one.rows) for one in (self.unseen, self.other) if classifier]
+
+    def read(self, store, rows, labels):
+        "Images and what the extractor sees in them"
+        return ImageSet(store, rows, self.extractor.of(store, rows), labels[rows])
+
+    @cache  # noqa: B019 - few references live
+    def floor(self, n: int) -> dict[str, float]:  # by the names of `MEASURES`
+        "What n other real images reach"
+        return compare_sets(self.unseen.first([n]), self.other.first([n]), self.seed)
+
+# %% ../../nbs/08_evaluate/09_examination.ipynb #57f8bdb0
+@patch
+def _summarise(self: Reference, synthetic, halves):
+    "Every number of synthetic images beside the floor, with intervals from random halves if there are any"
+    n, num_features = min(map(len, (self.unseen, synthetic, self.other))), self.unseen.points.shape[1]
+    sides = [images.first([n]) for images in (self.unseen, synthetic)]
+    value, floor = compare_sets(*sides, self.seed), self.floor(n)
+    errors = standard_errors(*sides, halves, self.seed) if halves else dict.fromkeys(MEASURES, np.nan)
     rows = []
     for name in MEASURES:
         low, high = value[name] - 1.96 * errors[name], value[name] + 1.96 * errors[name]
@@ -273,59 +303,53 @@ def summarise(
             low, high = np.clip([low, high], 0, 1)
         span = dict(value=value[name], low=low, high=high, floor=floor[name])
         rows.append(dict(measure=name, **span, images=n, note=note_of(name, n, num_features)))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(features=self.extractor.name)
 
-# %% ../../nbs/08_evaluate/09_examination.ipynb #7ea145ed
-def _detail(reference, synthetic, other, channels):
+
+@patch
+def _detail(self: Reference, synthetic):
     "Power by band, synthetic over other real images, with that of unseen ones beside it"
-    if min(map(len, (reference, synthetic, other))) < 2:
+    if min(map(len, (self.unseen, synthetic, self.other))) < 2:
         return pd.DataFrame(columns=['channel', 'band', 'ratio', 'low', 'high', 'real'])
-    train = other.images
+    train, channels = self.other.images, self.real.channels
     table = band_ratios(train, synthetic.images, channels)
-    return table.assign(real=band_ratios(train, reference.images, channels).ratio).reset_index()
+    return table.assign(real=band_ratios(train, self.unseen.images, channels).ratio).reset_index()
 
 
-def _drift(classifier, reference, synthetic, other):
-    if classifier is None:
+@patch
+def _drift(self: Reference, synthetic):
+    if self.classifier is None:
         return batchnorm_drift({}, {}, {})
-    return batchnorm_drift(
-        *(batchnorm_inputs(classifier, one.store, one.rows) for one in (reference, synthetic, other))
-    )
+    unseen, other = self.inputs
+    return batchnorm_drift(unseen, batchnorm_inputs(self.classifier, synthetic.store, synthetic.rows), other)
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #651cca0f
+@patch
 def examine(
-    real: ImageStore,
+    self: Reference,
     synthetic: ImageStore,  # of the same channels and size; its classes are among the real store's
-    extractor: Extractor,  # in whose features images are compared
-    classifier: Classifier | None = None,  # trained on the real images alone; for label fidelity and drift
-    most: int = 2000,  # images of a kind that are compared
     halves: int = 0,  # random halves for intervals; none where 0
-    seed: int = 0,
     tell: Callable[[str], None] = lambda stage: None,  # called at the begin of each stage
 ) -> Examination:
     "Measure everything; raises `InputError` where the stores do not fit together"
-    replace(synthetic.kind, fields={}).must_match(real.kind, labelled=False)  # however they were read
-    rows = dict(zip(('unseen', 'other'), real_sides(real, seed), strict=True), synthetic=synthetic.rows())
-    labels = {'unseen': real.labels, 'other': real.labels, 'synthetic': labels_for(synthetic, real)}
-    stores = {'unseen': real, 'other': real, 'synthetic': synthetic}
-    sets = []
-    for name in ('unseen', 'synthetic', 'other'):
-        tell(f'features of {name} images')
-        some = some_of(rows[name], most, seed, name)
-        sets.append(ImageSet(stores[name], some, extractor.of(stores[name], some), labels[name][some]))
+    real, seed = self.real, self.seed
+    replace(synthetic.kind, fields={}).must_match(
+        replace(real.kind, fields={}), labelled=False
+    )  # however they were read
+    labels = labels_for(synthetic, real)
+    tell('features of synthetic images')
+    drawn = self.read(synthetic, some_of(synthetic.rows(), self.most, seed, 'synthetic'), labels)
     tell('distances')
-    overall = summarise(*sets, halves, seed)
+    overall = self._summarise(drawn, halves)
     tell('classes')
-    classes = compare_classes(*sets, list(real.vocab), seed)
-    if classifier is not None:
-        classes = pd.concat([classes, label_fidelities(sets[0], sets[1], classifier)], ignore_index=True)
-    tell('detail and drift')
-    statistics = compare_statistics(*(images.images for images in sets), real.channels)
-    detail, drift = _detail(*sets, real.channels), _drift(classifier, *sets)
+    classes = compare_classes(self.unseen, drawn, self.other, list(real.vocab), seed)
+    if self.classifier is not None:
+        fidelities = label_fidelities(self.unseen, drawn, self.classifier)
+        classes = pd.concat([classes, fidelities], ignore_index=True)
+    tell('stains, detail and drift')
+    images = (self.unseen.images, drawn.images, self.other.images)
+    looks = compare_statistics(*images, real.channels), self._detail(drawn)
+    drift = self._drift(drawn)
     tell('nearest training images')
-    training = some_of(rows['other'], MOST_TRAINING, seed, 'training')
-    copies = find_copies(
-        real, synthetic, extractor, (training, extractor.of(real, training)), sets[0].rows, sets[1].rows
-    )
-    overall = overall.assign(features=extractor.name)
-    return Examination(overall, classes, statistics, detail, copies, drift)
+    copies = find_copies(self.known, synthetic, drawn.rows, self.extractor)
+    return Examination(overall, classes, *looks, copies, drift)

@@ -194,16 +194,17 @@ def fig_pairs(
     real: ImageStore,
     synthetic: ImageStore,
     width: float = WIDE,  # inches
+    palette: str = 'stains',  # a name in `plots.PALETTES`
 ) -> Figure:
     "The synthetic images nearest to a training image, above that image; by pixels and by features"
     n = 10 if width > NARROW else 5
-    rows, titles = {}, []
+    rows = {}
     for way, some in pairs.groupby('way', sort=False):
         nearest = some.sort_values('distance', kind='stable').drop_duplicates('synthetic')[:n]
         drawn = [turned(synthetic.images[int(row.synthetic)], int(row.view), way) for row in nearest.itertuples()]
         rows[f'synthetic\n(nearest by {way})'] = drawn
         rows[f'training\n(nearest by {way})'] = [real.images[int(row)] for row in nearest.training]
-    return show_cells(rows, real.channels, titles, edge=(width - 1.6) / n)
+    return show_cells(rows, real.channels, edge=(width - 1.6) / n, palette=palette)
 
 # %% ../../nbs/08_evaluate/10_fidelity_page.ipynb #25709058
 def fig_distances(
@@ -271,8 +272,10 @@ class FidelityPage:
         real: ImageStore,
         synthetic: ImageStore,
         folder: Path | None = None,  # keeps the figures as PNG files
+        palette: str = 'stains',  # of composite pictures, a name in `plots.PALETTES`
     ):
         self.found, self.real, self.synthetic, self.folder = found, real, synthetic, folder
+        self.palette = palette
         self.called = 'simulated' if real.is_simulated else 'real'
 
     def _show(self, name, draw, caption, numbers, **options):
@@ -358,7 +361,7 @@ def copies(self: FidelityPage) -> HTML:
     )
     pairs = self._show(
         'nearest',
-        partial(fig_pairs, copies.pairs, self.real, self.synthetic),
+        partial(fig_pairs, copies.pairs, self.real, self.synthetic, palette=self.palette),
         'The synthetic images nearest to a training image, each above that image.',
         named_numbers(copies.pairs.groupby('way').distance.min(), 'nearest {:.3g}'),
         photograph=True,
@@ -445,6 +448,7 @@ def write_fidelity(
     real: ImageStore,
     synthetic: ImageStore,
     folder: str | Path,  # replaced as a whole
+    palette: str = 'stains',  # of composite pictures, a name in `plots.PALETTES`
 ) -> Path:  # of the page
     "Write tables, fidelity.json, figures and fidelity.html"
     title = 'How good are these synthetic images?'
@@ -465,6 +469,6 @@ def write_fidelity(
             partial_folder / 'fidelity.json', dict(protloc=__version__, **stores, in_short=in_short(found), **tables)
         )
         (partial_folder / 'figures').mkdir()
-        text = fidelity_html(FidelityPage(found, real, synthetic, partial_folder / 'figures'), title)
+        text = fidelity_html(FidelityPage(found, real, synthetic, partial_folder / 'figures', palette), title)
         write_text(partial_folder / 'fidelity.html', text)
     return Path(folder) / 'fidelity.html'

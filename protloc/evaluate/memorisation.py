@@ -20,7 +20,8 @@ from ..data.store import ImageStore
 from .features import Extractor
 
 # %% auto #0
-__all__ = ['STRICTNESS', 'Nearest', 'nearest_pixels', 'nearest_features', 'limit_of', 'suspicious', 'Copies', 'find_copies']
+__all__ = ['STRICTNESS', 'Nearest', 'nearest_pixels', 'nearest_features', 'limit_of', 'suspicious', 'Known', 'known_images',
+           'Copies', 'find_copies']
 
 # %% ../../nbs/08_evaluate/07_memorisation.ipynb #5bb7e73b
 class Nearest(NamedTuple):
@@ -108,6 +109,34 @@ def suspicious(
     )
 
 # %% ../../nbs/08_evaluate/07_memorisation.ipynb #5e878be9
+class Known(NamedTuple):
+    "The training images that copies are looked for among, read once, and how near unseen real images come to them"
+
+    rows: np.ndarray  # (m,) positions in the store of real images
+    points: Tensor  # (m, F) features
+    prints: np.ndarray  # (m, C, k, k) of `fingerprints`
+    unseen: dict[str, Nearest]  # 'pixels' and 'features' -> of unseen real images
+
+
+def _nearest_both(store, rows, extractor, points, prints):
+    "The nearest training images by pixels and by features"
+    return dict(
+        pixels=nearest_pixels(store.images[rows], prints),
+        features=nearest_features(extractor, store, rows, points),
+    )
+
+
+def known_images(
+    real: ImageStore,
+    extractor: Extractor,
+    training: np.ndarray,  # (m,) positions
+    unseen: np.ndarray,  # (n,) positions, of other groups
+) -> Known:
+    "Read the training images"
+    points, prints = extractor.of(real, training), fingerprints(real.images[training])
+    return Known(training, points, prints, _nearest_both(real, unseen, extractor, points, prints))
+
+# %% ../../nbs/08_evaluate/07_memorisation.ipynb #a712cb6d
 class Copies(NamedTuple):
     "What was found, and in which images"
 
@@ -117,24 +146,18 @@ class Copies(NamedTuple):
 
 
 def find_copies(
-    real: ImageStore,
+    known: Known,
     synthetic: ImageStore,
-    extractor: Extractor,
-    training: tuple[np.ndarray, Tensor],  # (m,) positions in the real store and their features (m, F)
-    unseen: np.ndarray,  # (n,) positions in the real store, of other groups
     rows: np.ndarray,  # (k,) positions in the synthetic store
+    extractor: Extractor,  # the same as that of the known images
 ) -> Copies:
     "Compare synthetic images with training images, in pixels and in features"
-    known, points = training
-    prints = fingerprints(real.images[known])
-    found = dict(pixels=[], features=[])
-    for store, some in ((synthetic, rows), (real, unseen)):
-        found['pixels'].append(nearest_pixels(store.images[some], prints))
-        found['features'].append(nearest_features(extractor, store, some, points))
-    counted, pairs = [], []
-    for way, (drawn, others) in found.items():
-        counted.append(dict(way=way, training=len(known), **suspicious(drawn.distance, others.distance)))
-        pair = dict(synthetic=rows, training=known[drawn.row], view=drawn.view, distance=drawn.distance)
+    found = _nearest_both(synthetic, rows, extractor, known.points, known.prints)
+    counted, pairs, unseen = [], [], []
+    for way, drawn in found.items():
+        distances = known.unseen[way].distance
+        counted.append(dict(way=way, training=len(known.rows), **suspicious(drawn.distance, distances)))
+        pair = dict(synthetic=rows, training=known.rows[drawn.row], view=drawn.view, distance=drawn.distance)
         pairs.append(pd.DataFrame(dict(way=way, **pair, limit=counted[-1]['limit'])))
-    others = [pd.DataFrame(dict(way=way, distance=others.distance)) for way, (_, others) in found.items()]
-    return Copies(pd.DataFrame(counted), pd.concat(pairs, ignore_index=True), pd.concat(others, ignore_index=True))
+        unseen.append(pd.DataFrame(dict(way=way, distance=distances)))
+    return Copies(pd.DataFrame(counted), *(pd.concat(some, ignore_index=True) for some in (pairs, unseen)))

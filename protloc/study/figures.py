@@ -27,7 +27,17 @@ from ..evaluate.fidelity_page import FidelityPage
 from ..files import CHANGED, read_json, read_text
 from ..metrics import METRICS
 from ..pages import NARROW, WIDE
-from ..plots import despine, details, legend_above, plain, preformatted, show_cells, show_intervals, thumbnails
+from protloc.plots import (
+    composite,
+    despine,
+    details,
+    legend_above,
+    plain,
+    preformatted,
+    show_cells,
+    show_intervals,
+    thumbnails,
+)
 from .advice import next_steps
 from .plan import deviations
 from .scores import SCORES, VERDICT_SCORE, Study
@@ -35,11 +45,11 @@ from .verdict import VERDICT_COLOURS, oracle_share, write_results
 from .why import PREDICTORS
 
 # %% auto #0
-__all__ = ['IN_WORDS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'NOT_KNOWN', 'Results', 'what_to_do',
-           'arms_in_words', 'changes_in_numbers', 'fig_verdict', 'fig_scores', 'table_scores', 'table_comparisons',
-           'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fidelity_of', 'fig_associations', 'changed_images',
-           'fig_classes', 'fig_training', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check',
-           'provenance']
+__all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'NOT_KNOWN', 'Results',
+           'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'fig_verdict', 'fig_scores', 'table_scores',
+           'table_comparisons', 'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of',
+           'trained_on_synthetic', 'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training',
+           'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/10_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -61,8 +71,10 @@ class Results:
     def __init__(
         self,
         folder: str | Path,  # of a finished run; `InputError` for an unfinished one
+        palette: str = 'stains',  # of composite pictures, a name in `plots.PALETTES`
     ):
         self.study = Study(folder)
+        self.palette = palette
         self.run = self.study.run
         if not self.run.results.exists():
             write_results(self.study)
@@ -81,6 +93,11 @@ class Results:
         self.label_fidelity = tables.get('label_fidelity')  # a row a class; None without synthetic images
         self.tables = tables  # all of them, by name
 
+    @property
+    def called(self):
+        "What the images beside the synthetic ones are called: 'real' or 'simulated'"
+        return self.study.say('real images').removesuffix(' images')
+
     def __repr__(self):
         return f'Results({str(self.run.path)!r})'
 
@@ -90,7 +107,7 @@ class Results:
 # %% ../../nbs/09_study/10_figures.ipynb #0c33ce81
 def what_to_do(results: Results) -> HTML:
     "The next steps, with their commands"
-    fidelity = results.label_fidelity
+    fidelity, say = results.label_fidelity, results.study.say
     steps = next_steps(
         results.study,
         results.verdict,
@@ -99,7 +116,7 @@ def what_to_do(results: Results) -> HTML:
         None if fidelity is None else fidelity.set_index('class'),
     )
     items = [
-        f'<li><strong>{html.escape(step.what)}.</strong> {html.escape(step.why)}'
+        f'<li><strong>{html.escape(say(step.what))}.</strong> {html.escape(say(step.why))}'
         + (f'<pre>{html.escape(step.command)}</pre>' if step.command else '')
         for step in steps
     ]
@@ -132,6 +149,7 @@ def arms_in_words(results: Results) -> HTML:
             words += '; the simulator drew them anew, as a perfect generator would'
         if arm.get('fraction'):
             words += f'; {arm["fraction"]:.0%} of the training groups'
+        words = results.study.say(words)
         lines.append(f'<dt>{html.escape(arm["name"])}</dt><dd>{html.escape(words)}</dd>')
     return HTML(f'<dl class="arms">{"".join(lines)}</dl>')
 
@@ -143,6 +161,33 @@ def changes_in_numbers(results: Results) -> str:
         rows.difference.map('{:+.3f}'.format) + rows.low.map(' ({:+.3f}'.format) + rows.high.map(' to {:+.3f})'.format)
     )
     return '; '.join(rows.arm + ' ' + spans + ', ' + rows.verdict) + '.'
+
+# %% ../../nbs/09_study/10_figures.ipynb #e9731572
+TERMS = {
+    'macro-F1': 'The mean over the classes of F1, the harmonic mean of precision (how many of the named are right) and'
+    ' recall (how many of those that are there are named). Rare classes weigh as much as frequent ones. 1 is perfect.',
+    'threshold matched to prevalence': 'Each class is named as often in validation images as it occurs there; so a'
+    ' classifier that is only more or less cautious does not look better or worse.',
+    'arm': 'One way of training. All arms have the same network, the same real images and as many steps.',
+    'control': 'An arm that tells what a gain is made of: duplicate_real gets the same real images once more in place'
+    ' of synthetic ones, oracle gets new images of a perfect generator (simulated cells only).',
+    'replicate': 'One repetition of everything: a generator, its synthetic images, and a classifier of each arm.',
+    '95 % interval': 'Where the change probably lies, given that other test images (whole groups) and other replicates'
+    ' would have given other numbers.',
+    'corrected p': 'How often chance alone would give such a change; corrected for the number of arms (Holm).',
+    'margin': 'The change that would not matter, fixed before training.',
+    'helps, hurts': 'The corrected p is below the level that was fixed before training.',
+    'equivalent': 'The 90 % interval lies within the margin: no effect that matters.',
+    'undecided': 'Neither: this study is too small to tell. It does not mean that there is no effect.',
+}
+
+
+def terms(results: Results) -> HTML:
+    "What the words mean"
+    lines = [
+        f'<dt>{html.escape(name)}</dt><dd>{html.escape(results.study.say(words))}</dd>' for name, words in TERMS.items()
+    ]
+    return HTML(details('What the words mean', f'<dl class="arms">{"".join(lines)}</dl>'))
 
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
 OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
@@ -288,21 +333,79 @@ def fig_cells(
     results: Results,
     width: float = WIDE,  # inches
 ) -> Figure:
-    "Real cells left, synthetic cells right, a row for each class that occurs"
-    real, synthetic = results.study.real, results.study.synthetic
-    n = 6 if width > NARROW else 3
-    rows = {}
-    for k, name in enumerate(real.vocab):
-        left = examples(real, k, n)
+    "Training images, synthetic ones and the training images nearest to those, a row for each class that occurs"
+    study, n, rows = results.study, 4 if width > NARROW else 2, {}
+    nearest = _nearest_training(results)
+    for k, name in enumerate(study.real.vocab):
+        left = examples(study.real, k, n)
         if len(left):
-            right = examples(synthetic, k, n) if synthetic else []
-            rows[name] = [*left, *[None] * (n - len(left)), *right]
-    sides = 2 if synthetic else 1
-    fig = show_cells(rows, real.channels, gap_after=n if synthetic else 0, edge=(width - 1.6) / n / sides)
-    titles = {0: 'real', n + 1: 'synthetic'} if synthetic else {0: 'real'}
-    for column, text in titles.items():
-        ax = fig.axes[column]
-        ax.text(n / 2, 1.2, text, transform=ax.transAxes, ha='center', size=11)
+            rows[name] = _filled(left, n)
+            if study.synthetic:
+                rows[name] += [None, *_beside(results, nearest, k, n)]
+    columns = max(map(len, rows.values()))
+    fig = show_cells(rows, study.real.channels, edge=(width - 1.6) / columns, palette=results.palette)
+    titles = ('training', 'synthetic', 'nearest training') if nearest else ('training', 'synthetic')
+    for place, text in enumerate(titles if study.synthetic else titles[:1]):
+        ax = fig.axes[place * (n + 1)]
+        ax.text(n / 2, 1.15, text, transform=ax.transAxes, ha='center', size=9)
+    return fig
+
+
+def _filled(images, n):
+    "A list of n images, with empty places at its end"
+    return [*images, *[None] * (n - len(images))]
+
+# %% ../../nbs/09_study/10_figures.ipynb #d3bef2b6
+def _nearest_training(results):
+    "Of each synthetic image of the first replicate that was compared, the training image nearest in features"
+    if 'nearest' not in results.tables:
+        return {}
+    pairs = results.tables['nearest']
+    some = pairs[(pairs.way == 'features') & (pairs.replicate == pairs.replicate.min())]
+    return dict(zip(some.synthetic.astype(int), some.training.astype(int), strict=True))
+
+
+def _beside(results, nearest, k, n):
+    "Synthetic images of a class, a gap, and the training images nearest to them"
+    synthetic = results.study.synthetic
+    if not nearest:
+        return _filled(examples(synthetic, k, n), n)
+    drawn = results.study.run.open_synthetic(results.study.judged[0])
+    rows = np.array(sorted(nearest))
+    rows = rows[drawn.labels[rows, k] > 0.5]
+    chosen = rows[np.argsort(drawn.labels[rows].sum(1), kind='stable')][:n]
+    real = results.study.real_of('real', results.study.judged[0])
+    return [
+        *_filled(drawn.images[chosen], n),
+        None,
+        *_filled([real.images[nearest[row]] for row in chosen], n),
+    ]
+
+# %% ../../nbs/09_study/10_figures.ipynb #012b57da
+def fig_stains(
+    results: Results,
+    width: float = WIDE,  # inches
+) -> Figure:
+    "Each stain alone in gray, of a training and of a synthetic image, for the two classes that are read worst"
+    real, synthetic = results.study.real, results.study.synthetic
+    table = results.label_fidelity.set_index('class')
+    worst = (table.real - table.synthetic).dropna().sort_values(ascending=False).index[:2]
+    rows = {}
+    for name in worst:
+        for store, kind in ((real, 'training'), (synthetic, 'synthetic')):
+            for image in examples(store, real.vocab.numbers[name], 1):
+                rows[f'{name}\n{kind}'] = image
+    edge = (width - 1.4) / (len(real.channels) + 1)
+    fig, axes = plt.subplots(len(rows), len(real.channels) + 1, figsize=(width, edge * len(rows) + 0.3), squeeze=False)
+    for line, (name, image) in zip(axes, rows.items(), strict=True):
+        for ax, stain in zip(line, image, strict=False):
+            ax.imshow(stain, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+        line[-1].imshow(composite(image, real.channels, results.palette), interpolation='nearest')
+        line[0].text(-0.08, 0.5, plain(name), transform=line[0].transAxes, ha='right', va='center', size=8)
+    for ax, name in zip(axes[0], [*real.channels, 'together'], strict=True):
+        ax.set_title(plain(name), size=9)
+    for ax in axes.flat:
+        ax.axis('off')
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #e602e381
@@ -314,7 +417,28 @@ def fidelity_of(results: Results) -> FidelityPage | None:  # None without synthe
     first = study.judged[0]
     pairs = found.copies.pairs
     found = replace(found, copies=found.copies._replace(pairs=pairs[pairs.replicate == pairs.replicate.min()]))
-    return FidelityPage(found, study.real_of('real', first), study.run.open_synthetic(first), results.run.figures)
+    return FidelityPage(
+        found, study.real_of('real', first), study.run.open_synthetic(first), results.run.figures, results.palette
+    )
+
+# %% ../../nbs/09_study/10_figures.ipynb #80e1d46e
+def trained_on_synthetic(results: Results) -> list[str]:  # sentences; none without the arm 'synthetic'
+    "The classification accuracy score (Ravuri and Vinyals 2019) by whole networks, where a study has the arm"
+    means = results.score_intervals.set_index('arm').difference
+    if 'synthetic' not in means:
+        return []
+    share = means['synthetic'] / means['real'] if means['real'] else np.nan
+    return [
+        results.study.say(
+            f'Networks trained on synthetic images alone reach a test macro-F1 of {means["synthetic"]:.2f}, those'
+            f' trained on real images {means["real"]:.2f} (classification accuracy score {share:.2f}).'
+        )
+    ]
+
+
+def sentences(said: list[str]) -> HTML:
+    "Sentences as a list"
+    return HTML('<ul>' + ''.join(f'<li>{html.escape(sentence)}</li>' for sentence in said) + '</ul>')
 
 # %% ../../nbs/09_study/10_figures.ipynb #2f4640d8
 def fig_associations(
@@ -369,7 +493,9 @@ def changed_images(
             f' right in {row.before:.0f}, then {row.after:.0f} of {row.replicates:.0f}'
             for _, row in some.iterrows()
         ]
-        pictures = thumbnails(real.images[some.row.astype(int).to_numpy()], real.channels, captions, edge)
+        pictures = thumbnails(
+            real.images[some.row.astype(int).to_numpy()], real.channels, captions, edge, results.palette
+        )
         parts.append(f'<p class="lead-in">{html.escape(arm)}: {what}</p>{pictures}')
     return HTML(''.join(parts) or '<p>No prediction changed in more replicates than one way or the other.</p>')
 

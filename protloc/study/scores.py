@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -156,6 +157,22 @@ def real_of(
 def num_synthetic(self: Study) -> int:
     "How many synthetic images a replicate has from its generator"
     return len(self.synthetic) if self.synthetic else 0
+
+# %% ../../nbs/09_study/07_scores.ipynb #224a9d49
+@patch
+def say(
+    self: Study,
+    text: str,  # that speaks of real images
+) -> str:
+    "The text, in which simulated images are not called real"
+    if not self.real.is_simulated:
+        return text
+    return re.sub(
+        r'\b([Rr])eal(?= (?:training |test )?(?:images?|ones?|cells?)\b)', lambda found: _SIMULATED[found[1]], text
+    )
+
+
+_SIMULATED = dict(r='simulated', R='Simulated')
 
 # %% ../../nbs/09_study/07_scores.ipynb #056b2cfb
 @patch(as_prop=True)

@@ -29,9 +29,9 @@ from protloc.study.scores import (
 from .why import why
 
 # %% auto #0
-__all__ = ['VERDICT_COLOURS', 'compare', 'comparisons', 'oracle_share', 'agreement', 'learning_curve', 'worth_of', 'is_guessing',
-           'rise_at_end', 'budgets', 'verdict', 'score_intervals', 'class_changes', 'in_words', 'study_in_words',
-           'write_results']
+__all__ = ['VERDICT_COLOURS', 'SIMULATED', 'compare', 'comparisons', 'oracle_share', 'agreement', 'learning_curve', 'worth_of',
+           'is_guessing', 'rise_at_end', 'budgets', 'verdict', 'score_intervals', 'class_changes', 'in_words',
+           'study_in_words', 'write_results']
 
 # %% ../../nbs/09_study/08_verdict.ipynb #4d06bd1d
 def _of_arms(study, values, arms, baseline):
@@ -366,7 +366,7 @@ def write_results(
     )
     tables |= why(study, tables['class_changes'], changes)
     words = [in_words(arm, row, study.plan['margin'], study.one_generator) for arm, row in changes.iterrows()]
-    study.run.write_results(tables, '\n'.join([study_in_words(study, changes), '', *words]) + '\n')
+    study.run.write_results(tables, study.say('\n'.join([study_in_words(study, changes), '', *words])) + '\n')
     return changes
 
 # %% ../../nbs/09_study/08_verdict.ipynb #96e8351e
@@ -386,6 +386,9 @@ def _card(arm, row, margin, one_generator):
     )
 
 # %% ../../nbs/09_study/08_verdict.ipynb #ba0acf7b
+SIMULATED = 'The cells are simulated and stand for real ones; synthetic images come from a generator trained on them.'
+
+
 def _sizes(study):
     "How much was compared, in one line"
     real = study.real
@@ -398,7 +401,7 @@ def _sizes(study):
     return (
         f'{train} training, {val} validation and {test} test images of {real.size} px,'
         f' {len(real.vocab)} classes, {len(real.channels)} channels;'
-        f' {synthetic}{replicates}.'
+        f' {synthetic}{replicates}.{" " + SIMULATED if real.is_simulated else ""}'
     )
 
 # %% ../../nbs/09_study/08_verdict.ipynb #cb048e7a
@@ -421,7 +424,7 @@ def _repr_html_(self: Study) -> str:  # HTML
     if results:
         table = results['verdict'].set_index('arm')
         margin, one = self.plan['margin'], self.one_generator
-        cards = ''.join(_card(arm, row, margin, one) for arm, row in table.iterrows())
+        cards = self.say(''.join(_card(arm, row, margin, one) for arm, row in table.iterrows()))
         said = f'<p class="answer"><strong>{html.escape(study_in_words(self, table))}</strong></p>'
     else:
         said, cards = '', html.escape(_progress(self))

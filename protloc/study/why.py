@@ -13,7 +13,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier
-from ..evaluate.examination import Examination, examine
+from ..evaluate.examination import SHARES, Examination, Reference
 from ..evaluate.features import classifier_features
 from ..evaluate.fidelity import mean_interval
 from ..evaluate.label_fidelity import label_fidelity_by_class
@@ -54,6 +54,8 @@ def _overall(tables):
     rows = []
     for name, one in every.groupby('measure', sort=False):
         value, low, high = mean_interval(one.value.to_numpy())
+        if name in SHARES:
+            low, high = np.clip([low, high], 0, 1)
         first = one.iloc[0]
         rows.append({**first, 'measure': name, 'value': value, 'low': low, 'high': high, 'floor': one.floor.mean()})
     return pd.DataFrame(rows).reset_index(drop=True)
@@ -74,7 +76,7 @@ def _copies(found):
     return Copies(pd.DataFrame(rows), pairs, unseen)
 
 # %% ../../nbs/09_study/07_why.ipynb #b02eef5c
-STAGES = 7  # of an examination, for the progress bar
+STAGES = 5  # of an examination, for the progress bar
 
 
 def _label_fidelities(study):
@@ -92,12 +94,14 @@ def examine_study(
     first = study.judged[0]
     judge, _ = load_classifier(study.run.classifier('real', first))
     extractor = classifier_features(judge, f'the classifier of real, replicate {first}')
-    found = {}
+    found, references = {}, {}
     with tqdm(total=STAGES * len(study.judged), desc='fidelity', unit='stage', leave=False) as bar:
         for number in study.judged:
-            real, synthetic = study.real_of('real', number), study.run.open_synthetic(number)
-            told = examine(real, synthetic, extractor, judge, seed=study.seed, tell=lambda stage: bar.update())
-            found[number] = told
+            real = study.real_of('real', number)
+            if real.path not in references:
+                references = {real.path: Reference(real, extractor, judge, seed=study.seed)}
+            synthetic = study.run.open_synthetic(number)
+            found[number] = references[real.path].examine(synthetic, tell=lambda stage: bar.update())
     every = list(found.values())
     classes = _mean_of([one.classes for one in every], ['class', 'measure'])
     return replace(
