@@ -13,9 +13,10 @@ __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN',
            'GuidanceScale', 'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps',
            'Scheduler', 'Edit', 'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy',
            'StrategyOption', 'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta',
-           'Also', 'TestSplit', 'ValSplit', 'Rule', 'ThresholdsFile', 'NewImages', 'ImageTable', 'Probabilities',
-           'main', 'run', 'plan', 'presets', 'report', 'task', 'simulate', 'prepare', 'info', 'split',
-           'train_generator', 'generate', 'train_classifier', 'evaluate', 'thresholds', 'predict', 'export']
+           'Also', 'TestSplit', 'ValSplit', 'Rule', 'ThresholdsFile', 'Judge', 'Features', 'FidelityOut',
+           'MostCompared', 'Halves', 'Palette', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan',
+           'presets', 'report', 'task', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
+           'train_classifier', 'evaluate', 'thresholds', 'fidelity', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from tqdm.auto import tqdm
 
 from . import __version__
 from .core import MOST_IMAGES, InputError, one_line, read_config
@@ -1100,6 +1102,82 @@ def thresholds(
     predicted = probabilities(models, images, rows, progress='thresholds', tta=tta)
     chosen = choose_thresholds(predicted, images.labels[rows], path, card['classes'], rule, overwrite=True)
     print(chosen.round(3).to_string(), f'\nThresholds: {path.resolve()}')
+
+# %% ../nbs/11_cli.ipynb #2c2fc4bf
+Judge = Annotated[
+    Optional[Path],
+    typer.Option(help='Folder of a classifier that was trained on the real images alone; for labels and features.'),
+]
+Features = Annotated[
+    str,
+    typer.Option(
+        metavar='NAME',
+        help='In what images are compared: classifier, inception (extra `inception`), or a MODULE:FUNCTION of yours.',
+    ),
+]
+FidelityOut = Annotated[
+    Optional[Path], typer.Option(help='Folder of the page and its tables; SYNTHETIC-fidelity by default.')
+]
+MostCompared = Annotated[int, typer.Option(min=10, max=100_000, help='Images of a kind that are compared.')]
+Halves = Annotated[int, typer.Option(min=0, max=1000, help='Random halves of the images, for the intervals.')]
+Palette = Annotated[
+    str, typer.Option(metavar='NAME', help='Colours of composite pictures: stains, or safe (no red beside green).')
+]
+
+# %% ../nbs/11_cli.ipynb #57ad21d0
+@app.command()
+def fidelity(
+    real: Annotated[Path, typer.Argument(help='A store of real images.')],
+    synthetic: Annotated[Path, typer.Argument(help='A store of synthetic images.')],
+    classifier: Judge = None,
+    features: Features = 'classifier',
+    out: FidelityOut = None,
+    most: MostCompared = 2000,
+    halves: Halves = 20,
+    seed: Seed = 0,
+    palette: Palette = 'stains',
+    overwrite: Overwrite = False,
+):
+    "Measure how good synthetic images are, beside what other real images reach: a page, tables and JSON."
+    _check_is(STORE, real, synthetic)
+    _check_is(CLASSIFIER, classifier, option='--classifier')
+    from protloc.evaluate.examination import Reference
+    from protloc.evaluate.features import open_features
+    from protloc.evaluate.fidelity_page import FidelityPage, check_examined, in_short, write_fidelity
+    from protloc.plots import colours_of
+
+    out = out or synthetic.with_name(f'{synthetic.name}-fidelity')
+    _writes({'--out': out}, REAL=real, SYNTHETIC=synthetic, classifier=classifier)
+    check_examined(out)
+    _hold(out, overwrite=overwrite)
+    stores, judge = _compared(real, synthetic, classifier)
+    colours_of(stores[0].channels, palette)
+    extractor = open_features(features, stores[0].channels, judge)
+    with tqdm(total=7, desc='fidelity', unit='stage', leave=False) as bar:
+
+        def tell(stage):
+            bar.set_postfix_str(stage)
+            bar.update()
+
+        found = Reference(stores[0], extractor, judge, most, seed, tell).examine(stores[1], halves, tell)
+    page = write_fidelity(found, *stores, out, palette)
+    print(FidelityPage(found, *stores).table().to_string(), end='\n\n')
+    print('\n'.join(in_short(found)))
+    print(f'Page: {page}')
+
+# %% ../nbs/11_cli.ipynb #5228f73a
+def _compared(real, synthetic, classifier):
+    "Two stores, and the classifier that reads them; None without"
+    from protloc.classify.predict import load_classifier
+    from protloc.data.kind import ImageKind
+    from protloc.data.store import ImageStore
+
+    stores = ImageStore(real), ImageStore(synthetic)
+    if classifier is None:
+        return stores, None
+    judge, card = load_classifier(classifier)
+    stores[0].kind.must_match(ImageKind.of(card, str(classifier)), mend='give a classifier of these images')
+    return stores, judge
 
 # %% ../nbs/11_cli.ipynb #557e8ea8
 NewImages = Annotated[

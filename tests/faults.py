@@ -70,6 +70,7 @@ COMMANDS = {
     'train-classifier': 'train-classifier {home}/store {work}/out --preset {home}/preset.yaml --strategy real',
     'evaluate': 'evaluate {home}/classifier {home}/store',
     'thresholds': 'thresholds {home}/classifier {home}/store --out {work}/thresholds.json',
+    'fidelity': 'fidelity {home}/store {home}/drawn --classifier {home}/classifier --halves 2 --out {work}/examined',
     'predict': 'predict {home}/classifier {home}/new {work}/predicted.csv --workers 1',
     'export': 'export {home}/classifier {work}/classifier.ts --kind torchscript',
     'report': 'report {work}/run',
@@ -113,7 +114,7 @@ BESIDE = {
 }
 WITHOUT = {('split', 'folds'): ('--train', '--val', '--test'), ('split', 'test_fold'): ('--train', '--val', '--test')}
 OUTPUTS = ('out', 'sheet', 'probabilities')  # parameters that name what is written
-SLOW = ('report', 'plan')  # commands that take seconds where nothing is wrong
+SLOW = ('report', 'plan', 'fidelity')  # commands that take seconds where nothing is wrong
 
 
 def copies_of(words):

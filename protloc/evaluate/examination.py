@@ -126,13 +126,14 @@ def compare_sets(
     images: ImageSet,  # that are compared with them
     seed: int = 0,
     by_class: bool = False,  # leave out what compares label sets
+    with_frechet: bool = True,
 ) -> dict[str, float]:  # by the names of `MEASURES`; NaN where there are too few images
     "Every number of two sets of images"
     n = min(len(reference), len(images))
     a, b = (one.first([n]) for one in (reference, images))
     found = dict.fromkeys(MEASURES, np.nan)
     if n > 3:
-        found |= compare_features(a.points, b.points)
+        found |= compare_features(a.points, b.points, with_frechet and not by_class)
     found['domain_auc'] = domain_auc(a.points, b.points, a.groups, b.groups, seed)
     if not by_class:
         own, others = (_appearance(one) for one in (a, b))
@@ -165,8 +166,8 @@ def standard_errors(
 ) -> dict[str, float]:  # by the names of `MEASURES`
     "The spread of every number over random halves of the images"
     rng = rng_for(seed, 'halves')
-    each = pd.DataFrame([compare_sets(half_of(reference, rng), half_of(images, rng), seed) for _ in range(halves)])
-    return {**each.std(ddof=1), 'frechet': np.nan}
+    sides = [(half_of(reference, rng), half_of(images, rng)) for _ in range(halves)]
+    return dict(pd.DataFrame([compare_sets(*both, seed, with_frechet=False) for both in sides]).std(ddof=1))
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #0c1bf3b6
 BY_CLASS = ('kernel', 'precision', 'recall', 'density', 'coverage', 'domain_auc')

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from .. import __version__
+from ..core import InputError
 from ..data.readers.tables import write_table
 from ..data.store import ImageStore
 from .examination import MEASURES, Examination
@@ -28,7 +29,7 @@ from ..plots import despine, legend_above, plain, show_cells
 # %% auto #0
 __all__ = ['PANELS', 'SYNTHETIC', 'REAL', 'stands', 'table_measures', 'fig_classes_fidelity', 'fig_detail', 'fig_statistics',
            'turned', 'fig_pairs', 'fig_distances', 'copies_in_words', 'fig_drift', 'FidelityPage', 'in_short',
-           'fidelity_html', 'write_fidelity']
+           'fidelity_html', 'check_examined', 'write_fidelity']
 
 # %% ../../nbs/08_evaluate/10_fidelity_page.ipynb #e91feeac
 def stands(
@@ -63,6 +64,8 @@ def table_measures(
         'stands': overall.apply(stands, axis=1),
         'note': overall.note.fillna(''),
     }
+    if not rows['note'].any():
+        del rows['note']
     return pd.DataFrame(rows).set_index(overall.measure.map(lambda name: MEASURES[name][0]).rename(None))
 
 # %% ../../nbs/08_evaluate/10_fidelity_page.ipynb #5627b79d
@@ -285,17 +288,17 @@ class FidelityPage:
     def _rename(self, name):
         return name.replace('real', self.called)
 
-    def measures(self) -> HTML:
+    def table(self) -> pd.DataFrame:  # texts
         "The numbers over all images"
         table = table_measures(self.found.overall)
-        if self.called != 'real':
-            table = table.replace('real', self.called, regex=True)
-            table = table.rename(index=self._rename, columns=self._rename)
-        return HTML(
-            table_html(
-                table, f'Synthetic images beside unseen {self.called} ones, in features of {self.found.features}.'
-            )
-        )
+        if self.called == 'real':
+            return table
+        return table.replace('real', self.called, regex=True).rename(index=self._rename, columns=self._rename)
+
+    def measures(self) -> HTML:
+        "The numbers over all images, for a page"
+        caption = f'Synthetic images beside unseen {self.called} ones, in features of {self.found.features}.'
+        return HTML(table_html(self.table(), caption))
 
     def classes(self) -> HTML | None:
         "Class by class"
@@ -443,6 +446,14 @@ def fidelity_html(
     return page_html(''.join(parts), title)
 
 # %% ../../nbs/08_evaluate/10_fidelity_page.ipynb #96b180e4
+def check_examined(
+    folder: Path,
+):
+    "Raise `InputError` for a folder, to be replaced, that holds something else than an examination"
+    if folder.exists() and not (folder / 'fidelity.json').is_file():
+        raise InputError(f'{folder} holds something else than an examination: choose another name with --out')
+
+
 def write_fidelity(
     found: Examination,
     real: ImageStore,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -18,10 +19,11 @@ from torch import Tensor
 from ..core import InputError
 
 # %% auto #0
-__all__ = ['FOLDS', 'domain_auc', 'learned_from']
+__all__ = ['FOLDS', 'MOST_COMPONENTS', 'domain_auc', 'learned_from']
 
 # %% ../../nbs/08_evaluate/05_linear.ipynb #b2fc3f43
 FOLDS = 5  # of the cross-validation
+MOST_COMPONENTS = 256  # principal components that the discriminant sees
 
 
 def domain_auc(
@@ -44,7 +46,12 @@ def domain_auc(
     scores = []
     for train, test in folds.split(points, is_synthetic, np.concatenate(sides)):
         if len(np.unique(is_synthetic[test])) == len(np.unique(is_synthetic[train])) == 2:
-            model = make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'))
+            components = min(MOST_COMPONENTS, len(train) - 1, points.shape[1])
+            model = make_pipeline(
+                StandardScaler(),
+                PCA(components, svd_solver='covariance_eigh' if points.shape[1] < len(train) else 'full'),
+                LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'),
+            )
             score = model.fit(points[train], is_synthetic[train]).decision_function(points[test])
             scores.append(roc_auc_score(is_synthetic[test], score))
     return float(np.mean(scores)) if scores else np.nan

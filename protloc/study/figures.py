@@ -202,7 +202,7 @@ def fig_verdict(
     main = every[every.score == VERDICT_SCORE].set_index('arm')
     verdict = main.assign(verdict=main.verdict.where(main.index.isin(results.verdict.index), 'control'))
     colours = [{**VERDICT_COLOURS, 'control': '#666666'}[word] for word in verdict.verdict]
-    fig, ax = plt.subplots(figsize=(width, 0.55 * len(verdict) + 1.2))
+    fig, ax = plt.subplots(figsize=(width, 0.55 * len(verdict) + 0.9), layout='constrained')
     show_intervals(verdict, 'change of test macro-F1\n(left: worse, right: better)', colours, ax)
     margin = results.study.plan['margin']
     ax.axvspan(-margin, margin, color='gray', alpha=0.15, lw=0, zorder=0, label=f'within the margin of {margin:g}')
@@ -467,16 +467,16 @@ def fig_associations(
         show_intervals(rows.rename(index=PREDICTORS_SHORT), '', ['#1f5fa8'] * len(rows), ax)
         ax.set_title(plain(arm), size=9)
         ax.set_xlim(-1.05, 1.05)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=8, labelbottom=True)
     fig.supxlabel("rank correlation with the class's change of F1", size=9)
     return fig
 
 
 PREDICTORS_SHORT = dict(
     label_fidelity='readable labels',
-    kernel='distance from real',
-    domain_auc='told apart from real',
-    coverage='coverage of real',
+    kernel='distance',
+    domain_auc='told apart',
+    coverage='coverage',
     images='number of training images',
 )
 

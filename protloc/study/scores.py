@@ -168,7 +168,9 @@ def say(
     if not self.real.is_simulated:
         return text
     return re.sub(
-        r'\b([Rr])eal(?= (?:training |test )?(?:images?|ones?|cells?)\b)', lambda found: _SIMULATED[found[1]], text
+        r'\b([Rr])eal(?= (?:(?:training |test )?(?:images?|ones?|cells?)|and (?:in a )?synthetic)\b)',
+        lambda found: _SIMULATED[found[1]],
+        text,
     )
 
 
