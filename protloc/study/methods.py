@@ -255,7 +255,7 @@ def _source(results):
         f' at the percentiles {made.get("percentiles")}, and {split}.'
     )
 
-
+# %% ../../nbs/09_study/11_methods.ipynb #b0721aad
 def data_in_words(results: Results, config: StudyConfig) -> str:
     "What the images are, how many, and how they were divided"
     study, real = results.study, results.study.real
@@ -311,7 +311,7 @@ def _training(loop):
         parts.append(f'mixed precision {loop.mixed_precision}')
     return '; '.join(parts)
 
-
+# %% ../../nbs/09_study/11_methods.ipynb #efb57ea8
 def _augmentation(augment, balance):
     "What was done to training images"
     done = ['turned and mirrored at random'] if augment.turn else []
@@ -332,8 +332,6 @@ _CONDITIONED = dict(
     edm='with preconditioning after Karras et al. (2022)',
     components="with preconditioning after Karras et al. (2022), by the principal components of the images' patches",
 )
-
-
 _SIGNALS = dict(
     sqrt='square roots of intensities from -1 to 1',
     symmetric='intensities from -1 to 1',
@@ -357,7 +355,7 @@ def _objective(objective):
     ]
     return ', '.join(parts)
 
-
+# %% ../../nbs/09_study/11_methods.ipynb #e7f53607
 def generator_in_words(results: Results, config: StudyConfig) -> str:
     "The generator, its training and its images"
     how, unet = config.generator, config.generator.unet
@@ -598,6 +596,10 @@ CITED = dict(  # key of `methods.bib` -> words of `words_of`, any of which it is
     lu2022='DPMSolverMultistepScheduler DPMSolverSinglestepScheduler',
     song2021='DDIMScheduler DDIMParallelScheduler',
     zhao2023='UniPCMultistepScheduler',
+)
+
+# %% ../../nbs/09_study/11_methods.ipynb #f6cc5548
+CITED |= dict(  # classifiers and strategies
     he2016='resnet',
     huang2017='densenet',
     dosovitskiy2021='vit',
@@ -618,6 +620,9 @@ CITED = dict(  # key of `methods.bib` -> words of `words_of`, any of which it is
     sun2016='coral',
     gretton2012='mmd',
 )
+
+# %% ../../nbs/09_study/11_methods.ipynb #64a52dbe
+# statistics, measures of images, software
 CITED |= dict.fromkeys(('efron1979', 'satterthwaite1946', 'holm1979', 'schuirmann1987', 'guo2017'), 'always')
 CITED |= dict(heusel2017='frechet', binkowski2018='kernel', kynkaanniemi2019='coverage', naeem2020='coverage')
 CITED |= dict(vonplaten2022='generator')
