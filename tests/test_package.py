@@ -41,7 +41,7 @@ def test_the_wheel_holds_all_that_the_repository_has(wheel):
     tracked = {
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / 'protloc').rglob('*')
-        if p.suffix in ('.py', '.yaml', '.csv', '.ipynb', '.css', '.md') and '.ipynb_checkpoints' not in p.parts
+        if p.suffix in ('.py', '.yaml', '.csv', '.ipynb', '.css', '.md', '.bib') and '.ipynb_checkpoints' not in p.parts
     }
     held = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith('protloc/')}
     assert held == tracked and 'protloc/assets/report.ipynb' in held

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import psutil
 import torch
 
 from ..classify.predict import load_classifier, probabilities
@@ -41,8 +43,9 @@ from protloc.files import (
 from ..training import this_process
 
 # %% auto #0
-__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'claim_folder', 'stage', 'check_images', 'is_store', 'claim_inputs',
-           'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave', 'check_predictions', 'run_study']
+__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'hardware', 'claim_folder', 'stage', 'check_images', 'is_store',
+           'claim_inputs', 'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave',
+           'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #ba9e3a71
 from .arms import StudyConfig
@@ -100,6 +103,28 @@ def _completed(noted, run, mend):
             f'{run.path} was begun with settings that this version does not take ({error}): {mend}'
         ) from None
 
+# %% ../../nbs/09_study/06_runner.ipynb #3eab868c
+def _gpus():
+    "Names, number and memory of the GPUs that torch sees"
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            one = torch.cuda.get_device_properties(number)
+            yield f'{one.name}, {one.total_memory / 2**30:.0f} GiB'
+    elif torch.backends.mps.is_available():
+        yield 'Apple GPU'
+
+
+def hardware() -> dict[str, str | int]:  # cpu, cores, memory, gpu
+    "This machine, in words; the cores are those that this process may use"
+    cpuinfo = Path('/proc/cpuinfo')  # Linux alone
+    model = re.search(r'model name\s*: (.+)', cpuinfo.read_text()) if cpuinfo.exists() else None
+    return dict(
+        cpu=model[1] if model else platform.processor() or platform.machine(),
+        cores=cores(),
+        memory=f'{psutil.virtual_memory().total / 2**30:.0f} GiB',
+        gpu='; '.join(_gpus()) or 'none',
+    )
+
 # %% ../../nbs/09_study/06_runner.ipynb #822c7a07
 def claim_folder(
     folder: str | Path,  # of the run; created, or begun earlier
@@ -121,7 +146,7 @@ def claim_folder(
     if before < config.replicates:
         write_yaml(run.config, settings)
     if not run.begun:
-        write_json(run.versions, versions())
+        write_json(run.versions, {**versions(), 'hardware': hardware()})
     return run
 
 # %% ../../nbs/09_study/06_runner.ipynb #e16b133b
