@@ -15,8 +15,8 @@ __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN',
            'StrategyOption', 'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta',
            'Also', 'TestSplit', 'ValSplit', 'Rule', 'ThresholdsFile', 'Judge', 'Features', 'FidelityOut',
            'MostCompared', 'Halves', 'Palette', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan',
-           'presets', 'report', 'task', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
-           'train_classifier', 'evaluate', 'thresholds', 'fidelity', 'predict', 'export']
+           'presets', 'report', 'compare', 'task', 'simulate', 'prepare', 'info', 'split', 'train_generator',
+           'generate', 'train_classifier', 'evaluate', 'thresholds', 'fidelity', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -385,12 +385,43 @@ def presets():
 
 # %% ../nbs/11_cli.ipynb #2fd05aad
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help='Folder of a finished run.')]):
+def report(
+    folder: Annotated[Path, typer.Argument(help='Folder of a finished run.')],
+    pdf: Annotated[
+        bool, typer.Option('--pdf', help='Also print the report to report.pdf, by Chromium, Chrome or Edge.')
+    ] = False,
+):
     "Make the tables, figures and report of a finished run again."
     _check_is(RUN, folder)
-    from protloc.study.report import write_report
+    from protloc.study.report import print_pdf, write_report
 
-    print(f'Report: {write_report(folder)}')
+    page = write_report(folder)
+    print(f'Report: {page}', flush=True)
+    if pdf:
+        printed = page.with_suffix('.pdf')
+        print_pdf(page, printed)
+        print(f'PDF: {printed}')
+
+# %% ../nbs/11_cli.ipynb #89fca876
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help='Folders of finished runs, two or more.')],
+    out: Annotated[Path, typer.Option(help='The page to write, or a folder for it.')] = Path('compare.html'),
+    overwrite: Overwrite = False,
+):
+    "Set finished runs side by side in one page: what differs between them, and what each one found."
+    _check_is(RUN, *runs)
+    page = out / 'compare.html' if out.is_dir() else out
+    _check_file(page)
+    _check_ending(page, '.html')
+    _writes({'--out': page}, RUNS=runs)
+    _hold(page, overwrite=overwrite)
+    from protloc.study.compare import write_comparison
+
+    ends_in(page)
+    found = write_comparison(runs, page, overwrite=True)
+    print(found.drop(columns='margin').round(3).to_string(index=False))
+    print(f'Comparison: {page.resolve()}')
 
 # %% ../nbs/11_cli.ipynb #63127ef8
 @app.command(hidden=True)

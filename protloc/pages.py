@@ -20,11 +20,18 @@ from matplotlib.figure import Figure
 from .files import atomic_path
 
 # %% auto #0
-__all__ = ['WIDE', 'NARROW', 'Draw', 'fitted', 'show', 'named_numbers', 'table_html', 'page_html']
+__all__ = ['WIDE', 'NARROW', 'Draw', 'is_wide', 'fitted', 'show', 'named_numbers', 'table_html', 'page_html']
 
 # %% ../nbs/03_pages.ipynb #1d466c74
 WIDE, NARROW = 8.5, 4.3  # inches
 Draw = Callable[[float], Figure]  # from a width in inches
+
+
+def is_wide(
+    width: float,  # that a figure is asked for, inches
+) -> bool:
+    "Whether a figure is meant for a wide screen: what stands beside its axes changes the width that is asked for"
+    return width > (NARROW + WIDE) / 2
 
 
 def fitted(

@@ -74,6 +74,7 @@ COMMANDS = {
     'predict': 'predict {home}/classifier {home}/new {work}/predicted.csv --workers 1',
     'export': 'export {home}/classifier {work}/classifier.ts --kind torchscript',
     'report': 'report {work}/run',
+    'compare': 'compare {home}/run {work}/run --out {work}/compare.html',
     'run': 'run {home}/preset.yaml --out {work}/out',
     'plan': 'plan {home}/preset.yaml',
 }
@@ -114,7 +115,7 @@ BESIDE = {
 }
 WITHOUT = {('split', 'folds'): ('--train', '--val', '--test'), ('split', 'test_fold'): ('--train', '--val', '--test')}
 OUTPUTS = ('out', 'sheet', 'probabilities')  # parameters that name what is written
-SLOW = ('report', 'plan', 'fidelity')  # commands that take seconds where nothing is wrong
+SLOW = ('report', 'compare', 'plan', 'fidelity')  # commands that take seconds where nothing is wrong
 
 
 def copies_of(words):
@@ -336,17 +337,20 @@ RIGHT = {  # what a parameter wants, where a good call does not show it
     'store': 'store',
     'generator': 'generator',
     'labels': '',
+    'runs': 'run',
 }
 
 
 FOREIGN = 'a training may lie beside other files, which stay'
+INSIDE_IT = 'the page gets its name in a folder'
 
 
 def output_paths(words, is_file):
     "Wrong paths where something is written: what -> (value, why it may be fine)"
     purpose = 'a file of this kind is replaced' if is_file else ''
     yield 'a file', '{work}/odd/file', purpose
-    yield 'a folder', '{work}/odd/folder', FOREIGN if words.startswith('train') else ''
+    in_folder = FOREIGN if words.startswith('train') else INSIDE_IT if words.startswith('compare') else ''
+    yield 'a folder', '{work}/odd/folder', in_folder
     for what, value in odd_paths().items():
         yield what, value, 'folders that are missing are made' if what == 'below a dangling link' else ''
     for what, value in STRANGE.items():
@@ -356,7 +360,7 @@ def output_paths(words, is_file):
         yield f'the input {path[7:]}', path, ''
         yield f'in the input {path[7:]}', f'{path}/inside', ''
         yield f'the input {path[7:]} by another way', f'{path}/../{path[7:]}', ''
-    yield 'over all inputs', '{home}', ''
+    yield 'over all inputs', '{home}', INSIDE_IT if words.startswith('compare') else ''
     for path in taken:
         inside = {'store': 'images.npy', 'classifier': 'classifier.json', 'generator': 'pipeline/model_index.json'}
         inside |= {'challenge': 'train.csv', 'new': 'n0_red.png'}
@@ -814,7 +818,7 @@ def file_cases(tries):
     calls = {name: words for name, words in (COMMANDS | FURTHER).items() if name not in others}
     shown = set()
     for name, words in calls.items():
-        read, right = (of_run(tries.home), {}) if name in SLOW else files_read(words, tries.home, tries.root)
+        read, right = (of_run(tries.home), {}) if name == 'report' else files_read(words, tries.home, tries.root)
         if read is None:
             yield Case(
                 'file', name, 'the good call fails', split_words(words), fine='it is good', copies=copies_of(words)
@@ -993,6 +997,7 @@ def warm_up():
     import protloc.data.resplit
     import protloc.data.simulate.datasets
     import protloc.diffusion.train
+    import protloc.study.compare
     import protloc.study.draw
     import protloc.study.report
     import protloc.study.runner  # noqa: F401

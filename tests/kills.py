@@ -51,8 +51,17 @@ WRITING = {
     'export': COMMANDS['export'],
     'run': COMMANDS['run'],
     'report': COMMANDS['report'],
+    'compare': COMMANDS['compare'],
 }
-CHOSEN = dict.fromkeys(WRITING, 4) | {'simulate': 6, 'prepare': 6, 'split': 6, 'generate': 5, 'run': 1, 'report': 1}
+CHOSEN = dict.fromkeys(WRITING, 4) | {
+    'simulate': 6,
+    'prepare': 6,
+    'split': 6,
+    'generate': 5,
+    'run': 1,
+    'report': 1,
+    'compare': 2,
+}
 TIMED = {'images_per_second', 'seconds', 'time', 'started', 'finished', 'minutes'}  # fields that no two runs share
 # files that hold such fields in a text, so that only their being there is compared
 TIMED_FILES = re.compile(r'(^|/)(report\.html|report\.ipynb|figures/training\.png)$|^out/log\.jsonl$|^run/log\.jsonl$')
@@ -340,7 +349,7 @@ def main():
     rows, subjects = [], {}
     with tempfile.TemporaryDirectory(prefix='kills-', ignore_cleanup_errors=True) as folder:
         tries = Tries(Path(folder).resolve())
-        if in_child(lambda: make_inputs(tries.home, 'report' in names)):
+        if in_child(lambda: make_inputs(tries.home, not {'report', 'compare'}.isdisjoint(names))):
             raise RuntimeError('the inputs could not be made')
         print(f'imports and inputs {time.time() - began:.0f} s', flush=True)
         for name in names:

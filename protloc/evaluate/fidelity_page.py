@@ -23,7 +23,7 @@ from ..data.readers.tables import write_table
 from ..data.store import ImageStore
 from .examination import MEASURES, Examination
 from ..files import atomic_path, write_json, write_text
-from ..pages import NARROW, WIDE, named_numbers, page_html, show, table_html
+from ..pages import WIDE, is_wide, named_numbers, page_html, show, table_html
 from ..plots import despine, legend_above, plain, show_cells
 
 # %% auto #0
@@ -100,7 +100,7 @@ def fig_classes_fidelity(
     panels = [name for name in PANELS if (known.measure == name).any()]
     names = list(dict.fromkeys(known['class']))[::-1]
     height = {name: i for i, name in enumerate(names)}
-    columns = min(3 if width > NARROW else 1, max(len(panels), 1))
+    columns = min(3 if is_wide(width) else 1, max(len(panels), 1))
     lines = -(-len(panels) // columns) or 1
     size = (width, lines * (0.24 * len(names) + 1.1))
     fig, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
@@ -122,7 +122,7 @@ def fig_detail(
 ) -> Figure:
     "Power of synthetic over training images by spatial frequency, a panel a stain"
     stains, bands = list(detail['channel'].unique()), sorted(detail.band.unique())
-    columns = min(len(stains), 4 if width > NARROW else 2)
+    columns = min(len(stains), 4 if is_wide(width) else 2)
     lines = -(-len(stains) // columns)
     size = (width, 2.3 * lines + 0.4)
     fig, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout='constrained')
@@ -200,7 +200,7 @@ def fig_pairs(
     palette: str = 'stains',  # a name in `plots.PALETTES`
 ) -> Figure:
     "The synthetic images nearest to a training image, above that image; by pixels and by features"
-    n = 10 if width > NARROW else 5
+    n = 10 if is_wide(width) else 5
     rows = {}
     for way, some in pairs.groupby('way', sort=False):
         nearest = some.sort_values('distance', kind='stable').drop_duplicates('synthetic')[:n]
@@ -218,7 +218,7 @@ def fig_distances(
 ) -> Figure:
     "Distances to the nearest training image, of synthetic and of unseen real images"
     ways = list(unseen.way.unique())
-    shape = (1, len(ways)) if width > NARROW else (len(ways), 1)
+    shape = (1, len(ways)) if is_wide(width) else (len(ways), 1)
     fig, axes = plt.subplots(*shape, figsize=(width, 2.2 * shape[0]), squeeze=False, layout='constrained')
     for ax, way in zip(axes.flat, ways, strict=True):
         drawn = pairs[pairs.way == way]
@@ -230,7 +230,7 @@ def fig_distances(
         ax.axvline(drawn.limit.iloc[0], color='0.5', lw=1, ls=':', label='nearer is suspicious')
         ax.set(xlabel=f'distance to the nearest training image, by {way}', ylabel='share of images')
         despine(ax)
-    legend_above(fig, axes[0, 0], 3 if width > NARROW else 1)
+    legend_above(fig, axes[0, 0], 3 if is_wide(width) else 1)
     return fig
 
 

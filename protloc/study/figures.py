@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 import yaml
 from IPython.display import HTML
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -26,7 +28,7 @@ from ..evaluate.examination import Examination
 from ..evaluate.fidelity_page import FidelityPage
 from ..files import CHANGED, read_json, read_text
 from ..metrics import METRICS
-from ..pages import NARROW, WIDE
+from ..pages import WIDE, is_wide
 from protloc.plots import (
     composite,
     despine,
@@ -46,9 +48,10 @@ from .why import PREDICTORS
 
 # %% auto #0
 __all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'NOT_KNOWN', 'Results',
-           'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'fig_verdict', 'fig_scores', 'table_scores',
-           'table_comparisons', 'table_shares', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of',
-           'trained_on_synthetic', 'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training',
+           'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'words_beside', 'fig_verdict', 'fig_scores',
+           'table_scores', 'change_in_words', 'table_comparisons', 'table_shares', 'curve_points', 'draw_curve',
+           'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of', 'trained_on_synthetic', 'sentences',
+           'fig_associations', 'changed_images', 'fig_classes', 'fig_training', 'draw_validation',
            'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/10_figures.ipynb #9410c318
@@ -190,6 +193,18 @@ def terms(results: Results) -> HTML:
     return HTML(details('What the words mean', f'<dl class="arms">{"".join(lines)}</dl>'))
 
 # %% ../../nbs/09_study/10_figures.ipynb #59f714a2
+def words_beside(
+    ax: Axes,  # of `show_intervals`
+    rows: pd.DataFrame,  # columns difference and verdict, one a line; no words where the difference is not known
+    colours: Sequence[str],  # one a line
+):
+    "Each change and its verdict in words, right of its line"
+    place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
+    for y, row, colour in zip(np.arange(len(rows))[::-1], rows.itertuples(), colours, strict=True):
+        if np.isfinite(row.difference):
+            ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colour, **place)
+
+
 OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
 
 
@@ -211,10 +226,8 @@ def fig_verdict(
         rows = every[every.score == score]
         place = rows.arm.map(heights) - 0.28
         ax.plot(rows.difference, place, marker, mfc='none', mec='0.35', ms=4.5, mew=0.9, label=SCORES[score])
-    for (_, row), y, colour in zip(verdict.iterrows(), heights.values(), colours, strict=True):
-        place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
-        ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colour, **place)
-    legend_above(fig, ax, 2 if width > NARROW else 1)
+    words_beside(ax, verdict, colours)
+    legend_above(fig, ax, 2 if is_wide(width) else 1)
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #84c72284
@@ -269,15 +282,18 @@ def table_scores(results: Results) -> pd.DataFrame:  # a row an arm, columns (te
     return wide.rename_axis(None)
 
 # %% ../../nbs/09_study/10_figures.ipynb #41b3e35d
+def change_in_words(
+    row: pd.Series,  # difference, low, high, verdict
+) -> str:  # e.g. '+0.031 (+0.012 to +0.050), helps'
+    "A change with its 95 % interval, and the verdict"
+    span = f' ({row.low:+.3f} to {row.high:+.3f})' if np.isfinite(row.low) else ''
+    return f'{row.difference:+.3f}{span}, {row.verdict}'
+
+
 def table_comparisons(results: Results) -> pd.DataFrame:  # a row an arm and baseline, a column a score
     "Change with its 95 % interval, and the verdict, by every score"
-
-    def cell(row):
-        span = f' ({row.low:+.3f} to {row.high:+.3f})' if np.isfinite(row.low) else ''
-        return f'{row.difference:+.3f}{span}, {row.verdict}'
-
     every = results.comparisons
-    texts = every.assign(text=every.apply(cell, axis=1))
+    texts = every.assign(text=every.apply(change_in_words, axis=1))
     wide = texts.pivot(index=['against', 'arm'], columns='score', values='text')[list(SCORES)]
     baselines = [(against, arm) for against in ('real', 'duplicate_real') for arm in results.study.compared_arms]
     order = [key for key in baselines if key in wide.index]
@@ -295,6 +311,27 @@ def table_shares(results: Results) -> pd.DataFrame:  # a row a tested arm; empty
     return table.map(_share_in_words).rename(columns=dict(share="share of the oracle's gain"))
 
 # %% ../../nbs/09_study/10_figures.ipynb #b14c1d4d
+def curve_points(
+    curve: pd.DataFrame,  # of `Results.learning_curve`
+) -> pd.DataFrame:  # index arm: images and macro_f1, from few images to many
+    "Means over replicates, which may have different numbers of images"
+    return curve.groupby('arm')[['images', 'macro_f1']].mean().sort_values('images')
+
+
+def draw_curve(
+    ax: Axes,
+    curve: pd.DataFrame,  # of `Results.learning_curve`
+) -> pd.DataFrame:  # index arm: images and macro_f1 of the line's points
+    "Macro-F1 of `real` by the number of its images: a dot a replicate, a line through the means"
+    ax.plot(curve.images, curve.macro_f1, 'o', color='gray', ms=3, alpha=0.5)
+    points = curve_points(curve)
+    ax.plot(points.images, points.macro_f1, 'o-', color='k', label='real')
+    ax.set_xscale('log')
+    ax.set_xticks(points.images, [f'{number:,.0f}' for number in points.images])
+    ax.xaxis.set_minor_locator(NullLocator())
+    return points
+
+
 def fig_curve(
     results: Results,
     width: float = WIDE,  # inches
@@ -302,16 +339,12 @@ def fig_curve(
     "Macro-F1 of `real` by the number of its images, each arm as a line at its height"
     curve, arms = results.learning_curve, list(results.verdict.index)
     fig, ax = plt.subplots(figsize=(width, 3))
-    ax.plot(curve.images, curve.macro_f1, 'o', color='gray', ms=3, alpha=0.5)
-    points = curve.groupby('arm')[['images', 'macro_f1']].mean().sort_values('images')
-    ax.plot(points.images, points.macro_f1, 'o-', color='k', label='real')
+    points = draw_curve(ax, curve)
     means = results.score_intervals.set_index('arm').difference
     for arm, colour in zip(arms, sns.color_palette('tab10', len(arms)), strict=True):
         ax.axhline(means[arm], color=colour, lw=1.2, ls='--', label=plain(arm))
     ax.axvline(points.images['real'], color='gray', lw=0.8, ls=':')
-    ax.set(xscale='log', xlabel='real training images (dotted: those of the arms)', ylabel='test macro-F1')
-    ax.set_xticks(points.images, [f'{number:,.0f}' for number in points.images])
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel='real training images (dotted: those of the arms)', ylabel='test macro-F1')
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     despine(ax)
     return fig
@@ -334,7 +367,7 @@ def fig_cells(
     width: float = WIDE,  # inches
 ) -> Figure:
     "Training images, synthetic ones and the training images nearest to those, a row for each class that occurs"
-    study, n, rows = results.study, 4 if width > NARROW else 2, {}
+    study, n, rows = results.study, 4 if is_wide(width) else 2, {}
     nearest = _nearest_training(results)
     for k, name in enumerate(study.real.vocab):
         left = examples(study.real, k, n)
@@ -448,7 +481,7 @@ def fig_associations(
     "Rank correlation of each arm's change with what is known of the classes"
     table = results.tables['associations'].dropna(subset='rho')
     arms = list(table.arm.unique())
-    columns = min(len(arms), 3 if width > NARROW else 1) or 1
+    columns = min(len(arms), 3 if is_wide(width) else 1) or 1
     lines = -(-len(arms) // columns) or 1
     fig, axes = plt.subplots(
         lines,
@@ -545,7 +578,7 @@ def fig_training(
     width: float = WIDE,  # inches
 ) -> Figure:
     "The generators' losses, and each arm's validation macro-F1"
-    shape = (1, 2) if width > NARROW else (2, 1)
+    shape = (1, 2) if is_wide(width) else (2, 1)
     fig, (left, right) = plt.subplots(*shape, figsize=(width, 2.8 * shape[0]))
     for number in results.study.compared_replicates:
         log = results.run.read_generator_training(number)
@@ -554,7 +587,7 @@ def fig_training(
     left.set(title='generator', xlabel='optimizer step', ylabel='training loss', yscale='log')
     colours = sns.color_palette('tab10', len(results.study.compared_arms))
     for arm, colour in zip(results.study.compared_arms, colours, strict=True):
-        _draw_validation(right, results, arm, colour)
+        draw_validation(right, results, arm, colour)
     right.set(title='classifiers', xlabel='optimizer step', ylabel='validation macro-F1')
     right.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     for ax in (left, right):
@@ -563,7 +596,12 @@ def fig_training(
     return fig
 
 # %% ../../nbs/09_study/10_figures.ipynb #985b230d
-def _draw_validation(ax, results, arm, colour):
+def draw_validation(
+    ax: Axes,
+    results: Results,
+    arm: str,  # its name
+    colour,  # of its lines
+):
     "Validation macro-F1 of one arm by optimizer step: a thin line a replicate, a thick one the mean"
     numbers = results.study.compared_replicates
     logs = [results.run.read_training(arm, number).dropna(subset='val_macro_f1') for number in numbers]

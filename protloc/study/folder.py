@@ -57,6 +57,7 @@ class RunFolder:
         self.figures = path / 'figures'
         self.notebook = path / 'report.ipynb'
         self.report = path / 'report.html'
+        self.pdf = path / 'report.pdf'  # the same on paper, where it was asked for
 
     def __repr__(self):
         return f'RunFolder({str(self.path)!r})'

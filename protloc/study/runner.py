@@ -447,7 +447,8 @@ def make_wave(
     possible = [part for part in parts if all(is_made(run, needed) for needed in _needs(config, part))]
     missing = [part for part in possible if not is_made(run, part)]
     if missing:
-        remove(run.report)  # it speaks of fewer parts, and a run with a report is finished
+        for page in (run.report, run.pdf):  # they speak of fewer parts, and a run with a report is finished
+            remove(page)
     todo = _reuse(config, run, missing)
     calls = [Call(str(part), (config, run, part), *_as_command(run, part)) for part in todo]
     for call, (seconds, why) in work_through(make, calls, workers):
