@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['app', 'Version', 'Debug', 'STORE', 'CLASSIFIER', 'GENERATOR', 'RUN', 'KNOWN_BY', 'RENAMED', 'Overwrite', 'Seed',
            'Overrides', 'SectionOverrides', 'StudyPreset', 'Data', 'RunOut', 'SkipBadOfRun', 'Jobs', 'Backend',
-           'Address', 'Gpus', 'Launch', 'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift', 'Cells',
-           'Least', 'Fields', 'Tile', 'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom', 'MaxMegapixels',
-           'Fit', 'Enlarge', 'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad', 'Workers',
-           'TrainShare', 'ValShare', 'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group',
+           'Address', 'Gpus', 'Launch', 'Palette', 'Out', 'Size', 'Train', 'Val', 'Test', 'Classes', 'Temper', 'Shift',
+           'Cells', 'Least', 'Fields', 'Tile', 'Layout', 'Channels', 'Labels', 'Match', 'Exclude', 'GroupFrom',
+           'MaxMegapixels', 'Fit', 'Enlarge', 'MaskEnding', 'Percentiles', 'Normalise', 'MinForeground', 'SkipBad',
+           'Workers', 'TrainShare', 'ValShare', 'TestShare', 'Verify', 'Sheet', 'Most', 'ReportOnly', 'Folds', 'Group',
            'Duplicates', 'Distance', 'Similarity', 'Symmetries', 'Channel', 'Preset', 'Like', 'Images', 'Plan',
            'GuidanceScale', 'GuidanceRescale', 'GuidanceInterval', 'Negative', 'Condition', 'NumInferenceSteps',
            'Scheduler', 'Edit', 'Scorer', 'MinFidelity', 'BestOf', 'DropCopies', 'Half', 'BatchSize', 'Strategy',
            'StrategyOption', 'Synthetic', 'Partners', 'Ratio', 'Teacher', 'TrainedClassifier', 'Threshold', 'Tta',
            'Also', 'TestSplit', 'ValSplit', 'Rule', 'ThresholdsFile', 'Judge', 'Features', 'FidelityOut',
-           'MostCompared', 'Halves', 'Palette', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan',
-           'presets', 'report', 'compare', 'task', 'simulate', 'prepare', 'info', 'split', 'train_generator',
-           'generate', 'train_classifier', 'evaluate', 'thresholds', 'fidelity', 'predict', 'export']
+           'MostCompared', 'Halves', 'NewImages', 'ImageTable', 'Probabilities', 'main', 'run', 'plan', 'presets',
+           'report', 'compare', 'task', 'simulate', 'prepare', 'info', 'split', 'train_generator', 'generate',
+           'train_classifier', 'evaluate', 'thresholds', 'fidelity', 'predict', 'export']
 
 # %% ../nbs/11_cli.ipynb #123796cb
 import contextlib
@@ -383,6 +383,11 @@ def presets():
     for name, commands, about in rows:
         print(f'{name:{width_of_name}}  {commands:{width_of_commands}}  {about}')
 
+# %% ../nbs/11_cli.ipynb #3ba790cd
+Palette = Annotated[
+    str, typer.Option(metavar='NAME', help='Colours of composite pictures: stains, or safe (no red beside green).')
+]
+
 # %% ../nbs/11_cli.ipynb #2fd05aad
 @app.command()
 def report(
@@ -390,12 +395,13 @@ def report(
     pdf: Annotated[
         bool, typer.Option('--pdf', help='Also print the report to report.pdf, by Chromium, Chrome or Edge.')
     ] = False,
+    palette: Palette = 'stains',
 ):
     "Make the tables, figures and report of a finished run again."
     _check_is(RUN, folder)
     from protloc.study.report import print_pdf, write_report
 
-    page = write_report(folder)
+    page = write_report(folder, palette)
     print(f'Report: {page}', flush=True)
     if pdf:
         printed = page.with_suffix('.pdf')
@@ -1151,9 +1157,6 @@ FidelityOut = Annotated[
 ]
 MostCompared = Annotated[int, typer.Option(min=10, max=100_000, help='Images of a kind that are compared.')]
 Halves = Annotated[int, typer.Option(min=0, max=1000, help='Random halves of the images, for the intervals.')]
-Palette = Annotated[
-    str, typer.Option(metavar='NAME', help='Colours of composite pictures: stains, or safe (no red beside green).')
-]
 
 # %% ../nbs/11_cli.ipynb #57ad21d0
 @app.command()

@@ -29,9 +29,9 @@ from .memorisation import Copies, find_copies, known_images
 from .statistics import compare_statistics, image_statistics
 
 # %% auto #0
-__all__ = ['MEASURES', 'SHARES', 'FEW', 'MOST_TRAINING', 'BY_CLASS', 'ImageSet', 'some_of', 'real_sides', 'labels_for',
-           'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'Examination',
-           'note_of', 'Reference']
+__all__ = ['MEASURES', 'SHARES', 'FEW', 'MOST_TRAINING', 'MOST_COPIES', 'BY_CLASS', 'ImageSet', 'some_of', 'real_sides',
+           'labels_for', 'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities',
+           'Examination', 'note_of', 'Reference']
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #b0af0956
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ MEASURES = {  # name -> in words; what equal sets reach; what is better
 SHARES = ('precision', 'recall', 'coverage', 'domain_auc', 'domain_auc_pixels', 'learned_from')  # lie in [0, 1]
 FEW = 50  # images of a kind below which a number is marked
 MOST_TRAINING = 20_000  # training images that are searched for copies
+MOST_COPIES = 500  # images whose nearest training image is looked for, in eight views each
 
 # %% ../../nbs/08_evaluate/09_examination.ipynb #5579e548
 def compare_sets(
@@ -277,7 +278,7 @@ class Reference:
         self.other = self.read(real, some_of(other, most, seed, 'other'), real.labels)
         tell('training images')
         training = some_of(other, MOST_TRAINING, seed, 'training')
-        self.known = known_images(real, extractor, training, self.unseen.rows)
+        self.known = known_images(real, extractor, training, self.unseen.rows[:MOST_COPIES])
         self.inputs = [batchnorm_inputs(classifier, real, one.rows) for one in (self.unseen, self.other) if classifier]
 
     def read(self, store, rows, labels):
@@ -352,5 +353,5 @@ def examine(
     looks = compare_statistics(*images, real.channels), self._detail(drawn)
     drift = self._drift(drawn)
     tell('nearest training images')
-    copies = find_copies(self.known, synthetic, drawn.rows, self.extractor)
+    copies = find_copies(self.known, synthetic, drawn.rows[:MOST_COPIES], self.extractor)
     return Examination(overall, classes, *looks, copies, drift)
