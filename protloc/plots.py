@@ -82,8 +82,16 @@ def legend_above(
 ):
     "The legend of one panel above all of them"
     handles, labels = ax.get_legend_handles_labels()
-    place = dict(loc='lower center', bbox_to_anchor=(0.5, 1), bbox_transform=fig.transFigure)
-    fig.legend(handles, labels, ncol=columns, frameon=False, fontsize=8, **place)
+    fig.legend(
+        handles=handles,
+        labels=labels,
+        ncol=columns,
+        frameon=False,
+        fontsize=8,
+        loc='lower center',
+        bbox_to_anchor=(0.5, 1),
+        bbox_transform=fig.transFigure,
+    )
 
 
 def show_cells(
