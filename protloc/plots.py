@@ -93,7 +93,7 @@ def legend_above(
         bbox_transform=fig.transFigure,
     )
 
-
+# %% ../nbs/03_plots.ipynb #09208c9a
 def show_cells(
     rows: dict[str, Sequence],  # row title -> images (C, H, W) uint8; None leaves a place empty
     channels: Sequence[str],  # C channel names

@@ -148,7 +148,7 @@ def test_a_report_is_printed_whole(protloc, browser, finished, tmp_path, monkeyp
     "What is folded on the screen takes room on paper"
     monkeypatch.delenv('PROTLOC_BROWSER', raising=False)
     run = RunFolder(shutil.copytree(finished, tmp_path / 'run'))
-    monkeypatch.setattr('protloc.study.report.write_report', lambda folder: run.report)  # it is there
+    monkeypatch.setattr('protloc.study.report.write_report', lambda folder, palette: run.report)  # it is there
     code, out, err = protloc('report', run.path, '--pdf')
     assert code == 0, err
     assert out.splitlines()[-1] == f'PDF: {run.pdf}'
