@@ -90,7 +90,10 @@ def examine_study(
 ) -> Examination:
     "The synthetic images of all replicates beside the real ones; see `evaluate.examination`"
     first = study.judged[0]
-    judge, _ = load_classifier(study.run.classifier('real', first))
+    folder = study.run.classifier('real', first)
+    if not (folder / 'classifier.json').exists():
+        raise study.run.unfinished(f'the classifier of real of replicate {first}')
+    judge, _ = load_classifier(folder)
     extractor = classifier_features(judge, f'the classifier of real, replicate {first}')
     found, references = {}, {}
     with tqdm(total=STAGES * len(study.judged), desc='fidelity', unit='stage', leave=False) as bar:
