@@ -3,11 +3,9 @@
 import sys
 
 import protloc.study.figures
-import protloc.study.verdict
 
 results = protloc.study.figures.Results(sys.argv[1])
 protloc.study.figures.fig_scores(results)
-protloc.study.verdict.write_results(results.study, examined=False)
 print(results.verdict.to_string())
 for module in ('torch', 'protloc.training', 'protloc.study.runner'):
     assert module not in sys.modules, module
