@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,19 @@ def finished(tmp_path_factory, worker_id):
             run_study(study_config('demo', overrides=SMALL), folder)
             write_report(folder)
     return folder
+
+
+BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "A headless browser; skips where there is none"
+    if not BROWSER:
+        pytest.skip('there is no Chromium: install it with `apt-get install chromium`')
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=['--no-sandbox'])
+        yield browser
+        browser.close()

@@ -4,7 +4,6 @@ import functools
 import http.server
 import posixpath
 import re
-import shutil
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
@@ -17,7 +16,6 @@ from build import page_of
 
 pytestmark = pytest.mark.slow  # the whole file
 SITE = Path(__file__).resolve().parent.parent / '_docs'
-BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
 @pytest.fixture(scope='session')
@@ -114,18 +112,6 @@ def served(pages):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-
-
-@pytest.fixture(scope='session')
-def browser():
-    if not BROWSER:
-        pytest.skip('there is no Chromium: install it with `apt-get install chromium`')
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -788,6 +788,7 @@ def links(results: Results) -> HTML:
         run.notebook: 'the notebook that made this page',
     }
     here = {path.relative_to(run.path).as_posix(): words for path, words in {**rows, **others}.items()}
-    lines = [f'{_link(address, address)}: {html.escape(words)}' for address, words in here.items()]
+    say = results.study.say
+    lines = [f'{_link(address, address)}: {html.escape(say(words))}' for address, words in here.items()]
     lines += [f'On the site of protloc: {_link(f"{SITE}/{page}", words)}' for page, words in PAGES.items()]
     return HTML(f'<ul class="links"><li>{"<li>".join(lines)}</ul>')
