@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from scipy import stats
 from torch import Tensor
 
 from ..classify.backbone import Classifier
@@ -229,7 +230,6 @@ class Reference:
         tell('training images')
         training = some_of(other, MOST_TRAINING, seed, 'training')
         self.known = known_images(real, extractor, training, self.unseen.rows[:MOST_COPIES])
-        self.inputs = [batchnorm_inputs(classifier, real, one.rows) for one in (self.unseen, self.other) if classifier]
 
     def read(self, store, rows, labels):
         "Images and what the extractor sees in them"
@@ -250,7 +250,8 @@ def _summarise(self: Reference, synthetic, halves):
     errors = standard_errors(*sides, halves, self.seed) if halves else dict.fromkeys(MEASURES, np.nan)
     rows = []
     for name in MEASURES:
-        low, high = value[name] - 1.96 * errors[name], value[name] + 1.96 * errors[name]
+        half = stats.t.ppf(0.975, max(halves - 1, 1)) * errors[name]
+        low, high = value[name] - half, value[name] + half
         if name in SHARES:
             low, high = np.clip([low, high], 0, 1)
         span = dict(value=value[name], low=low, high=high, floor=floor[name])
@@ -272,8 +273,9 @@ def _detail(self: Reference, synthetic):
 def _drift(self: Reference, synthetic):
     if self.classifier is None:
         return batchnorm_drift({}, {}, {})
-    unseen, other = self.inputs
-    return batchnorm_drift(unseen, batchnorm_inputs(self.classifier, synthetic.store, synthetic.rows), other)
+    n = [min(map(len, (self.unseen, self.other, synthetic)))]
+    sides = [images.first(n) for images in (self.unseen, synthetic, self.other)]
+    return batchnorm_drift(*(batchnorm_inputs(self.classifier, one.store, one.rows) for one in sides))
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #651cca0f
 @patch

@@ -14,16 +14,16 @@ import pandas as pd
 __all__ = ['MEASURES', 'SHARES', 'Copies', 'Examination']
 
 # %% ../../nbs/08_evaluate/07_examined.ipynb #dd756e88
-MEASURES = {  # name -> in words; what equal sets reach; what is better
+MEASURES = {  # name -> in words; what equal sets reach; what is better ('like': what is like the floor)
     'frechet': ('Fréchet distance', '0', 'lower'),
     'kernel': ('kernel distance', '0', 'lower'),
     'precision': ('precision: share of images that look like some real one', '1', 'higher'),
     'recall': ('recall: share of real images that look like one of them', '1', 'higher'),
-    'density': ('density: precision that counts crowding', '1', 'higher'),
+    'density': ('density: precision that counts crowding', '1', 'like'),
     'coverage': ('coverage: share of real images with one of them near', '1', 'higher'),
-    'diversity': ('diversity: spread within a label set, over that of real ones', '1', 'higher'),
+    'diversity': ('diversity: spread within a label set, over that of real ones', '1', 'like'),
     'domain_auc': ('told apart from real ones by features: AUC', '0.5', 'lower'),
-    'domain_auc_pixels': ('told apart from real ones by brightness and overlap of stains: AUC', '0.5', 'lower'),
+    'domain_auc_pixels': ('told apart from real ones by brightness and colocalisation of stains: AUC', '0.5', 'lower'),
     'learned_from': ('learned from, tested on real ones: mAP of a linear model', '', 'higher'),
 }
 SHARES = ('precision', 'recall', 'coverage', 'domain_auc', 'domain_auc_pixels', 'learned_from')  # lie in [0, 1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +40,11 @@ def stands(
     if not np.isfinite(row.value) or not np.isfinite(row.floor):
         return ''
     better = MEASURES[row.measure][2]
-    worse = row.value > row.floor if better == 'lower' else row.value < row.floor
-    if np.isfinite(row.low) and row.low <= row.floor <= row.high or not worse:
-        return 'as real images'
-    return 'apart' if better == 'lower' else 'below real images'
+    if np.isfinite(row.low) and row.low <= row.floor <= row.high:
+        return 'no difference shown'
+    if better == 'like':
+        return 'higher' if row.value > row.floor else 'lower'
+    return 'worse' if (row.value > row.floor) == (better == 'lower') else 'no worse'
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #4c7d0042
 def table_measures(
@@ -51,17 +53,17 @@ def table_measures(
     "Every number with its interval, the floor, and where it stands"
 
     def number(value):
-        return f'{value:.3g}' if np.isfinite(value) else 'too few images'
+        return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}' if np.isfinite(value) else 'too few images'
 
     def value(row):
-        span = f' ({row.low:.3g} to {row.high:.3g})' if np.isfinite(row.low) else ''
+        span = f' ({number(row.low)} to {number(row.high)})' if np.isfinite(row.low) else ''
         return number(row.value) + span
 
     rows = {
         'synthetic images': overall.apply(value, axis=1),
         'other real images': overall.floor.map(number),
-        'equal sets': overall.measure.map(lambda name: MEASURES[name][1]),
-        'stands': overall.apply(stands, axis=1),
+        'difference': overall.apply(stands, axis=1),
+        'ideal': overall.measure.map(lambda name: MEASURES[name][1]),
         'note': overall.note.fillna(''),
     }
     if not rows['note'].any():
@@ -100,6 +102,7 @@ def fig_classes_fidelity(
     panels = [name for name in PANELS if (known.measure == name).any()]
     names = list(dict.fromkeys(known['class']))[::-1]
     height = {name: i for i, name in enumerate(names)}
+    images = known.groupby('class').images.min()
     columns = min(3 if is_wide(width) else 1, max(len(panels), 1))
     lines = -(-len(panels) // columns) or 1
     size = (width, lines * (0.24 * len(names) + 1.1))
@@ -109,8 +112,12 @@ def fig_classes_fidelity(
     for ax, name in zip(axes.flat, panels, strict=False):
         _panel(ax, known[known.measure == name], height, called)
         ax.set_title(PANELS[name], size=9)
-        ax.set_yticks(list(height.values()), [plain(name) for name in names], size=8)
+        ax.set_yticks(list(height.values()), [plain(f'{name} ({images[name]:.0f})') for name in names], size=8)
         ax.set_ylim(-0.6, len(names) - 0.4)
+        if name != 'kernel':
+            ax.set_xlim(-0.03, 1.03)
+        if name == 'domain_auc':
+            ax.axvline(0.5, color='0.7', lw=1, ls=':')
     legend_above(fig, axes[0, 0], 2)
     return fig
 
@@ -161,7 +168,7 @@ def fig_statistics(
     called: str = 'real',  # the images beside: 'real' or 'simulated'
 ) -> Figure:
     "How far brightness, variation and overlap of the stains lie from those of unseen real images"
-    titles = dict(mean='brightness of', deviation='contrast of', correlation='overlap of')
+    titles = dict(mean='brightness of', deviation='contrast of', correlation='colocalisation of')
     names = statistics.statistic.map(titles) + ' ' + statistics.stain
     fig, ax = plt.subplots(figsize=(width, 0.24 * len(statistics) + 0.9), layout='constrained')
     y = np.arange(len(statistics))[::-1]
@@ -194,20 +201,20 @@ def turned(
 
 def fig_pairs(
     pairs: pd.DataFrame,  # of `Copies`
-    real: ImageStore,
-    synthetic: ImageStore,
+    pair: Callable,  # pair(row of it) -> the synthetic image, turned, and its nearest training image
+    channels: Sequence[str],
     width: float = WIDE,  # inches
     palette: str = 'stains',  # a name in `plots.PALETTES`
 ) -> Figure:
     "The synthetic images nearest to a training image, above that image; by pixels and by features"
-    n = 10 if is_wide(width) else 5
+    n = 10 if is_wide(width) else 4
     rows = {}
     for way, some in pairs.groupby('way', sort=False):
-        nearest = some.sort_values('distance', kind='stable').drop_duplicates('synthetic')[:n]
-        drawn = [turned(synthetic.images[int(row.synthetic)], int(row.view), way) for row in nearest.itertuples()]
-        rows[f'synthetic\n(nearest by {way})'] = drawn
-        rows[f'training\n(nearest by {way})'] = [real.images[int(row)] for row in nearest.training]
-    return show_cells(rows, real.channels, edge=(width - 1.6) / n, palette=palette)
+        nearest = some.sort_values('distance', kind='stable')[:n]
+        drawn, known = zip(*(pair(row) for _, row in nearest.iterrows()), strict=True)
+        rows[f'synthetic\n(nearest by {way})'] = list(drawn)
+        rows[f'training\n(nearest by {way})'] = list(known)
+    return show_cells(rows, channels, edge=(width - 1.6) / n, palette=palette)
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #25709058
 def fig_distances(
@@ -240,14 +247,16 @@ def copies_in_words(
     "Whether synthetic images are copies, in a sentence a way"
     said = []
     for row in table.itertuples():
-        verdict = 'more than chance would bring' if row.p < 0.05 else 'not more than chance would bring'
+        more = f'more than chance brings (p {"below .001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")})'
+        verdict = more if row.p < 0.05 else f'{row.needed:.0f} or more would be more than chance'
         said.append(
-            f'By {row.way}, {row.near:.0f} of {row.images:.0f} synthetic images'
-            f' ({row.share:.1%}, 95 % interval {row.low:.1%} to {row.high:.1%}) are'
-            f' suspiciously near to one of {row.training:.0f} training images; {row.expected:.1%} are expected by'
-            f' chance: {verdict} (p {"below .001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")}).'
+            f'By {row.way}, {row.near:,.0f} of {row.images:,.0f} synthetic images lie nearer to one of'
+            f' {row.training:,.0f} training images than 99 % of unseen images do; about'
+            f' {row.expected * row.images:.0f} would by chance, {verdict}.'
         )
-    return ' '.join(said)
+    return ' '.join(
+        [*said, 'This finds copying on a large scale; a few copies would not show: look at the nearest pairs.']
+    )
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #2e470b9c
 def fig_drift(
@@ -279,6 +288,8 @@ class FidelityPage:
     ):
         self.found, self.real, self.synthetic, self.folder = found, real, synthetic, folder
         self.palette = palette
+        self.doubt = 'other images of the same generator, in random halves'  # what the intervals are about
+        self.stores = {0: (real, synthetic)}  # by replicate
         self.called = 'simulated' if real.is_simulated else 'real'
 
     def _show(self, name, draw, caption, numbers, **options):
@@ -295,9 +306,18 @@ class FidelityPage:
             return table
         return table.replace('real', self.called, regex=True).rename(index=self._rename, columns=self._rename)
 
+    def pair(self, row: pd.Series) -> tuple[np.ndarray, np.ndarray]:  # of `Copies.pairs`
+        "A synthetic image, turned, and the training image nearest to it"
+        real, synthetic = self.stores[int(row.get('replicate', 0))]
+        drawn = turned(synthetic.images[int(row.synthetic)], int(row['view']), row.way)
+        return drawn, real.images[int(row.training)]
+
     def measures(self) -> HTML:
         "The numbers over all images, for a page"
-        caption = f'Synthetic images beside unseen {self.called} ones, in features of {self.found.features}.'
+        caption = (
+            f'Synthetic images beside unseen {self.called} ones (validation), in features of {self.found.features}.'
+            f' Other {self.called} images are those of training, which the network may know. Intervals: {self.doubt}.'
+        )
         return HTML(table_html(self.table(), caption))
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #2530841c
@@ -309,8 +329,9 @@ def classes(self: FidelityPage) -> HTML | None:
         return None
     told = known[known.measure == 'label_fidelity'] if (known.measure == 'label_fidelity').any() else known
     caption = (
-        f'Class by class: synthetic images (squares) beside {self.called} ones (circles), compared with unseen'
-        f' {self.called} images. F1, precision, recall and coverage: right is better; distance and AUC: left.'
+        f'Class by class, with the number of images of a kind: synthetic images (squares) beside {self.called} ones'
+        f' (circles; unseen ones for F1, training ones else), compared with unseen {self.called} images. F1,'
+        ' precision, recall and coverage: right is better; distance and AUC: left. Few images, uncertain points.'
     )
     numbers = named_numbers(told.groupby('class', sort=False).value.first(), told.measure.iloc[0] + ' {:.2f}')
     return self._show(
@@ -343,7 +364,8 @@ def statistics(self: FidelityPage) -> HTML:
     "Brightness, contrast and overlap of the stains"
     table = self.found.statistics
     caption = (
-        f'Brightness, contrast and overlap of the stains, against unseen {self.called} images. A distance of .2 is'
+        'Brightness, contrast (deviation over the pixels) and colocalisation (Pearson) of the stains, against'
+        f' unseen {self.called} images. A distance of .2 is'
         ' small, one of .8 is large.'
     )
     distances = table.set_index(table.statistic + ' of ' + table.stain).distance
@@ -361,13 +383,14 @@ def copies(self: FidelityPage) -> HTML:
         'copies',
         partial(fig_distances, copies.pairs, copies.unseen, called=self.called),
         'How near the nearest training image is, turned and mirrored views included. Left of the dotted line lie 1 %'
-        f' of the unseen {self.called} images. A curve that rises earlier has more copies.',
+        f' of the unseen {self.called} images; synthetic images there are suspicious. The rest of a curve says how'
+        ' like the training images they are on the whole.',
         named_numbers(copies.pairs.groupby('way').distance.median(), 'median {:.3g}'),
     )
     pairs = self._show(
         'nearest',
-        partial(fig_pairs, copies.pairs, self.real, self.synthetic, palette=self.palette),
-        'The synthetic images nearest to a training image, each above that image.',
+        partial(fig_pairs, copies.pairs, self.pair, self.real.channels, palette=self.palette),
+        'The synthetic images nearest to a training image, each above that image, turned as it lies nearest.',
         named_numbers(copies.pairs.groupby('way').distance.min(), 'nearest {:.3g}'),
         photograph=True,
     )
@@ -382,7 +405,7 @@ def drift(self: FidelityPage) -> HTML | None:
         return None
     caption = (
         f'Do batches of synthetic images have the statistics of {self.called} ones? Shift of the mean that each'
-        " BatchNorm of the classifier gets, in standard deviations. Where it is large, aux_bn keeps the two apart."
+        ' BatchNorm of the classifier gets, in standard deviations. Strategies with aux_bn keep the two kinds apart.'
     )
     ends = drift.set_index('layer').synthetic.iloc[[0, -1]]
     return self._show('drift', partial(fig_drift, drift, called=self.called), caption, named_numbers(ends))
@@ -393,31 +416,31 @@ def in_short(
 ) -> list[str]:  # sentences
     "What an examination says, for who reads nothing else"
     numbers = found.overall.set_index('measure')
-    auc = numbers.loc['domain_auc']
-    said = []
+    auc, learned, said = numbers.loc['domain_auc'], numbers.loc['learned_from'], []
     if np.isfinite(auc.value):
         said.append(
-            f'Told apart from unseen ones with an AUC of {auc.value:.2f} (.5: never, 1: always);'
-            f' other images reach {auc.floor:.2f}.'
+            f'A simple classifier tells synthetic from unseen images with an AUC of {auc.value:.2f} (.5 is chance, 1'
+            f' always right); other training images reach {auc.floor:.2f}.'
         )
     readable = found.classes[found.classes.measure == 'label_fidelity'].dropna(subset=['value', 'floor'])
     if len(readable) and readable.floor.mean():
         worst = readable.loc[(readable.value - readable.floor).idxmin()]
         said.append(
-            f'Labels: macro-F1 {readable.value.mean():.2f} where unseen images have {readable.floor.mean():.2f};'
-            f' least readable {worst["class"]} ({worst.value:.2f} for {worst.floor:.2f}).'
+            f'A classifier that saw no synthetic image finds the intended labels in synthetic images with macro-F1'
+            f' {readable.value.mean():.2f}, in unseen ones with {readable.floor.mean():.2f} (threshold .5); the largest'
+            f' drop is that of {worst["class"]}, from {worst.floor:.2f} to {worst.value:.2f}.'
         )
-    learned = numbers.loc['learned_from']
     if np.isfinite(learned.value):
         said.append(
-            f'Learned from, they give a mAP of {learned.value:.2f} on unseen images; others give {learned.floor:.2f}.'
+            f'A linear model that learns from synthetic images reaches a mean average precision of'
+            f' {learned.value:.2f} on unseen ones; one that learns from as many training images, {learned.floor:.2f}.'
         )
     table = found.copies.table
     counts = ', '.join(f'{row.near:.0f} by {row.way}' for row in table.itertuples())
     more = 'more' if (table.p < 0.05).any() else 'no more'
     said.append(
-        f'Copies: {more} of {table.images.iloc[0]:.0f} images than chance would bring lie suspiciously near to a'
-        f' training image ({counts}; {table.expected.iloc[0] * table.images.iloc[0]:.1f} expected).'
+        f'Copies: {more} of {table.images.iloc[0]:,.0f} images than chance would bring lie suspiciously near to a'
+        f' training image ({counts}; about {table.expected.iloc[0] * table.images.iloc[0]:.0f} expected).'
     )
     return said
 
@@ -440,7 +463,7 @@ def fidelity_html(
         ('Over all images', page.measures()),
         ('Class by class', page.classes()),
         ('Fine detail', page.detail()),
-        ('Brightness and overlap', page.statistics()),
+        ('Brightness and colocalisation', page.statistics()),
         ('Copies of training images', page.copies()),
         ('Batch statistics', page.drift()),
     ):

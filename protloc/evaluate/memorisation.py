@@ -92,7 +92,7 @@ def limit_of(
 def suspicious(
     distances: np.ndarray,  # (m,) of synthetic images to their nearest training image
     unseen: np.ndarray,  # (n,) of unseen real images to theirs
-) -> dict:  # images, near, share, low, high, expected, p, limit
+) -> dict:  # images, near, share, low, high, expected, p, needed (to be more than chance), limit
     "How many synthetic images are suspiciously near to a training image, with a 95 % interval and a one-sided p"
     limit, place = limit_of(unseen)
     near, images = int((distances < limit).sum()), len(distances)
@@ -106,6 +106,7 @@ def suspicious(
         high=interval.high,
         expected=place / (len(unseen) + 1),
         p=float(chance.sf(near - 1)),
+        needed=int(chance.isf(0.05)) + 1,
         limit=limit,
     )
 

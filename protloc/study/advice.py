@@ -57,7 +57,7 @@ def use_the_best(
         why = f'It changes test macro-F1 by {helping.difference[arm]:+.3f} against real images alone.'
     elif doubled is not None and doubled.verdict == 'helps':
         arm = 'duplicate_real'
-        why += f' Real images in larger batches were ({arm}, {doubled.difference:+.3f}).'
+        why += f' What did help: as many more real images a step instead ({arm}, {doubled.difference:+.3f}).'
     classifier, store = study.run.classifier(arm, study.compared_replicates[0]), study.real.path
     command = shlex.join(['protloc', 'thresholds', str(classifier), str(store), '--rule', 'prevalence'])
     return Step(what, f'{why} Choose thresholds on validation images.', command)
@@ -86,7 +86,7 @@ def look_again(
     table: pd.DataFrame,  # of `verdict`
 ) -> Step | None:
     "Add replicates or test images, where an arm is undecided"
-    undecided = table[(table.verdict == 'undecided') & table.se.notna()]
+    undecided = table[(table.verdict == 'undecided') & table.se.notna() & (table.verdict_duplicate != 'hurts')]
     if not len(undecided):
         return None
     arm = undecided.difference.idxmax()
@@ -158,11 +158,14 @@ def next_steps(
         steps = round(4 * ends.steps.max())
         command = _again(study, _beside(study, 'longer'), f'classifier.loop.steps={steps}')
         return [Step('Train classifiers that learn something', why, command)]
+    better = better_generator(study, compared, fidelity)
+    in_vain = better is not None and not better.command  # what saves most work is said early
     steps = (
         use_the_best(study, table, compared),
+        better if in_vain else None,
         longer,
         look_again(study, table),
-        better_generator(study, compared, fidelity),
+        None if in_vain else better,
         more_real_images(study, table),
     )
     return [step for step in steps if step][:most]

@@ -383,7 +383,10 @@ def comparison_page(
     caption = 'What each study rests on; stores of one number are the same, and so are test sets.'
     body += ['<h2>Images</h2>', _wrapped(grounds, caption)]
     body += [_training_shown(runs), _studies_listed(runs, page)]
-    return page_html(''.join(body), f'protloc: {", ".join(runs)}')
+    text = ''.join(body)
+    if all(results.study.real.is_simulated for results in runs.values()):
+        text = next(iter(runs.values())).study.say(text)
+    return page_html(text, f'protloc: {", ".join(runs)}')
 
 
 def write_comparison(

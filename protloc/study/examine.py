@@ -109,6 +109,7 @@ def examine_study(
         every[0],
         overall=_overall([one.overall for one in every]),
         classes=pd.concat([classes[classes.measure != 'label_fidelity'], _label_fidelities(study)], ignore_index=True),
+        detail=_mean_of([one.detail for one in every], ['channel', 'band']),
         statistics=_mean_of([one.statistics for one in every], ['statistic', 'stain']),
         copies=_copies(found),
         drift=_mean_of([one.drift for one in every], ['layer']),

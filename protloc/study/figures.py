@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,11 +47,11 @@ from .verdict import VERDICT_COLOURS, oracle_share, write_results
 from .why import PREDICTORS
 
 # %% auto #0
-__all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'NOT_KNOWN', 'Results',
-           'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'words_beside', 'fig_verdict', 'fig_scores',
-           'table_scores', 'change_in_words', 'table_comparisons', 'table_shares', 'curve_points', 'draw_curve',
-           'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of', 'trained_on_synthetic', 'sentences',
-           'fig_associations', 'changed_images', 'fig_classes', 'fig_training', 'draw_validation',
+__all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'STYLES', 'NOT_KNOWN',
+           'Results', 'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'words_beside', 'fig_verdict',
+           'fig_scores', 'table_scores', 'change_in_words', 'table_comparisons', 'table_shares', 'curve_points',
+           'draw_curve', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of', 'trained_on_synthetic',
+           'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training', 'draw_validation',
            'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/12_figures.ipynb #9410c318
@@ -64,7 +64,7 @@ _COLUMNS = dict(
     budgets=('arm', 'steps', 'rise', 'rising'),
     score_intervals=('arm', 'low', 'high'),
     class_changes=('class', 'arm', 'difference', 'low', 'high'),
-    changed_predictions=('what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates'),
+    changed_predictions=('what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched'),
 )
 
 # %% ../../nbs/09_study/12_figures.ipynb #931914af
@@ -171,16 +171,24 @@ TERMS = {
     ' recall (how many of those that are there are named). Rare classes weigh as much as frequent ones. 1 is perfect.',
     'threshold matched to prevalence': 'Each class is named as often in validation images as it occurs there; so a'
     ' classifier that is only more or less cautious does not look better or worse.',
-    'arm': 'One way of training. All arms have the same network, the same real images and as many steps.',
+    'arm': 'One way of training. All arms have the same network and as many steps; not as many images a step.',
     'control': 'An arm that tells what a gain is made of: duplicate_real gets the same real images once more in place'
     ' of synthetic ones, oracle gets new images of a perfect generator (simulated cells only).',
     'replicate': 'One repetition of everything: a generator, its synthetic images, and a classifier of each arm.',
     '95 % interval': 'Where the change probably lies, given that other test images (whole groups) and other replicates'
     ' would have given other numbers.',
-    'corrected p': 'How often chance alone would give such a change; corrected for the number of arms (Holm).',
+    'corrected p': 'How often chance alone would give at least such a change, were there none; corrected for the number'
+    ' of arms (Holm).',
     'margin': 'The change that would not matter, fixed before training.',
     'helps, hurts': 'The corrected p is below the level that was fixed before training.',
     'equivalent': 'The 90 % interval lies within the margin: no effect that matters.',
+    'AUC': 'How well two kinds of images are told apart: .5 is chance, 1 always.',
+    'mAP': 'Mean average precision: a score from 0 to 1 that needs no threshold.',
+    'features': 'What a network sees in an image, as a list of numbers; distances between images are taken in it.',
+    'Fréchet, kernel distance': 'How far two sets of images lie apart in features; 0 for equal sets.',
+    'BatchNorm': 'A layer that subtracts the mean of the images of a step; where two kinds differ, it is wrong for'
+    ' both.',
+    'group': 'Images that belong together, of one antibody or field; they are in one split.',
     'undecided': 'Neither: this study is too small to tell. It does not mean that there is no effect.',
 }
 
@@ -305,7 +313,11 @@ def _share_in_words(share):
 
 
 def table_shares(results: Results) -> pd.DataFrame:  # a row a tested arm; empty where the oracle does not help
-    "What share of a perfect generator's gain an arm reaches"
+    "What share of a perfect generator's gain an arm reaches, where that gain is more than larger batches bring"
+    rows = results.comparisons
+    rows = rows[(rows.against == 'duplicate_real') & (rows.arm == 'oracle') & (rows.score == VERDICT_SCORE)]
+    if len(rows) and rows.verdict.iloc[0] != 'helps':
+        return pd.DataFrame()
     shares = {arm: oracle_share(results.comparisons, arm) for arm in results.verdict.index}
     table = pd.DataFrame(dict(share=shares)).dropna()
     return table.map(_share_in_words).rename(columns=dict(share="share of the oracle's gain"))
@@ -367,7 +379,7 @@ def fig_cells(
     width: float = WIDE,  # inches
 ) -> Figure:
     "Training images, synthetic ones and the training images nearest to those, a row for each class that occurs"
-    study, n, rows = results.study, 4 if is_wide(width) else 2, {}
+    study, n, rows = results.study, 4 if is_wide(width) else 1, {}
     nearest = _nearest_training(results)
     for k, name in enumerate(study.real.vocab):
         left = examples(study.real, k, n)
@@ -448,11 +460,12 @@ def fidelity_of(results: Results) -> FidelityPage | None:  # None without synthe
         return None
     study, found = results.study, Examination.of(results.tables)
     first = study.judged[0]
-    pairs = found.copies.pairs
-    found = replace(found, copies=found.copies._replace(pairs=pairs[pairs.replicate == pairs.replicate.min()]))
-    return FidelityPage(
+    page = FidelityPage(
         found, study.real_of('real', first), study.run.open_synthetic(first), results.run.figures, results.palette
     )
+    page.doubt = 'other generators, beside the same unseen images'
+    page.stores = {n: (study.real_of('real', n), study.run.open_synthetic(n)) for n in study.judged}
+    return page
 
 # %% ../../nbs/09_study/12_figures.ipynb #80e1d46e
 def trained_on_synthetic(results: Results) -> list[str]:  # sentences; none without the arm 'synthetic'
@@ -463,8 +476,8 @@ def trained_on_synthetic(results: Results) -> list[str]:  # sentences; none with
     share = means['synthetic'] / means['real'] if means['real'] else np.nan
     return [
         results.study.say(
-            f'Networks trained on synthetic images alone reach a test macro-F1 of {means["synthetic"]:.2f}, those'
-            f' trained on real images {means["real"]:.2f} (classification accuracy score {share:.2f}).'
+            f'Networks trained on synthetic images alone reach a test macro-F1 of {means["synthetic"]:.2f}, that is'
+            f' {share:.0%} of the {means["real"]:.2f} of those trained on real images.'
         )
     ]
 
@@ -506,6 +519,7 @@ def fig_associations(
 
 
 PREDICTORS_SHORT = dict(
+    before='F1 of real alone',
     label_fidelity='readable labels',
     kernel='distance',
     domain_auc='told apart',
@@ -514,6 +528,9 @@ PREDICTORS_SHORT = dict(
 )
 
 # %% ../../nbs/09_study/12_figures.ipynb #ee71149f
+_TURNS = dict(gained='from wrong to right', lost='from right to wrong')
+
+
 def changed_images(
     results: Results,
     edge: int = 96,  # of a picture, CSS pixels
@@ -522,14 +539,15 @@ def changed_images(
     table, real, parts = results.tables['changed_predictions'], results.study.real, []
     for (arm, what), some in table.groupby(['arm', 'what'], sort=False):
         captions = [
-            f'{row["class"]} ({"shown" if row.shown == "yes" else "not shown"}):'
-            f' right in {row.before:.0f}, then {row.after:.0f} of {row.replicates:.0f}'
+            f'{row["class"]}, {"there" if row.shown == "yes" else "not there"}:'
+            f' {row.before:.0f}, then {row.after:.0f} of {row.replicates:.0f} right'
             for _, row in some.iterrows()
         ]
         pictures = thumbnails(
             real.images[some.row.astype(int).to_numpy()], real.channels, captions, edge, results.palette
         )
-        parts.append(f'<p class="lead-in">{html.escape(arm)}: {what}</p>{pictures}')
+        count = f'{some.switched.iloc[0]:.0f} decisions went {_TURNS[what]} in every replicate'
+        parts.append(f'<p class="lead-in">{html.escape(arm)}, {what}: {count}</p>{pictures}')
     return HTML(''.join(parts) or '<p>No prediction changed in more replicates than one way or the other.</p>')
 
 # %% ../../nbs/09_study/12_figures.ipynb #93f78600
@@ -570,11 +588,13 @@ def fig_classes(
 def _signed_and_marked(changes):
     "Each change as text, as short as it can be, with an asterisk where its interval excludes zero"
     excludes_zero = (changes.low > 0) | (changes.high < 0)
-    return changes.difference.map('{:+.2f}'.format).str.replace('0.', '.', n=1, regex=False) + np.where(
-        excludes_zero, '*', ''
-    )
+    texts = changes.difference.map('{:+.2f}'.format).str.replace('0.', '.', n=1, regex=False)
+    return texts.replace({'+.00': '0', '-.00': '0'}) + np.where(excludes_zero, '*', '')
 
 # %% ../../nbs/09_study/12_figures.ipynb #7150e901
+STYLES = ('-', '--', '-.', ':')  # of lines, so that colours are not all that tells them apart
+
+
 def fig_training(
     results: Results,
     width: float = WIDE,  # inches
@@ -588,8 +608,8 @@ def fig_training(
             left.plot(log.step, log.loss, color='k', lw=0.8, alpha=0.6)
     left.set(title='generator', xlabel='optimizer step', ylabel='training loss', yscale='log')
     colours = sns.color_palette('tab10', len(results.study.compared_arms))
-    for arm, colour in zip(results.study.compared_arms, colours, strict=True):
-        draw_validation(right, results, arm, colour)
+    for arm, colour, style in zip(results.study.compared_arms, colours, itertools.cycle(STYLES), strict=False):
+        draw_validation(right, results, arm, colour, style)
     right.set(title='classifiers', xlabel='optimizer step', ylabel='validation macro-F1')
     right.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     for ax in (left, right):
@@ -603,6 +623,7 @@ def draw_validation(
     results: Results,
     arm: str,  # its name
     colour,  # of its lines
+    style: str = '-',  # of the line of the mean
 ):
     "Validation macro-F1 of one arm by optimizer step: a thin line a replicate, a thick one the mean"
     numbers = results.study.compared_replicates
@@ -610,7 +631,7 @@ def draw_validation(
     for log in logs:
         ax.plot(log.step, log.val_macro_f1, color=colour, lw=0.6, alpha=0.5)
     mean = pd.concat(logs).groupby('step').val_macro_f1.mean()
-    ax.plot(mean.index, mean, color=colour, lw=2, label=plain(arm))
+    ax.plot(mean.index, mean, style, color=colour, lw=2, label=plain(arm))
 
 # %% ../../nbs/09_study/12_figures.ipynb #a0292c2e
 def plan_and_deviations(results: Results) -> HTML:

@@ -296,11 +296,17 @@ def _what_next(row):
     return 'no number of replicates would decide, only more test images'
 
 
+_AGAINST = {**_CALLED, 'undecided': 'is undecided'}
+
+
 def _doubts(row):
     "Sentences on what stands against an arm's answer, or beside it"
     said = []
-    if row.verdict == 'helps' and row.verdict_duplicate and row.verdict_duplicate != 'helps':
-        said.append(f'Against duplicated real images it is {row.verdict_duplicate} ({row.difference_duplicate:+.3f}).')
+    if row.verdict_duplicate and row.verdict_duplicate != row.verdict:
+        said.append(
+            f'Against as many real images a step it {_AGAINST[row.verdict_duplicate]}'
+            f' ({row.difference_duplicate:+.3f}).'
+        )
     if row.other_scores:
         said.append(f'By other scores: {row.other_scores}.')
     if row.worth:
@@ -320,10 +326,22 @@ def study_in_words(
     row, ways = table.loc[best], f'{_number(len(table))} ways'
     span = f' ({_span(row)})' if np.isfinite(row.low) else ''
     end = f'{best}, changes test macro-F1 by {row.difference:+.3f}{span}{_conditions(row, study.one_generator)}.'
+    end += _against_duplicates(table, best)
     if len(table) == 1:
         return f'The one way that was tried {"helped" if helping else "did not help"}: {end}'
     number = _number(len(helping)).capitalize() if helping else 'Neither' if len(table) == 2 else 'None'
     return f'{number} of {ways} helped{_others(table)}; the best, {end}'
+
+
+def _against_duplicates(table, best):
+    "What the control with as many real images a step says, where it says something else"
+    verdicts = table.verdict_duplicate
+    if (verdicts == table.verdict).all() or not verdicts.all():
+        return ''
+    counts = {word: int((verdicts == word).sum()) for word in _CALLED}
+    said = [f'{_number(n)} {_WORDS[word][n > 1]}' for word, n in counts.items() if n]
+    change = f'{best} {table.difference_duplicate[best]:+.3f}'
+    return f' Against as many real images a step (duplicate_real), {" and ".join(said)}; {change}.'
 
 
 _REST = dict(
@@ -331,6 +349,9 @@ _REST = dict(
     equivalent=('changes nothing that matters', 'change nothing that matters'),
     undecided=('is undecided', 'are undecided'),
 )
+
+
+_WORDS = dict(helps=('helps', 'help'), **_REST)
 
 
 def _others(table):

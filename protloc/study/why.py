@@ -16,10 +16,11 @@ __all__ = ['PREDICTORS', 'rank_correlation', 'associations', 'changed_prediction
 
 # %% ../../nbs/09_study/09_why.ipynb #ca8911c3
 PREDICTORS = dict(  # name -> in words
-    label_fidelity='readable labels (F1 on synthetic minus real images)',
-    kernel='distance of the images (kernel distance over the floor)',
-    domain_auc='told apart from real images (AUC over the floor)',
-    coverage='coverage of the real images (over the floor)',
+    before='F1 of `real` on validation images: classes that are read well have little room to gain',
+    label_fidelity='readable labels (F1 on synthetic images)',
+    kernel='distance of the images (kernel distance)',
+    domain_auc='told apart from real images (AUC)',
+    coverage='coverage of the real images',
     images='number of training images',
 )
 
@@ -45,10 +46,9 @@ def associations(
     images: pd.Series,  # of training images, index: class
 ) -> pd.DataFrame:  # a row an arm and predictor: arm, predictor, rho, low, high, classes
     "Rank correlation over classes of an arm's change with what is known of the class's images"
-    excess = classes.assign(excess=classes.value - classes.floor).pivot(
-        index='class', columns='measure', values='excess'
-    )
-    predictors = excess.assign(images=images).reindex(columns=list(PREDICTORS))
+    known = classes.pivot(index='class', columns='measure', values='value')
+    before = classes[classes.measure == 'label_fidelity'].set_index('class').floor
+    predictors = known.assign(images=images, before=before).reindex(columns=list(PREDICTORS))
     rows = []
     for arm, some in changes.groupby('arm', sort=False):
         joined = predictors.join(some.set_index('class').difference, how='inner')
@@ -63,7 +63,7 @@ def changed_predictions(
     study: Study,  # finished
     arm: str,  # that is compared with 'real'
     most: int = 6,  # images gained, and as many lost
-) -> pd.DataFrame:  # what ('gained', 'lost'), arm, row (position in the store), class, shown, before, after, replicates
+) -> pd.DataFrame:  # what ('gained', 'lost'), arm, row, class, shown, before, after, replicates, switched
     "The predictions that changed in most replicates, an image once"
     said = dict(zip(study.classifiers(), decisions(study, VERDICT_SCORE), strict=True))
     truth = study.labels('test') > 0.5
@@ -71,6 +71,7 @@ def changed_predictions(
     change = np.where(scored_classes(study), right[arm] - right['real'], 0)
     rows, replicates = study.real.rows('test'), len(study.compared_replicates)
     found = []
+    switched = {sign: int((change * sign > 1 - 1e-9).sum()) for sign in (1, -1)}
     for what, sign in (('gained', 1), ('lost', -1)):
         best = (sign * change).max(1)
         for image in np.argsort(-best, kind='stable')[:most]:
@@ -79,8 +80,9 @@ def changed_predictions(
                 before, after = (round(right[one][image, k] * replicates) for one in ('real', arm))
                 row = dict(what=what, arm=arm, row=int(rows[image]), shown='yes' if truth[image, k] else 'no')
                 row |= {'class': list(study.real.vocab)[k], 'before': before, 'after': after, 'replicates': replicates}
+                row['switched'] = switched[sign]
                 found.append(row)
-    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates']
+    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched']
     return pd.DataFrame(found, columns=columns)
 
 # %% ../../nbs/09_study/09_why.ipynb #d4d1a7b6
@@ -93,7 +95,7 @@ def why(
     "Tables that may explain the answer; without synthetic images only the predictions that changed"
     arms = list(table.sort_values('difference').index)
     some = list(dict.fromkeys([*arms[-1:], *arms[:1]]))  # the best and the worst
-    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates']
+    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched']
     found = [changed_predictions(study, arm) for arm in some]
     tables = dict(changed_predictions=pd.concat([pd.DataFrame(columns=columns), *found], ignore_index=True))
     if not (study.judged and examined):
