@@ -91,7 +91,7 @@ def _panel(ax, rows, height, called):
     ax.grid(axis='y', color='0.93')
     despine(ax)
 
-
+# %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #1643edf7
 def fig_classes_fidelity(
     classes: pd.DataFrame,  # of `Examination`
     width: float = WIDE,  # inches

@@ -428,7 +428,7 @@ def classifier_in_words(results: Results, config: StudyConfig) -> str:
     criterion = _CRITERIA.get(how.criterion, how.criterion)
     kept = 'the weights with the best validation macro-F1' if how.keep == 'best' else 'the last weights'
     same = 'the same number of steps for every arm' if config.budget == 'steps' else 'each arm until it had converged'
-    same += ', and where an arm also has synthetic images, these beside as many real ones a step'
+    same += ', and where an arm has two kinds of images, that many of each a step'
     weights = _of_weights(results.run.classifier('real') / 'classifier.safetensors')
     return (
         f'The classifiers are of type {how.backbone}{weights}, with {how.pooling} pooling and a {how.head} head, and'

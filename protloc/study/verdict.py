@@ -286,7 +286,7 @@ def in_words(
         said += f', but by less than {margin:g}'
     return ' '.join([said + '.', *_doubts(row)])
 
-
+# %% ../../nbs/09_study/10_verdict.ipynb #bd31a9cb
 def _what_next(row):
     "What would decide an undecided arm"
     if row.guessing == 'yes':
@@ -343,7 +343,7 @@ def _against_duplicates(table, best):
     change = f'{best} {table.difference_duplicate[best]:+.3f}'
     return f' Against as many real images a step (duplicate_real), {" and ".join(said)}; {change}.'
 
-
+# %% ../../nbs/09_study/10_verdict.ipynb #f7662086
 _REST = dict(
     hurts=('hurts', 'hurt'),
     equivalent=('changes nothing that matters', 'change nothing that matters'),
@@ -447,7 +447,7 @@ def _repr_html_(self: Study) -> str:  # HTML
         table = results['verdict'].set_index('arm')
         margin, one = self.plan['margin'], self.one_generator
         cards = self.say(''.join(_card(arm, row, margin, one) for arm, row in table.iterrows()))
-        said = f'<p class="answer"><strong>{html.escape(study_in_words(self, table))}</strong></p>'
+        said = f'<p class="answer"><strong>{html.escape(self.say(study_in_words(self, table)))}</strong></p>'
     else:
         said, cards = '', html.escape(_progress(self))
     return (
