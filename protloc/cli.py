@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .core import MOST_IMAGES, InputError, one_line, read_config
 from .ending import answered, command_name, ends_in, fitting, sentence_of, speak_any_terminal, stoppable
-from .files import check_outputs, exclusive, is_cut_off, read_text, sweep
+from .files import check_outputs, exclusive, is_cut_off, read_json, read_text, sweep
 
 # %% ../nbs/11_cli.ipynb #4fcc7f12
 app = typer.Typer(
@@ -1156,7 +1156,7 @@ FidelityOut = Annotated[
     Optional[Path], typer.Option(help='Folder of the page and its tables; SYNTHETIC-fidelity by default.')
 ]
 MostCompared = Annotated[int, typer.Option(min=10, max=100_000, help='Images of a kind that are compared.')]
-Halves = Annotated[int, typer.Option(min=0, max=1000, help='Random halves of the images, for the intervals.')]
+Halves = Annotated[int, typer.Option(min=0, max=1000, help='Random halves of the images, for the intervals; 0: none.')]
 
 # %% ../nbs/11_cli.ipynb #57ad21d0
 @app.command()
@@ -1167,7 +1167,7 @@ def fidelity(
     features: Features = 'classifier',
     out: FidelityOut = None,
     most: MostCompared = 2000,
-    halves: Halves = 20,
+    halves: Halves = 10,
     seed: Seed = 0,
     palette: Palette = 'stains',
     overwrite: Overwrite = False,
@@ -1211,6 +1211,13 @@ def _compared(real, synthetic, classifier):
         return stores, None
     judge, card = load_classifier(classifier)
     stores[0].kind.must_match(ImageKind.of(card, str(classifier)), mend='give a classifier of these images')
+    settings = Path(classifier) / 'settings.json'
+    strategy = read_json(settings).get('strategy', 'real') if settings.exists() else 'real'
+    if strategy not in ('real', 'duplicate_real'):
+        print(
+            f'Note: {classifier} was trained with synthetic images ({strategy}): it may read them too well.',
+            file=sys.stderr,
+        )
     return stores, judge
 
 # %% ../nbs/11_cli.ipynb #557e8ea8

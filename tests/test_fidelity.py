@@ -21,7 +21,7 @@ from protloc.data.store import ImageStore, StoreWriter
 from protloc.evaluate import fidelity as distances
 from protloc.evaluate.examination import Reference
 from protloc.evaluate.features import Extractor, classifier_features
-from protloc.evaluate.fidelity_page import FidelityPage, turned
+from protloc.evaluate.fidelity_page import FidelityPage, in_short, table_measures, turned
 from protloc.evaluate.linear import domain_auc
 from protloc.training import seeded
 
@@ -71,6 +71,9 @@ def test_neighbourhoods_by_a_tree():
     assert distances.precision_recall(real, synthetic) == pytest.approx(expected, abs=1e-6)
     assert distances.density(real, synthetic) == pytest.approx(in_real.sum(0).mean() / 3, abs=1e-6)
     assert distances.coverage(real, synthetic) == pytest.approx(in_real.any(1).mean(), abs=1e-6)
+    far = real + 1000, synthetic + 1000
+    assert distances.coverage(*far) == pytest.approx(in_real.any(1).mean(), abs=0.02)
+    assert distances.density(*far) == pytest.approx(in_real.sum(0).mean() / 3, abs=0.02)
 
 
 def test_telling_apart_by_a_logistic_regression():
@@ -147,9 +150,10 @@ def test_known_answers(kind, cells, reference, tmp_path):
     if kind == 'itself':  # the very images that are the reference
         assert numbers['frechet'] == pytest.approx(0, abs=1e-3) and numbers['precision'] == numbers['recall'] == 1
         assert numbers['diversity'] == pytest.approx(1, abs=1e-5) and numbers['domain_auc'] < 0.6
-        assert (copies.p > 0.05).all()
+        assert (copies.p > 0.05).all() and (copies['copies'] == 0).all() and (copies.copies_of_unseen == 120).all()
     elif kind in ('copies', 'mirrored'):
         assert copies.loc['pixels', 'share'] == 1 and copies.loc['pixels', 'p'] < 1e-6
+        assert (copies['copies'] == len(known)).all()
         assert copies.loc['features', 'share'] > 0.95
         assert numbers['domain_auc_pixels'] < 0.65  # a copy looks like any other real image
     elif kind == 'noise':
@@ -159,7 +163,7 @@ def test_known_answers(kind, cells, reference, tmp_path):
         assert (stains['deviation'].abs() > 0.8).any() and found.detail.ratio.max() > 5
         assert (found.drift.synthetic > 3 * found.drift.floor).all()
     else:
-        assert copies.loc['pixels', 'near'] >= 10
+        assert copies.loc['pixels', 'near'] >= 10 and (copies['copies'] == 10).all()
         pairs = found.copies.pairs
         nearest = pairs[pairs.way == 'pixels'].nsmallest(10, 'distance')
         assert sorted(nearest.training) == sorted(known[:10]) and copies.loc['pixels', 'p'] < 1e-3
@@ -171,16 +175,70 @@ def test_a_turned_copy_is_shown_as_its_training_image_lies(way, cells, tmp_path)
     real, _, _ = cells
     known = real.rows('train')
     images = np.rot90(real.images[known[:40]], 1, (2, 3))[:, :, ::-1]
-
-    def quarters(images):
-        return images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2)).flatten(1)
-
     drawn = written(tmp_path / 'drawn', images, real, known[:40])
     found = Reference(real, Extractor('quarters', quarters)).examine(drawn).copies.pairs
     some = found[found.way == way]
     assert some.training.tolist() == known[some.synthetic].tolist()
     back = [turned(drawn.images[int(row.synthetic)], int(row.view), way) for row in some.itertuples()]
     assert np.array_equal(np.stack(back), real.images[some.training.to_numpy()])
+
+
+def with_splits(path, real, splits):
+    "A store of some images in other splits: (row, split) each"
+    with StoreWriter(path, real.channels, real.vocab, real.size) as writer:
+        for i, (row, split) in enumerate(splits):
+            writer.add(real.images[row], target=real.table.target[row], id=f'{i}', group=f'{i}', split=split)
+    return ImageStore(path)
+
+
+@pytest.fixture
+def brightness():
+    return Extractor('quarters', quarters)
+
+
+def quarters(images):
+    return images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2)).flatten(1)
+
+
+def test_a_leaked_image_does_not_hide_copies(cells, brightness, tmp_path):
+    "One unseen image that is a training image says nothing of how near new images come"
+    real, _, _ = cells
+    known, unseen = real.rows('train'), real.rows('val')
+    splits = [*((row, 'train') for row in known), (known[0], 'val'), *((row, 'val') for row in unseen[1:])]
+    leaky = with_splits(tmp_path / 'leaky', real, splits)
+    noisy = np.clip(real.images[known] + np.random.default_rng(0).integers(-3, 4, real.images[known].shape), 0, 255)
+    drawn = written(tmp_path / 'drawn', noisy.astype(np.uint8), real, known)
+    copies = Reference(leaky, brightness).examine(drawn).copies.table
+    assert (copies.share > 0.95).all() and (copies['copies'] == len(known)).all()
+
+
+def test_few_exact_copies_are_named(cells, brightness, tmp_path):
+    "Though chance would bring as many near ones"
+    real, _, _ = cells
+    unseen = real.rows('val')
+    images = real.images[unseen] // 2
+    images[:, :] = np.random.default_rng(0).permutation(images)
+    images[:3] = real.images[real.rows('train')[:3]]
+    drawn = written(tmp_path / 'drawn', images, real, unseen)
+    found = Reference(real, brightness).examine(drawn)
+    said = ' '.join(in_short(found))
+    assert '3 of 120 synthetic images are copies of a training image, 117 of an unseen image' in said
+
+
+@pytest.mark.parametrize('splits', [('train', 'test'), ('', '')])
+def test_without_a_validation_split(splits, cells, brightness, tmp_path):
+    real, _, _ = cells
+    known, unseen = real.rows('train'), real.rows('val')
+    store = with_splits(
+        tmp_path / 'real', real, [*((row, splits[0]) for row in known), *((row, splits[1]) for row in unseen)]
+    )
+    drawn = written(tmp_path / 'drawn', real.images[known], real, known)
+    found = Reference(store, brightness).examine(drawn)
+    first, said = found.copies.table.iloc[0], ' '.join(in_short(found))
+    if splits[1] == 'test':
+        assert first.copies == len(known) and first.copies_of_unseen == 0 and 'halves' not in said
+    else:
+        assert first.copies + first.copies_of_unseen == len(known) and 'cut into two halves' in said
 
 
 def test_images_of_one_group_are_no_test(cells, tmp_path):
@@ -217,6 +275,37 @@ def test_command_page_and_tables(cells, protloc, tmp_path):
     again, _, err = protloc(*words)
     assert again == 2 and 'exists already' in err
     assert protloc(*words, '--overwrite', '--palette', 'safe')[0] == 0
+    (examined / 'mine.txt').write_text('mine')
+    again, _, err = protloc(*words, '--overwrite')
+    assert again == 2 and 'mine.txt' in err and (examined / 'mine.txt').read_text() == 'mine'
+
+
+def test_no_verdict_without_an_interval(cells, reference):
+    "What is not known to differ is not said to"
+    real, _, _ = cells
+    other = reference.examine(real)
+    assert set(table_measures(other.overall).difference) == {''}
+
+
+FAULTS = dict(
+    raises='    raise KeyError(3)',
+    ends='    raise SystemExit(3)',
+    flat='    return images.float().mean()',
+    empty='    return images.float().mean((2, 3))[:, :0]',
+    infinite='    return images.float().mean((2, 3)) / 0',
+    huge='    return images.float().mean((2, 3)) * 1e30',
+    turned='    return images.float().mean((2, 3))[:, : len(images)]',
+)
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_faults_of_own_features_are_one_sentence(fault, cells, protloc, tmp_path, monkeypatch):
+    real, _, _ = cells
+    drawn = written(tmp_path / 'drawn', real.images[:3], real, range(3))
+    (tmp_path / f'own_{fault}.py').write_text(f'def features(images):\n{FAULTS[fault]}\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = protloc('fidelity', real.path, drawn.path, '--features', f'own_{fault}:features')
+    assert code == 2 and f'own_{fault}:features' in err and len(err.strip().splitlines()[-1]) < 300
 
 
 def test_other_programs_images(cells, protloc, tmp_path):

@@ -117,6 +117,7 @@ def test_the_notebook_runs_on_from_the_runs_folder(finished, tmp_path, monkeypat
     for source in first:
         exec(source, names)
     assert names['results'].run.path.samefile(run.path)
+    assert eval('what_to_do(results)', names).data.startswith('<ol')  # its commands name the folder
 
 
 def test_an_unknown_palette_is_refused_before_anything_changes(finished):

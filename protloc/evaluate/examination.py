@@ -21,7 +21,7 @@ from ..core import InputError, rng_for, shown
 from ..data.store import ImageStore
 from .detail import band_ratios
 from .drift import batchnorm_drift, batchnorm_inputs
-from .examined import MEASURES, SHARES, Examination
+from .examined import MEASURES, Examination, within_bounds
 from .features import Extractor
 from .features import features as read
 from .fidelity import compare_features, diversity
@@ -31,8 +31,8 @@ from .memorisation import find_copies, known_images
 from .statistics import compare_statistics, image_statistics
 
 # %% auto #0
-__all__ = ['FEW', 'MOST_TRAINING', 'MOST_COPIES', 'BY_CLASS', 'ImageSet', 'some_of', 'real_sides', 'labels_for', 'compare_sets',
-           'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'note_of', 'Reference']
+__all__ = ['FEW', 'MOST_TRAINING', 'MOST_COPIES', 'BY_CLASS', 'ImageSet', 'some_of', 'split_of', 'real_sides', 'labels_for',
+           'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'note_of', 'Reference']
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #b0af0956
 @dataclass(frozen=True)
@@ -78,13 +78,22 @@ def some_of(
     return rng_for(seed, 'examination', name).permutation(rows)[:most]
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #8708c4f5
+def split_of(
+    real: ImageStore,
+) -> str:  # 'val', 'test', or '' where there is no such split beside 'train'
+    "The split of the unseen images"
+    splits = set(real.table.split)
+    return next((name for name in ('val', 'test') if {name, 'train'} <= splits), '')
+
+
 def real_sides(
     real: ImageStore,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of unseen and of other real images
-    "The splits 'val' and 'train', or two halves of the groups where they are not there"
-    if {'train', 'val'} <= set(real.table.split):
-        return real.rows('val'), real.rows('train')
+    "The splits 'val', or 'test', and 'train'; two halves of the groups where they are not there"
+    unseen = split_of(real)
+    if unseen:
+        return real.rows(unseen), real.rows('train')
     groups = rng_for(seed, 'halves').permutation(real.table.group.unique())
     half = real.table.group.isin(groups[: len(groups) // 2]).to_numpy()
     if not half.any() or half.all():
@@ -150,13 +159,19 @@ def half_of(
 def standard_errors(
     reference: ImageSet,
     images: ImageSet,
+    other: ImageSet,  # more real images, for the floor
     halves: int,  # random halves
     seed: int = 0,
-) -> dict[str, float]:  # by the names of `MEASURES`
-    "The spread of every number over random halves of the images"
+) -> tuple[dict[str, float], dict[str, float]]:  # of the number, and of its difference from the floor
+    "The spread of every number over random halves of the images; by the names of `MEASURES`"
     rng = rng_for(seed, 'halves')
-    sides = [(half_of(reference, rng), half_of(images, rng)) for _ in range(halves)]
-    return dict(pd.DataFrame([compare_sets(*both, seed, with_frechet=False) for both in sides]).std(ddof=1))
+    values, floors = [], []
+    for _ in range(halves):
+        half = half_of(reference, rng)
+        values.append(compare_sets(half, half_of(images, rng), seed, with_frechet=False))
+        floors.append(compare_sets(half, half_of(other, rng), seed, with_frechet=False))
+    each, floor = pd.DataFrame(values), pd.DataFrame(floors)
+    return dict(each.std(ddof=1)), dict((each - floor).std(ddof=1))
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #0c1bf3b6
 BY_CLASS = ('kernel', 'precision', 'recall', 'density', 'coverage', 'domain_auc')
@@ -247,16 +262,17 @@ def _summarise(self: Reference, synthetic, halves):
     n, num_features = min(map(len, (self.unseen, synthetic, self.other))), self.unseen.points.shape[1]
     sides = [images.first([n]) for images in (self.unseen, synthetic)]
     value, floor = compare_sets(*sides, self.seed), self.floor(n)
-    errors = standard_errors(*sides, halves, self.seed) if halves else dict.fromkeys(MEASURES, np.nan)
+    nothing = dict.fromkeys(MEASURES, np.nan)
+    others = self.other.first([n])
+    errors, doubts = standard_errors(*sides, others, halves, self.seed) if halves > 1 else (nothing, nothing)
+    t_quantile = stats.t.ppf(0.975, max(halves - 1, 1))
     rows = []
     for name in MEASURES:
-        half = stats.t.ppf(0.975, max(halves - 1, 1)) * errors[name]
-        low, high = value[name] - half, value[name] + half
-        if name in SHARES:
-            low, high = np.clip([low, high], 0, 1)
-        span = dict(value=value[name], low=low, high=high, floor=floor[name])
+        half = t_quantile * errors[name]
+        low, high = within_bounds(name, value[name] - half, value[name] + half)
+        span = dict(value=value[name], low=low, high=high, floor=floor[name], doubt=t_quantile * doubts[name])
         rows.append(dict(measure=name, **span, images=n, note=note_of(name, n, num_features)))
-    return pd.DataFrame(rows).assign(features=self.extractor.name)
+    return pd.DataFrame(rows).assign(features=self.extractor.name, reference=split_of(self.real))
 
 
 @patch

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MEASURES', 'SHARES', 'Copies', 'Examination']
+__all__ = ['MEASURES', 'CHANCE', 'SHARES', 'within_bounds', 'Copies', 'Examination']
 
 # %% ../../nbs/08_evaluate/07_examined.ipynb #dd756e88
 MEASURES = {  # name -> in words; what equal sets reach; what is better ('like': what is like the floor)
@@ -26,13 +27,25 @@ MEASURES = {  # name -> in words; what equal sets reach; what is better ('like':
     'domain_auc_pixels': ('told apart from real ones by brightness and colocalisation of stains: AUC', '0.5', 'lower'),
     'learned_from': ('learned from, tested on real ones: mAP of a linear model', '', 'higher'),
 }
+CHANCE = 0.025  # level of each of the two ways in which copies are looked for
 SHARES = ('precision', 'recall', 'coverage', 'domain_auc', 'domain_auc_pixels', 'learned_from')  # lie in [0, 1]
+
+
+def within_bounds(
+    measure: str,  # in `MEASURES`
+    *values: float,  # ends of an interval
+) -> tuple[float, ...]:
+    "The values, no lower and no higher than the measure can be"
+    least = -np.inf if measure == 'kernel' else 0
+    return tuple(float(np.clip(value, least, 1 if measure in SHARES else np.inf)) for value in values)
 
 # %% ../../nbs/08_evaluate/07_examined.ipynb #32d65561
 class Copies(NamedTuple):
     "What was found, and in which images"
 
-    table: pd.DataFrame  # a row a way of comparing ('pixels', 'features'): columns of `suspicious`, training
+    table: (
+        pd.DataFrame
+    )  # a row a way of comparing ('pixels', 'features'): columns of `suspicious`, training, copies, copies_of_unseen
     pairs: pd.DataFrame  # a row a synthetic image and way: way, synthetic, training (positions), view, distance, limit
     unseen: pd.DataFrame  # a row an unseen real image and way: way, distance
 
@@ -41,7 +54,7 @@ class Copies(NamedTuple):
 class Examination:
     "What was measured between two stores"
 
-    overall: pd.DataFrame  # a row a measure: measure, value, low, high, floor, images, note, features
+    overall: pd.DataFrame  # a row a measure: measure, value, low, high, floor, doubt, images, note, features, reference
     classes: pd.DataFrame  # a row a class and measure: class, measure, value, floor, images
     statistics: pd.DataFrame  # a row a statistic and stain, see `compare_statistics`
     detail: pd.DataFrame  # a row a stain and band: channel, band, ratio, low, high, real

@@ -24,7 +24,7 @@ from ..data.store import ImageStore
 from ..plots import colours_of
 
 # %% auto #0
-__all__ = ['features', 'Extractor', 'classifier_features', 'inception_features', 'own_features', 'open_features']
+__all__ = ['LARGEST', 'features', 'Extractor', 'classifier_features', 'inception_features', 'own_features', 'open_features']
 
 # %% ../../nbs/08_evaluate/02_features.ipynb #f6666731
 def features(
@@ -42,6 +42,9 @@ def features(
     return map_batches(classifier, store, rows, features_and_probabilities, batch_size)
 
 # %% ../../nbs/08_evaluate/02_features.ipynb #bec0d9a9
+LARGEST = 1e9  # absolute value of a feature
+
+
 class Extractor(nn.Module):
     "Turns images into features"
 
@@ -51,7 +54,7 @@ class Extractor(nn.Module):
         function: Callable,  # function(images (N, C, S, S) uint8 tensor) -> (N, F) tensor; a module is moved along
     ):
         super().__init__()
-        self.name, self.function = name, function
+        self.name, self.function, self.width = name, function, 0
         self.register_buffer('device_of', torch.zeros(()))
 
     def forward(
@@ -60,11 +63,15 @@ class Extractor(nn.Module):
     ) -> Tensor:  # (N, F) float32
         "Features; raises `InputError` for what are none"
         found = self.function(images)
-        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
+        right = isinstance(found, Tensor) and found.dim() == 2 and len(found) == len(images) and found.shape[1] > 0
+        if not right or found.is_complex():
             shape = tuple(getattr(found, 'shape', ())) or type(found).__name__
-            raise InputError(f'{self.name} returns {shape} for {len(images)} images: return a tensor (N, F)')
-        if not found.isfinite().all():
-            raise InputError(f'{self.name} returns features that are not finite: mend it')
+            raise InputError(f'{self.name} returns {shape} for {len(images)} images: return real numbers (N, F)')
+        if found.shape[1] != (self.width or found.shape[1]):
+            raise InputError(f'{self.name} returns {found.shape[1]} features after {self.width}: return as many always')
+        if not (found.isfinite() & (found.abs() < LARGEST)).all():
+            raise InputError(f'{self.name} returns features that are not finite, or too large: mend it')
+        self.width = found.shape[1]
         return found.float()
 
     def of(
@@ -120,12 +127,21 @@ def own_features(
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever a user's module raises
+        if not callable(found):
+            raise TypeError('it is no function')
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         why = one_line(error)
         raise InputError(f"features '{address}' cannot be had ({why}): name a module and a function in it") from None
     finally:
         sys.path.pop(0)
-    return Extractor(address, found)
+
+    def see(images):
+        try:
+            return found(images)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"features '{address}' fail ({one_line(error)}): mend the function") from None
+
+    return Extractor(address, see)
 
 
 def open_features(

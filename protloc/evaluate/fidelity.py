@@ -18,8 +18,8 @@ from .label_fidelity import label_fidelity, label_fidelity_by_class, micro_label
 from ..labels import Vocabulary
 
 # %% auto #0
-__all__ = ['frechet_distance', 'kernel_distance', 'knn_radius', 'covered_share', 'precision_recall', 'coverage', 'density',
-           'diversity', 'mean_interval', 'compare_features', 'measure']
+__all__ = ['frechet_distance', 'kernel_distance', 'distances', 'knn_radius', 'covered_share', 'precision_recall', 'coverage',
+           'density', 'diversity', 'mean_interval', 'compare_features', 'measure']
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #0fb268bf
 def _in_their_span(real, synthetic):
@@ -55,6 +55,15 @@ def kernel_distance(
     return poly_mmd(real[:n].double(), synthetic[:n].double()).item()
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #bb2242e7
+def distances(
+    one: Tensor,  # (n, F) features
+    other: Tensor,  # (m, F) features
+) -> Tensor:  # (n, m) float64
+    "Euclidean distances, exact to rounding wherever the features lie"
+    middle = other.double().mean(0)
+    return torch.cdist(one.double() - middle, other.double() - middle)
+
+
 def knn_radius(
     points: Tensor,  # (n, F) features
     k: int = 3,  # neighbours
@@ -62,7 +71,7 @@ def knn_radius(
     "Distance of each point to its k-th nearest neighbour among the others; raises `InputError` for too few points"
     if not 1 <= k < len(points):
         raise InputError(f'{k} neighbours of an image need more than {len(points)} images: take more, or fewer blocks')
-    return torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+    return distances(points, points).kthvalue(k + 1, dim=1).values
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #8cbf951c
 def covered_share(
@@ -71,7 +80,7 @@ def covered_share(
     k: int = 3,  # neighbours
 ) -> float:  # in [0, 1]
     "Share of points within the kNN radius of some member of a set"
-    return (torch.cdist(points, by) <= knn_radius(by, k)).any(1).float().mean().item()
+    return (distances(points, by) <= knn_radius(by, k)).any(1).float().mean().item()
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #b2c8062d
 def precision_recall(
@@ -89,7 +98,7 @@ def coverage(
     k: int = 3,  # neighbours
 ) -> float:  # in [0, 1]
     "Share of real images that have a synthetic one within their kNN radius (Naeem et al. 2020)"
-    return (torch.cdist(real, synthetic) <= knn_radius(real, k)[:, None]).any(1).float().mean().item()
+    return (distances(real, synthetic) <= knn_radius(real, k)[:, None]).any(1).float().mean().item()
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #4971abdc
 def density(
@@ -98,7 +107,7 @@ def density(
     k: int = 3,  # neighbours
 ) -> float:  # 0 or more
     "In how many of the real images' kNN regions a synthetic image lies, over k (Naeem et al. 2020)"
-    return ((torch.cdist(synthetic, real) <= knn_radius(real, k)).sum(1).float().mean() / k).item()
+    return ((distances(synthetic, real) <= knn_radius(real, k)).sum(1).float().mean() / k).item()
 
 # %% ../../nbs/08_evaluate/03_fidelity.ipynb #f5843f22
 def diversity(

@@ -22,25 +22,25 @@ from .. import __version__
 from ..core import InputError
 from ..data.readers.tables import write_table
 from ..data.store import ImageStore
-from .examined import MEASURES, Examination
+from .examined import CHANCE, MEASURES, Examination
 from ..files import atomic_path, write_json, write_text
 from ..pages import WIDE, is_wide, named_numbers, page_html, show, table_html
 from ..plots import despine, legend_above, plain, show_cells
 
 # %% auto #0
-__all__ = ['PANELS', 'SYNTHETIC', 'REAL', 'stands', 'table_measures', 'fig_classes_fidelity', 'fig_detail', 'fig_statistics',
-           'turned', 'fig_pairs', 'fig_distances', 'copies_in_words', 'fig_drift', 'FidelityPage', 'in_short',
-           'fidelity_html', 'check_examined', 'write_fidelity']
+__all__ = ['PANELS', 'SYNTHETIC', 'REAL', 'TABLES', 'stands', 'table_measures', 'fig_classes_fidelity', 'fig_detail',
+           'fig_statistics', 'turned', 'fig_pairs', 'fig_distances', 'copied_in_words', 'copies_in_words', 'fig_drift',
+           'FidelityPage', 'in_short', 'fidelity_html', 'check_examined', 'write_fidelity']
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #e91feeac
 def stands(
     row: pd.Series,  # of `Examination.overall`
 ) -> str:
     "Where a number stands beside the floor"
-    if not np.isfinite(row.value) or not np.isfinite(row.floor):
+    if not np.isfinite(row.value - row.floor) or not np.isfinite(row.doubt):
         return ''
     better = MEASURES[row.measure][2]
-    if np.isfinite(row.low) and row.low <= row.floor <= row.high:
+    if abs(row.value - row.floor) <= row.doubt:
         return 'no difference shown'
     if better == 'like':
         return 'higher' if row.value > row.floor else 'lower'
@@ -241,6 +241,15 @@ def fig_distances(
     return fig
 
 
+def copied_in_words(
+    row: pd.Series,  # of the table of `Copies`
+) -> str:
+    "How many synthetic images are images of the real store"
+    known = f'{row.copies:,.0f} of {row.images:,.0f} synthetic images are copies of a training image'
+    unseen = f', {row.copies_of_unseen:,.0f} of an unseen image' if row.copies_of_unseen else ''
+    return f'{known}{unseen} (correlation of .99 or more, turned and mirrored views included).'
+
+
 def copies_in_words(
     table: pd.DataFrame,  # of `Copies`
 ) -> str:
@@ -248,15 +257,16 @@ def copies_in_words(
     said = []
     for row in table.itertuples():
         more = f'more than chance brings (p {"below .001" if row.p < 0.001 else f"{row.p:.3f}".lstrip("0")})'
-        verdict = more if row.p < 0.05 else f'{row.needed:.0f} or more would be more than chance'
+        verdict = more if row.p < CHANCE else f'{row.needed:.0f} or more would be more than chance'
         said.append(
             f'By {row.way}, {row.near:,.0f} of {row.images:,.0f} synthetic images lie nearer to one of'
             f' {row.training:,.0f} training images than 99 % of unseen images do; about'
             f' {row.expected * row.images:.0f} would by chance, {verdict}.'
         )
-    return ' '.join(
-        [*said, 'This finds copying on a large scale; a few copies would not show: look at the nearest pairs.']
-    )
+    first = table.iloc[0]
+    exact = [copied_in_words(first)] if first.copies or first.copies_of_unseen else []
+    end = 'A count finds copying on a large scale; a few images that are nearly copies would not show in it.'
+    return ' '.join([*exact, *said, end])
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #2e470b9c
 def fig_drift(
@@ -383,8 +393,8 @@ def copies(self: FidelityPage) -> HTML:
         'copies',
         partial(fig_distances, copies.pairs, copies.unseen, called=self.called),
         'How near the nearest training image is, turned and mirrored views included. Left of the dotted line lie 1 %'
-        f' of the unseen {self.called} images; synthetic images there are suspicious. The rest of a curve says how'
-        ' like the training images they are on the whole.',
+        f' of the unseen {self.called} images (one at least); synthetic images there are suspicious.'
+        ' The rest of a curve says how like the training images they are on the whole.',
         named_numbers(copies.pairs.groupby('way').distance.median(), 'median {:.3g}'),
     )
     pairs = self._show(
@@ -437,7 +447,15 @@ def in_short(
         )
     table = found.copies.table
     counts = ', '.join(f'{row.near:.0f} by {row.way}' for row in table.itertuples())
-    more = 'more' if (table.p < 0.05).any() else 'no more'
+    more = 'more' if (table.p < CHANCE).any() else 'no more'
+    first = table.iloc[0]
+    if first.copies or first.copies_of_unseen:
+        said.append(copied_in_words(first))
+    if not found.overall.reference.iloc[0]:
+        said.append(
+            'The real images have no splits train and val (or test): they were cut into two halves, one of which stands'
+            ' for training images; copies of the other half are counted as copies of unseen images.'
+        )
     said.append(
         f'Copies: {more} of {table.images.iloc[0]:,.0f} images than chance would bring lie suspiciously near to a'
         f' training image ({counts}; about {table.expected.iloc[0] * table.images.iloc[0]:.0f} expected).'
@@ -471,12 +489,20 @@ def fidelity_html(
     return page_html(''.join(parts), title)
 
 # %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #96b180e4
+TABLES = ('fidelity', 'fidelity_classes', 'statistics', 'detail', 'copies', 'nearest', 'nearest_unseen', 'drift')
+
+
 def check_examined(
     folder: Path,
 ):
     "Raise `InputError` for a folder, to be replaced, that holds something else than an examination"
-    if folder.exists() and not (folder / 'fidelity.json').is_file():
-        raise InputError(f'{folder} holds something else than an examination: choose another name with --out')
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise InputError(f'{folder} is no folder: choose another name with --out')
+    ours = {'fidelity.json', 'fidelity.html', 'figures', *(f'{name}.csv' for name in TABLES)}
+    strange = sorted({path.name for path in folder.glob('*')} - ours) if folder.exists() else []
+    if strange or folder.exists() and not (folder / 'fidelity.json').is_file():
+        what = strange[0] if strange else 'something else than an examination'
+        raise InputError(f'{folder} holds {what}, which is not to be replaced: choose another name with --out')
 
 
 def write_fidelity(

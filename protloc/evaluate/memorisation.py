@@ -15,14 +15,15 @@ from torch import Tensor
 
 from ..classify.predict import map_batches, symmetries
 from ..core import InputError
-from ..data.duplicates import apply_symmetry, fingerprints
+from ..data.duplicates import Likeness, apply_symmetry, fingerprints
 from ..data.store import ImageStore
-from .examined import Copies
+from .examined import CHANCE, Copies
 from .features import Extractor
+from .fidelity import distances
 
 # %% auto #0
-__all__ = ['STRICTNESS', 'Nearest', 'nearest_pixels', 'nearest_features', 'limit_of', 'suspicious', 'Known', 'known_images',
-           'find_copies']
+__all__ = ['STRICTNESS', 'COPY', 'Nearest', 'nearest_pixels', 'nearest_features', 'limit_of', 'suspicious', 'Known',
+           'known_images', 'find_copies']
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #5bb7e73b
 class Nearest(NamedTuple):
@@ -51,12 +52,12 @@ def nearest_pixels(
 ) -> Nearest:  # distance: one minus the correlation, 0 to 2
     "The training image of the most similar structure"
 
-    def distances(some, others):
+    def uncorrelated(some, others):
         return 1 - some @ others.T
 
     own = fingerprints(images)
     views = [torch.from_numpy(apply_symmetry(own, number).reshape(len(own), -1)) for number in range(8)]
-    return _nearest(views, torch.from_numpy(training.reshape(len(training), -1)), distances)
+    return _nearest(views, torch.from_numpy(training.reshape(len(training), -1)), uncorrelated)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #3942d6f7
 def nearest_features(
@@ -71,10 +72,11 @@ def nearest_features(
     def see(images):
         return tuple(extractor(view.contiguous()) for view in symmetries(images))
 
-    return _nearest(map_batches(extractor, store, rows, see, 64, progress), training, torch.cdist)
+    return _nearest(map_batches(extractor, store, rows, see, 64, progress), training, distances)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #d09fd473
 STRICTNESS = 0.01  # share of unseen real images that are as near
+COPY = 1 - Likeness().similarity  # distance by pixels below which two images are one
 
 
 def limit_of(
@@ -106,7 +108,7 @@ def suspicious(
         high=interval.high,
         expected=place / (len(unseen) + 1),
         p=float(chance.sf(near - 1)),
-        needed=int(chance.isf(0.05)) + 1,
+        needed=int(chance.isf(CHANCE)) + 1,
         limit=limit,
     )
 
@@ -117,6 +119,7 @@ class Known(NamedTuple):
     rows: np.ndarray  # (m,) positions in the store of real images
     points: Tensor  # (m, F) features
     prints: np.ndarray  # (m, C, k, k) of `fingerprints`
+    unseen_prints: np.ndarray  # the same of unseen real images
     unseen: dict[str, Nearest]  # 'pixels' and 'features' -> of unseen real images
 
 
@@ -136,7 +139,11 @@ def known_images(
 ) -> Known:
     "Read the training images"
     points, prints = extractor.of(real, training), fingerprints(real.images[training])
-    return Known(training, points, prints, _nearest_both(real, unseen, extractor, points, prints))
+    found = _nearest_both(real, unseen, extractor, points, prints)
+    new = found['pixels'].distance >= COPY  # an unseen image that is a training image says nothing of new ones
+    if new.any():
+        found = {way: Nearest(*(values[new] for values in nearest)) for way, nearest in found.items()}
+    return Known(training, points, prints, fingerprints(real.images[unseen]), found)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #a712cb6d
 def find_copies(
@@ -147,11 +154,14 @@ def find_copies(
 ) -> Copies:
     "Compare synthetic images with training images, in pixels and in features"
     found = _nearest_both(synthetic, rows, extractor, known.points, known.prints)
+    same = found['pixels'].distance < COPY
+    same_as_unseen = nearest_pixels(synthetic.images[rows], known.unseen_prints).distance < COPY
+    exact = dict(copies=int(same.sum()), copies_of_unseen=int((same_as_unseen & ~same).sum()))
     counted, pairs, unseen = [], [], []
     for way, drawn in found.items():
-        distances = known.unseen[way].distance
-        counted.append(dict(way=way, training=len(known.rows), **suspicious(drawn.distance, distances)))
+        others = known.unseen[way].distance
+        counted.append(dict(way=way, training=len(known.rows), **suspicious(drawn.distance, others), **exact))
         pair = dict(synthetic=rows, training=known.rows[drawn.row], view=drawn.view, distance=drawn.distance)
         pairs.append(pd.DataFrame(dict(way=way, **pair, limit=counted[-1]['limit'])))
-        unseen.append(pd.DataFrame(dict(way=way, distance=distances)))
+        unseen.append(pd.DataFrame(dict(way=way, distance=others)))
     return Copies(pd.DataFrame(counted), *(pd.concat(some, ignore_index=True) for some in (pairs, unseen)))

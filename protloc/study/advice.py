@@ -33,7 +33,8 @@ def _again(study, out, *settings):
 
 
 def _beside(study, ending):
-    return study.run.path.with_name(f'{study.run.path.name}-{ending}')
+    path = study.run.path.resolve()  # a notebook in the run's folder calls it '.'
+    return path.with_name(f'{path.name}-{ending}')
 
 # %% ../../nbs/09_study/11_advice.ipynb #9a0a88f9
 def _row(compared, against, arm):

@@ -12,11 +12,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier
-from ..evaluate.examination import SHARES, Examination, Reference
+from ..evaluate.examination import Reference
+from ..evaluate.examined import Copies, Examination, within_bounds
 from ..evaluate.features import classifier_features
 from ..evaluate.fidelity import mean_interval
 from ..evaluate.label_fidelity import label_fidelity_by_class
-from ..evaluate.memorisation import Copies, suspicious
+from ..evaluate.memorisation import suspicious
 from .scores import Study
 
 # %% auto #0
@@ -52,10 +53,11 @@ def _overall(tables):
     rows = []
     for name, one in every.groupby('measure', sort=False):
         value, low, high = mean_interval(one.value.to_numpy())
-        if name in SHARES:
-            low, high = np.clip([low, high], 0, 1)
+        doubt = high - value
+        low, high = within_bounds(name, low, high)
         first = one.iloc[0]
-        rows.append({**first, 'measure': name, 'value': value, 'low': low, 'high': high, 'floor': one.floor.mean()})
+        row = dict(measure=name, value=value, low=low, high=high, floor=one.floor.mean(), doubt=doubt)
+        rows.append({**first, **row})
     return pd.DataFrame(rows).reset_index(drop=True)
 
 
@@ -63,11 +65,13 @@ def _copies(found):
     "Nearest training images of all replicates, counted together"
     pairs = pd.concat([one.copies.pairs.assign(replicate=number) for number, one in found.items()], ignore_index=True)
     unseen, training = (getattr(next(iter(found.values())).copies, name) for name in ('unseen', 'table'))
+    exact = ('copies', 'copies_of_unseen')
     rows = [
         dict(
             way=way,
             training=size,
             **suspicious(some.distance.to_numpy(), unseen[unseen.way == way].distance.to_numpy()),
+            **{name: sum(one.copies.table[name].iloc[0] for one in found.values()) for name in exact},
         )
         for (way, some), size in zip(pairs.groupby('way', sort=False), training.training, strict=True)
     ]
@@ -80,7 +84,7 @@ STAGES = 5  # of an examination, for the progress bar
 def _label_fidelities(study):
     "As rows of `Examination.classes`: read by each replicate's own classifier"
     table = fidelity_by_class(study)
-    images = np.minimum(study.synthetic.labels.sum(0), study.labels('val').sum(0)).astype(int)
+    images = np.minimum(study.run.open_synthetic(study.judged[0]).labels.sum(0), study.labels('val').sum(0)).astype(int)
     columns = {'class': list(study.real.vocab), 'value': table.synthetic.to_numpy(), 'floor': table.real.to_numpy()}
     return pd.DataFrame({**columns, 'images': images, 'measure': 'label_fidelity'})
 

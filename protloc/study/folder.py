@@ -464,7 +464,19 @@ def read_predictions(
 # columns of the results that hold texts
 NAMES = ('against', 'agreement', 'arm', 'channel', 'class', 'equivalent', 'guessing', 'rising', 'score', 'split')
 NAMES += ('other_scores', 'verdict', 'verdict_duplicate', 'worth')
-NAMES += ('features', 'layer', 'measure', 'note', 'predictor', 'shown', 'stain', 'statistic', 'way', 'what')
+NAMES += (
+    'features',
+    'layer',
+    'measure',
+    'note',
+    'predictor',
+    'reference',
+    'shown',
+    'stain',
+    'statistic',
+    'way',
+    'what',
+)
 
 
 @patch

@@ -62,8 +62,9 @@ class Study:
 
     @cached_property
     def synthetic(self) -> ImageStore | None:
-        "The synthetic images of the first generator; None where there are none"
-        return self.run.open_synthetic()
+        "The synthetic images of the first generator that drew some; None where there are none"
+        found = (self.run.open_synthetic(number) for number in self.replicates)
+        return next((store for store in found if store), None)
 
     def __repr__(self):
         return f"Study({str(self.run.path)!r}: {', '.join(self.arms)}; {len(self.replicates)} replicates)"
