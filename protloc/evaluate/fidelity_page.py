@@ -240,7 +240,7 @@ def fig_distances(
     legend_above(fig, axes[0, 0], 3 if is_wide(width) else 1)
     return fig
 
-
+# %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #01bf81ca
 def copied_in_words(
     row: pd.Series,  # of the table of `Copies`
 ) -> str:
@@ -504,7 +504,7 @@ def check_examined(
         what = strange[0] if strange else 'something else than an examination'
         raise InputError(f'{folder} holds {what}, which is not to be replaced: choose another name with --out')
 
-
+# %% ../../nbs/08_evaluate/11_fidelity_page.ipynb #8b55adef
 def write_fidelity(
     found: Examination,
     real: ImageStore,
