@@ -260,7 +260,7 @@ def copies_in_words(
         verdict = more if row.p < CHANCE else f'{row.needed:.0f} or more would be more than chance'
         said.append(
             f'By {row.way}, {row.near:,.0f} of {row.images:,.0f} synthetic images lie nearer to one of'
-            f' {row.training:,.0f} training images than 99 % of unseen images do; about'
+            f' {row.training:,.0f} training images than {1 - row.expected:.0%} of unseen images do; about'
             f' {row.expected * row.images:.0f} would by chance, {verdict}.'
         )
     first = table.iloc[0]
@@ -435,10 +435,11 @@ def in_short(
     readable = found.classes[found.classes.measure == 'label_fidelity'].dropna(subset=['value', 'floor'])
     if len(readable) and readable.floor.mean():
         worst = readable.loc[(readable.value - readable.floor).idxmin()]
+        drop = f'; the largest drop is that of {worst["class"]}, from {worst.floor:.2f} to {worst.value:.2f}'
         said.append(
             f'A classifier that saw no synthetic image finds the intended labels in synthetic images with macro-F1'
-            f' {readable.value.mean():.2f}, in unseen ones with {readable.floor.mean():.2f} (threshold .5); the largest'
-            f' drop is that of {worst["class"]}, from {worst.floor:.2f} to {worst.value:.2f}.'
+            f' {readable.value.mean():.2f}, in unseen ones with {readable.floor.mean():.2f}'
+            f' (threshold .5){drop if worst.value < worst.floor else ""}.'
         )
     if np.isfinite(learned.value):
         said.append(
