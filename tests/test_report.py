@@ -1,12 +1,15 @@
 "The report as a page: on every screen, in the dark, by keys, on paper, without the network; and as a notebook."
 
 import re
+import shutil
 
 import nbformat
 import pytest
 
+from protloc.study.examine import examine_study
 from protloc.study.folder import RunFolder
 from protloc.study.report import write_report
+from protloc.study.scores import Study
 
 CONTRAST = """() => {
   const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number)
@@ -125,3 +128,17 @@ def test_an_unknown_palette_is_refused_before_anything_changes(finished):
     with pytest.raises(Exception, match="no palette 'rainbow'.*safe"):
         write_report(finished, 'rainbow')
     assert RunFolder(finished).report.read_bytes() == before
+
+
+def test_a_generator_that_failed_leaves_the_others_examined(finished, tmp_path):
+    "Also where it is that of the first replicate"
+    run = RunFolder(shutil.copytree(finished, tmp_path / 'run'))
+    for place in (run.generator(0), run.synthetic(0), run.classifier('concat', 0)):
+        shutil.rmtree(place)
+    run.predictions('real', 0, 'synthetic').unlink()
+    run.note_failure('generator of replicate 0', 'it diverged')
+    study = Study(run.path)
+    found = examine_study(study)
+    assert study.judged == [1] and len(study.synthetic) == 64
+    assert set(found.copies.pairs.replicate) == {1}
+    assert found.classes[found.classes.measure == 'label_fidelity'].value.notna().any()
