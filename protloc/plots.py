@@ -103,7 +103,7 @@ def show_cells(
     palette: str = 'stains',  # a name in `PALETTES`
 ) -> Figure:
     "Rows of composite cells"
-    n = max(len(images) for images in rows.values())
+    n, edge = max(len(images) for images in rows.values()), max(edge, 0.2)  # long names may leave no room
     widths = [1] * gap_after + [0.15] * bool(gap_after) + [1] * (n - gap_after)
     fig, axs = plt.subplots(
         len(rows),

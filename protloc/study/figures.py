@@ -440,7 +440,7 @@ def fig_stains(
         for store, kind in ((real, 'training'), (synthetic, 'synthetic')):
             for image in examples(store, real.vocab.numbers[name], 1):
                 rows[f'{name}\n{kind}'] = image
-    edge = (width - 1.4) / (len(real.channels) + 1)
+    edge = max((width - 1.4) / (len(real.channels) + 1), 0.2)
     fig, axes = plt.subplots(len(rows), len(real.channels) + 1, figsize=(width, edge * len(rows) + 0.3), squeeze=False)
     for line, (name, image) in zip(axes, rows.items(), strict=True):
         for ax, stain in zip(line, image, strict=False):
