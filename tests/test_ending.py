@@ -615,7 +615,7 @@ def test_a_run_without_its_files(finished, tmp_path, damage):
         whole = path.read_bytes()
         DAMAGES[damage](path)
         try:
-            write_results(Study(folder), examined=False)
+            write_results(Study(folder))
             results = Results(folder)
             for show in (fig_training, provenance, leak_check):
                 show(results)
