@@ -49,7 +49,7 @@ class Copies(NamedTuple):
     pairs: pd.DataFrame  # a row a synthetic image and way: way, synthetic, training (positions), view, distance, limit
     unseen: pd.DataFrame  # a row an unseen real image and way: way, distance
 
-
+# %% ../../nbs/08_evaluate/07_examined.ipynb #906ceb4c
 @dataclass(frozen=True)
 class Examination:
     "What was measured between two stores"
