@@ -43,7 +43,7 @@ def fitted(
     for _ in range(3):
         fig = draw(asked)
         excess = fig.get_tightbbox().width - width
-        if abs(excess) < 0.1:
+        if -0.1 * width < excess < 0.1:
             break
         plt.close(fig)
         asked = max(asked - excess, width / 3)
@@ -74,7 +74,7 @@ def show(
     "A figure with its caption, inside the page"
     kind, addresses = 'png' if photograph else 'svg', []
     for width in (WIDE, NARROW):
-        fig = fitted(draw, width)
+        fig = draw(width) if photograph else fitted(draw, width)  # cells leave room for their names themselves
         addresses.append(_address(_encoded(fig, kind), kind))
         if path and width == WIDE:
             with atomic_path(path) as partial:

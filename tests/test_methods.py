@@ -14,7 +14,7 @@ from build import page_of
 from protloc.core import versions
 from protloc.files import read_json, read_yaml, write_json, write_yaml
 from protloc.pages import NARROW, WIDE, fitted
-from protloc.study import methods
+from protloc.study import details, methods
 from protloc.study.arms import study_config
 from protloc.study.figures import Results
 from protloc.study.folder import RunFolder
@@ -36,7 +36,7 @@ def copied(finished, tmp_path):
 
 @pytest.mark.parametrize('arm', ['real', 'concat'])
 def test_thresholds_give_what_scikit_learn_counts(results, arm):
-    study, table = results.study, methods.table_thresholds(results, arm)
+    study, table = results.study, details.table_thresholds(results, arm)
     labels = study.labels('test')
     expected = []
     for number in study.compared_replicates:
@@ -44,20 +44,20 @@ def test_thresholds_give_what_scikit_learn_counts(results, arm):
         expected.append(precision_recall_fscore_support(labels, said, average=None, zero_division=0)[:3])
     at_half = table['threshold .5'].iloc[:-1].astype(float)
     assert at_half.to_numpy() == pytest.approx(np.mean(expected, 0).T, abs=0.0051)
-    assert list(table.index) == [*study.real.vocab, methods.COUNTED]
+    assert list(table.index) == [*study.real.vocab, details.COUNTED]
     matched = results.scores.query('arm == @arm and split == "test"').matched_f1.mean()
-    assert float(table.loc[methods.COUNTED, ('matched to prevalence', 'F1')]) == pytest.approx(matched, abs=0.0051)
+    assert float(table.loc[details.COUNTED, ('matched to prevalence', 'F1')]) == pytest.approx(matched, abs=0.0051)
 
 
 def test_a_diagram_has_a_panel_for_each_arm_at_any_width(results):
     arms = [arm for arm in results.study.compared_arms if arm != 'real']
     for width in (WIDE, NARROW):
-        fig = fitted(lambda width: methods.fig_calibration(results, width), width)
+        fig = fitted(lambda width: details.fig_calibration(results, width), width)
         panels = [ax for ax in fig.axes if ax.get_title()]
         assert [ax.get_title() for ax in panels] == arms
         assert min(ax.get_position().width * fig.get_figwidth() for ax in panels) > 1  # inches
-    said = methods.calibration_in_numbers(results)
-    for arm, error in methods.calibration_errors(results).items():
+    said = details.calibration_in_numbers(results)
+    for arm, error in details.calibration_errors(results).items():
         assert f'{arm} {error:.3f}' in said and 0 <= error <= 1
 
 
@@ -159,11 +159,11 @@ def test_settings_of_another_version_are_not_put_in_words(copied):
 
 
 def test_cost_counts_every_task_once(results):
-    table, stages = methods.stage_times(results), results.run.read_stages()
+    table, stages = details.stage_times(results), results.run.read_stages()
     assert table.tasks.iloc[:-1].sum() == table.tasks['together'] == len(stages)
     assert table.tasks['classifiers: concat'] == table.tasks['generators'] == 2
-    assert table.time['together'] == methods.duration(stages.seconds.sum())
-    shown = BeautifulSoup(methods.cost(results).data, 'html.parser').get_text()
+    assert table.time['together'] == details.duration(stages.seconds.sum())
+    shown = BeautifulSoup(details.cost(results).data, 'html.parser').get_text()
     assert stages.finished.max()[:10] in shown and f'memory: {hardware()["memory"]}' in shown
 
 
@@ -171,22 +171,22 @@ def test_a_run_that_noted_no_machine_and_no_stages_says_so(copied):
     noted = read_json(copied.versions)
     write_json(copied.versions, {name: value for name, value in noted.items() if name != 'hardware'})
     copied.log.unlink()
-    text = methods.cost(Results(copied.path)).data
+    text = details.cost(Results(copied.path)).data
     assert 'not noted. The machine is not noted.' in text and '<table' not in text
 
 
 def test_links_lead_to_files_and_pages(results):
-    page = BeautifulSoup(methods.links(results).data, 'html.parser')
+    page = BeautifulSoup(details.links(results).data, 'html.parser')
     addresses = [link['href'] for link in page.find_all('a')]
-    here = [address for address in addresses if not address.startswith(methods.SITE)]
+    here = [address for address in addresses if not address.startswith(details.SITE)]
     assert len(here) > 10 and all((results.run.path / address).is_file() for address in here)
     pages = {
         page_of(path.relative_to(ROOT / 'nbs')).with_suffix('.html').as_posix() for path in ROOT.glob('nbs/**/*.ipynb')
     }
-    assert set(methods.PAGES) <= pages
+    assert set(details.PAGES) <= pages
 
 
 def test_names_of_users_are_escaped(results, monkeypatch):
     monkeypatch.setattr(results, 'budgets', results.budgets.assign(arm='<i>', rise=0.1, rising='yes'))
-    assert '&lt;i&gt; (+0.100)' in methods.rising_in_words(results).data
-    assert '<i>' not in methods.rising_in_words(results).data + methods.to_copy('<i>').data
+    assert '&lt;i&gt; (+0.100)' in details.rising_in_words(results).data
+    assert '<i>' not in details.rising_in_words(results).data + details.to_copy('<i>').data

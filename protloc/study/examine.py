@@ -98,7 +98,7 @@ def examine_study(
     if not (folder / 'classifier.json').exists():
         raise study.run.unfinished(f'the classifier of real of replicate {first}')
     judge, _ = load_classifier(folder)
-    extractor = classifier_features(judge, f'the classifier of real, replicate {first}')
+    extractor = classifier_features(judge, f"the classifier of 'real', replicate {first}")
     found, references = {}, {}
     with tqdm(total=STAGES * len(study.judged), desc='fidelity', unit='stage', leave=False) as bar:
         for number in study.judged:

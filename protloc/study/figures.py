@@ -343,21 +343,26 @@ def draw_curve(
     ax.xaxis.set_minor_locator(NullLocator())
     return points
 
-
+# %% ../../nbs/09_study/12_figures.ipynb #336e689e
 def fig_curve(
     results: Results,
     width: float = WIDE,  # inches
 ) -> Figure:
-    "Macro-F1 of `real` by the number of its images, each arm as a line at its height"
+    "Macro-F1 of `real` by the number of its images, each arm as a line at its height, its worth marked on the curve"
     curve, arms = results.learning_curve, list(results.verdict.index)
     fig, ax = plt.subplots(figsize=(width, 3))
     points = draw_curve(ax, curve)
     means = results.score_intervals.set_index('arm').difference
     for arm, colour in zip(arms, sns.color_palette('tab10', len(arms)), strict=True):
-        ax.axhline(means[arm], color=colour, lw=1.2, ls='--', label=plain(arm))
+        images = results.verdict.worth_images[arm]
+        on_curve = 0 < images < np.inf
+        where = f'as {images:,.0f} images' if on_curve else 'off the curve'
+        ax.axhline(means[arm], color=colour, lw=1.2, ls='--', label=plain(f'{arm}: {where}'))
+        if on_curve:
+            ax.plot(images, means[arm], 'X', color=colour, mec='white', ms=9)
     ax.axvline(points.images['real'], color='gray', lw=0.8, ls=':')
     ax.set(xlabel='real training images (dotted: those of the arms)', ylabel='test macro-F1')
-    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    legend_above(fig, ax, 2 if is_wide(width) else 1)
     despine(ax)
     return fig
 

@@ -54,6 +54,8 @@ class RunFolder:
         self.failures = path / 'failures.json'  # parts that could not be made, and why
         self.results = path / 'results'  # tables
         self.verdict = self.results / 'verdict.txt'
+        self.methods = self.results / 'methods.txt'  # the method in words
+        self.references = self.results / 'references.bib'
         self.figures = path / 'figures'
         self.notebook = path / 'report.ipynb'
         self.report = path / 'report.html'

@@ -211,6 +211,7 @@ def verdict(
         row['steps'] = ends.steps[arm]
         value = worth_of(study, score, arm)
         row['worth'] = value.in_words(study.num_synthetic) if value else ''
+        row['worth_images'] = value.equal if value else np.nan
         rows[arm] = row
     columns = [name for name in table if name not in ('against', 'arm', 'score')]
     return pd.DataFrame.from_dict(rows, orient='index', columns=None if rows else columns).rename_axis('arm')
