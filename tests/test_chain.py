@@ -32,9 +32,10 @@ SCRIPTS = Path(__file__).parent / 'scripts'
 
 def numbers_and_images(folder):
     "What must be equal in two runs: every number and every image"
-    tables = {path.name: path.read_text() for path in sorted(RunFolder(folder).results.iterdir())}
+    run = RunFolder(folder)
+    tables = {path.name: path.read_text() for path in [*sorted(run.results.glob('*.csv')), run.verdict]}
     weights = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob('*.safetensors'))}
-    return tables, weights, RunFolder(folder).open_synthetic().manifest['sha256']
+    return tables, weights, run.open_synthetic().manifest['sha256']
 
 
 def test_report_is_one_whole_file(finished):

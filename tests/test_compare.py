@@ -70,7 +70,7 @@ def test_the_page_answers_and_leads_to_the_reports(protloc, two, tmp_path):
     soup = BeautifulSoup(text, 'html.parser')
     said = soup.select_one('.answer').get_text()
     assert 'help in 1 of 2 studies; the best arm is concat of other/a&b' in said and '+0.123' in said
-    assert 'The studies have the same real images and splits, so their scores, too, can' in soup.get_text()
+    assert 'The studies have the same simulated images and splits, so their scores, too, can' in soup.get_text()
     assert 'Differences between studies were not tested' in soup.get_text()
     links = [link['href'] for link in soup.select('a')]
     assert links == ['../one/a%26b/report.html', '../other/a%26b/report.html']
@@ -93,7 +93,7 @@ def test_other_test_images_are_not_comparable(protloc, two, tmp_path):
         assert ('their scores are not comparable: only the changes' in text) != comparable
         assert ('<h2>Scores</h2>' in text) == comparable
         grounds = tables_of(tmp_path / 'compare.html').popitem()[1]
-        assert grounds['store of real images'] == ['store 1', 'store 2']
+        assert grounds['store of simulated images'] == ['store 1', 'store 2']
         assert grounds['test images and classes'] == ['test set 1', 'test set 1' if comparable else 'test set 2']
 
 
