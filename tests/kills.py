@@ -51,6 +51,7 @@ WRITING = {
     'export': COMMANDS['export'],
     'run': COMMANDS['run'],
     'report': COMMANDS['report'],
+    'fidelity': COMMANDS['fidelity'],
     'compare': COMMANDS['compare'],
 }
 CHOSEN = dict.fromkeys(WRITING, 4) | {

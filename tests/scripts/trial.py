@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SECONDS = 20  # that a refusal may take
-HARD_SECONDS = 25  # until the process is killed that did not hear the alarm
+LONG_SECONDS = 90  # that a command may take whose input turns out to be good: a whole report
+HARD_SECONDS = 95  # until the process is killed that did not hear the alarm
 MEMORY = 6 << 30  # bytes of address space that a case may take
 LONGEST = 1000  # letters of a sentence
 DEBRIS = re.compile(r'^\..*|.*partial.*|.*\.lock$|.*-lock$|.*\.tmp$|^tmp.*|.*aside.*', re.IGNORECASE)
@@ -255,7 +256,7 @@ class Tries:
         out, err = self.root / 'stdout', self.root / 'stderr'
         began = time.perf_counter()
         with printed_to(out, err):
-            signal.alarm(SECONDS)
+            signal.alarm(LONG_SECONDS)
             try:
                 code, detail, trained = call(self.arguments(case))
             except Hang:
@@ -308,7 +309,7 @@ class Tries:
         ours = [line for line in lines if line.startswith('protloc: ')]
         result.sentence = ours[0] if ours else ' / '.join(lines[-3:])[:300]
         faults = result.faults
-        if result.code == 124:
+        if result.code == 124 or (result.code != 0 and result.seconds > SECONDS):
             faults.append('hang')
         elif result.code == 1:
             faults.append('traceback')
