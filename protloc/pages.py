@@ -42,6 +42,8 @@ def fitted(
     asked = width
     for _ in range(3):
         fig = draw(asked)
+        if engine := fig.get_layout_engine():
+            engine.execute(fig)  # else it would be measured as it is before it is laid out
         excess = fig.get_tightbbox().width - width
         if -0.1 * width < excess < 0.1:
             break

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -177,9 +178,8 @@ def fig_statistics(
     ax.plot(statistics.floor, y, 'o', color=REAL, ms=5, label=f'other {called} images')
     ax.plot(statistics.distance, y, 's', color=SYNTHETIC, ms=5, label='synthetic images')
     ax.set_yticks(y, [plain(name) for name in names], size=8)
-    ax.set_xlabel(
-        f'distance from unseen {called} images\n(in their standard deviations; left: less, right: more)', size=9
-    )
+    words = f'distance from unseen {called} images (in their standard deviations; left: less, right: more)'
+    ax.set_xlabel(textwrap.fill(words, 60 if is_wide(width) else 25), size=9)
     legend_above(fig, ax, 2)
     despine(ax)
     return fig

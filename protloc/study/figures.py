@@ -203,14 +203,20 @@ def terms(results: Results) -> HTML:
 # %% ../../nbs/09_study/12_figures.ipynb #59f714a2
 def words_beside(
     ax: Axes,  # of `show_intervals`
-    rows: pd.DataFrame,  # columns difference and verdict, one a line; no words where the difference is not known
+    rows: pd.DataFrame,  # index: names; columns difference and verdict; no words where the difference is not known
     colours: Sequence[str],  # one a line
+    above: bool = False,  # where a line has no room for its name and words
 ):
-    "Each change and its verdict in words, right of its line"
+    "Each change and its verdict in words, right of its line; or above it, after its name"
     place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
     for y, row, colour in zip(np.arange(len(rows))[::-1], rows.itertuples(), colours, strict=True):
-        if np.isfinite(row.difference):
-            ax.annotate(f'{row.difference:+.3f}  {row.verdict}', (1.02, y), color=colour, **place)
+        said = f'{row.difference:+.3f}  {row.verdict}'
+        if above:
+            ax.annotate(f'{plain(row.Index)}  {said}', (0, y + 0.3), color=colour, **place)
+        elif np.isfinite(row.difference):
+            ax.annotate(said, (1.02, y), color=colour, **place)
+    if above:
+        ax.set_yticks([])
 
 
 OTHER_MARKERS = dict(half='o', f1='s', map='D')  # scores that do not decide
@@ -234,7 +240,7 @@ def fig_verdict(
         rows = every[every.score == score]
         place = rows.arm.map(heights) - 0.28
         ax.plot(rows.difference, place, marker, mfc='none', mec='0.35', ms=4.5, mew=0.9, label=SCORES[score])
-    words_beside(ax, verdict, colours)
+    words_beside(ax, verdict, colours, above=not is_wide(width))
     legend_above(fig, ax, 2 if is_wide(width) else 1)
     return fig
 
