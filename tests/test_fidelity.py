@@ -17,12 +17,13 @@ from sklearn.neighbors import NearestNeighbors
 from protloc.classify.backbone import Classifier
 from protloc.classify.predict import save_classifier
 from protloc.data.simulate.datasets import simulate_store
-from protloc.data.store import ImageStore, StoreWriter
+from protloc.data.store import ImageStore, StoredImages, StoreWriter
 from protloc.evaluate import fidelity as distances
 from protloc.evaluate.examination import Reference
 from protloc.evaluate.features import Extractor, classifier_features
 from protloc.evaluate.fidelity_page import FidelityPage, in_short, table_measures, turned
 from protloc.evaluate.linear import domain_auc
+from protloc.labels import Vocabulary
 from protloc.training import seeded
 
 NAMES = ['Nucleoli', 'Plasma membrane', 'Cytosol']
@@ -198,6 +199,28 @@ def brightness():
 
 def quarters(images):
     return images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((-1, -2)).flatten(1)
+
+
+def test_many_large_images_are_read_some_at_a_time(brightness, tmp_path, monkeypatch):
+    "20,000 training images of 512 px and four stains are 21 GB"
+    noise, labels = np.random.default_rng(0), Vocabulary(['Nucleoli'])
+    splits = dict(large=['train'] * 160 + ['val'] * 160, drawn=['train'] * 160)
+    for name, each in splits.items():
+        with StoreWriter(tmp_path / name, ['red', 'green'], labels, 256) as writer:
+            for i, split in enumerate(each):
+                image = noise.integers(0, 256, (2, 256, 256), np.uint8)
+                writer.add(image, target='0', id=f'{i}', group=f'{i}', split=split)
+    large, drawn = (ImageStore(tmp_path / name) for name in splits)
+    sizes, plain = [], StoredImages.__getitem__
+
+    def noted(images, key):
+        found = plain(images, key)
+        sizes.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(StoredImages, '__getitem__', noted)
+    Reference(large, brightness).examine(drawn, halves=2)
+    assert max(sizes) <= 2**24 < large.images[large.rows('train')].nbytes
 
 
 def test_a_leaked_image_does_not_hide_copies(cells, brightness, tmp_path):

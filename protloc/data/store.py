@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import sys
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -48,9 +50,9 @@ from ..labels import Vocabulary
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'MEND', 'StoreWriter', 'quotable', 'TryAgain',
-           'ResumableWriter', 'Manifest', 'StoredImages', 'ImageStore', 'sample_rows', 'class_counts',
-           'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet', 'few_rows',
-           'write_store']
+           'ResumableWriter', 'Manifest', 'StoredImages', 'SomeImages', 'blocks', 'ImageStore', 'sample_rows',
+           'class_counts', 'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet',
+           'few_rows', 'write_store']
 
 # %% ../../nbs/04_data/03_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -468,6 +470,34 @@ def __array_ufunc__(self: StoredImages, ufunc, method, *inputs, **kwargs):
         raise InputError("a store's images cannot be changed: work on a copy, np.array(store.images)")
     inputs = [np.asarray(values) if isinstance(values, StoredImages) else values for values in inputs]
     return getattr(ufunc, method)(*inputs, **kwargs)
+
+# %% ../../nbs/04_data/03_store.ipynb #bf0daa51
+class SomeImages:
+    "Images of a store at some positions, of which each slice is read when it is asked for"
+
+    def __init__(
+        self,
+        images: StoredImages,
+        rows: np.ndarray,  # (n,) positions
+    ):
+        self.images, self.rows = images, np.asarray(rows)
+        self.shape = (len(self.rows), *images.shape[1:])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:  # (m, C, H, W) uint8
+        return self.images[self.rows[part]]
+
+
+def blocks(
+    images: np.ndarray | StoredImages | SomeImages,  # (N, C, H, W)
+    pixels: int = 2**24,  # at a time, of all channels; one image at least
+) -> Iterator[np.ndarray]:  # of (n, C, H, W); an empty one where there are no images
+    "All images in order, a few megabytes at a time"
+    each = max(pixels // max(math.prod(images.shape[1:]), 1), 1)
+    for first in range(0, max(len(images), 1), each):
+        yield np.asarray(images[first : first + each])
 
 # %% ../../nbs/04_data/03_store.ipynb #b841b8fa
 class ImageStore:

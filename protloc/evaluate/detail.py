@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from ..core import InputError
+from ..data.store import SomeImages, blocks
 
 # %% auto #0
 __all__ = ['radial_power', 'band_ratios']
 
 # %% ../../nbs/08_evaluate/04_detail.ipynb #dca1acfc
 def radial_power(
-    images: np.ndarray,  # (N, C, S, S) uint8
+    images: np.ndarray | SomeImages,  # (N, C, S, S) uint8
     bands: int = 4,  # of equal width, from the lowest frequency to Nyquist
 ) -> np.ndarray:  # (N, C, bands), mean power per frequency
     "Power of each image and channel in bands of spatial frequency"
@@ -29,15 +29,15 @@ def radial_power(
     members = (band[:, None] == np.arange(bands)) * (radius > 0)[:, None]
     members = members / members.sum(0).clip(min=1)
     powers = []
-    for block in np.array_split(images, ceil(images.size / 2**22)):  # a few megabytes at a time
+    for block in blocks(images, 2**22):
         spectrum = np.abs(np.fft.fft2(block / 255)) ** 2
         powers.append(spectrum.reshape(*block.shape[:2], -1) @ members)
     return np.concatenate(powers)
 
 # %% ../../nbs/08_evaluate/04_detail.ipynb #524f9711
 def band_ratios(
-    real: np.ndarray,  # (N, C, S, S) uint8
-    synthetic: np.ndarray,  # (M, C, S, S) uint8
+    real: np.ndarray | SomeImages,  # (N, C, S, S) uint8
+    synthetic: np.ndarray | SomeImages,  # (M, C, S, S) uint8
     channels: Sequence[str],  # C names
     bands: int = 4,
     confidence: float = 0.95,  # share of such intervals that hold the truth

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..classify.backbone import Classifier
 from ..core import InputError, rng_for, shown
-from ..data.store import ImageStore
+from ..data.store import ImageStore, SomeImages
 from .detail import band_ratios
 from .drift import batchnorm_drift, batchnorm_inputs
 from .examined import MEASURES, Examination, within_bounds
@@ -31,41 +31,58 @@ from .memorisation import find_copies, known_images
 from .statistics import compare_statistics, image_statistics
 
 # %% auto #0
-__all__ = ['FEW', 'MOST_TRAINING', 'MOST_COPIES', 'BY_CLASS', 'ImageSet', 'some_of', 'split_of', 'real_sides', 'labels_for',
-           'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'note_of', 'Reference']
+__all__ = ['FEW', 'MOST_TRAINING', 'MOST_COPIES', 'BY_CLASS', 'ImageSet', 'read_set', 'some_of', 'split_of', 'real_sides',
+           'labels_for', 'compare_sets', 'half_of', 'standard_errors', 'compare_classes', 'label_fidelities', 'note_of',
+           'Reference']
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #b0af0956
 @dataclass(frozen=True)
 class ImageSet:
-    "Some images of a store, and what a network sees in them"
+    "Some images of a store, what a network sees in them, and how bright their stains are"
 
     store: ImageStore
     rows: np.ndarray  # (n,) positions
     points: Tensor  # (n, F) features
     labels: np.ndarray  # (n, K) multi-hot, in the real store's order of classes
+    looks: pd.DataFrame  # n rows of `image_statistics`
 
     def __len__(self):
         return len(self.rows)
 
+    def of(self, places: np.ndarray | slice) -> ImageSet:
+        "Some of them"
+        return ImageSet(
+            self.store, self.rows[places], self.points[places], self.labels[places], self.looks.iloc[places]
+        )
+
     def of_class(self, k: int) -> ImageSet:
         "Its images that show a class"
-        shows = np.flatnonzero(self.labels[:, k] > 0.5)
-        return ImageSet(self.store, self.rows[shows], self.points[shows], self.labels[shows])
+        return self.of(np.flatnonzero(self.labels[:, k] > 0.5))
 
     def first(self, sizes: Sequence[int]) -> ImageSet:
         "As many images as the smallest of some sets has"
-        n = min(sizes)
-        return ImageSet(self.store, self.rows[:n], self.points[:n], self.labels[:n])
+        return self.of(slice(min(sizes)))
 
     @property
-    def images(self) -> np.ndarray:  # (n, C, S, S) uint8
+    def images(self) -> SomeImages:  # (n, C, S, S) uint8
         "The pixels"
-        return self.store.images[self.rows]
+        return SomeImages(self.store.images, self.rows)
 
     @property
     def groups(self) -> np.ndarray:  # (n,)
         "The group (antibody, field) of each image"
         return self.store.table.group.iloc[self.rows].to_numpy()
+
+
+def read_set(
+    store: ImageStore,
+    rows: np.ndarray,  # (n,) positions
+    labels: np.ndarray,  # (N, K) multi-hot, of the whole store
+    extractor: Extractor,
+) -> ImageSet:
+    "Images and what can be seen in them"
+    looks = image_statistics(SomeImages(store.images, rows), store.channels)
+    return ImageSet(store, rows, extractor.of(store, rows), labels[rows], looks)
 
 
 def some_of(
@@ -134,16 +151,11 @@ def compare_sets(
         found |= compare_features(a.points, b.points, with_frechet and not by_class)
     found['domain_auc'] = domain_auc(a.points, b.points, a.groups, b.groups, seed)
     if not by_class:
-        own, others = (_appearance(one) for one in (a, b))
+        own, others = (torch.tensor(one.looks.to_numpy()) for one in (a, b))
         found['domain_auc_pixels'] = domain_auc(own, others, a.groups, b.groups, seed)
         found['diversity'] = diversity((a.points, a.labels), (b.points, b.labels))
         found['learned_from'] = learned_from((b.points, b.labels), (reference.points, reference.labels))
     return found
-
-
-def _appearance(images):
-    "Brightness, variation and overlap of the stains of each image"
-    return torch.tensor(image_statistics(images.images, images.store.channels).to_numpy())
 
 # %% ../../nbs/08_evaluate/10_examination.ipynb #cd0894e2
 def half_of(
@@ -153,7 +165,7 @@ def half_of(
     "The images of a random half of the groups"
     names, place = np.unique(images.groups.astype(str), return_inverse=True)
     kept = np.flatnonzero(rng.permutation(len(names))[place] < max(len(names) // 2, 1))
-    return ImageSet(images.store, images.rows[kept], images.points[kept], images.labels[kept])
+    return images.of(kept)
 
 
 def standard_errors(
@@ -240,15 +252,11 @@ class Reference:
         self.real, self.extractor, self.classifier, self.most, self.seed = real, extractor, classifier, most, seed
         unseen, other = real_sides(real, seed)
         tell('features of real images')
-        self.unseen = self.read(real, some_of(unseen, most, seed, 'unseen'), real.labels)
-        self.other = self.read(real, some_of(other, most, seed, 'other'), real.labels)
+        self.unseen = read_set(real, some_of(unseen, most, seed, 'unseen'), real.labels, extractor)
+        self.other = read_set(real, some_of(other, most, seed, 'other'), real.labels, extractor)
         tell('training images')
         training = some_of(other, MOST_TRAINING, seed, 'training')
         self.known = known_images(real, extractor, training, self.unseen.rows[:MOST_COPIES])
-
-    def read(self, store, rows, labels):
-        "Images and what the extractor sees in them"
-        return ImageSet(store, rows, self.extractor.of(store, rows), labels[rows])
 
     @cache  # noqa: B019 - few references live
     def floor(self, n: int) -> dict[str, float]:  # by the names of `MEASURES`
@@ -308,7 +316,7 @@ def examine(
     )  # however they were read
     labels = labels_for(synthetic, real)
     tell('features of synthetic images')
-    drawn = self.read(synthetic, some_of(synthetic.rows(), self.most, seed, 'synthetic'), labels)
+    drawn = read_set(synthetic, some_of(synthetic.rows(), self.most, seed, 'synthetic'), labels, self.extractor)
     tell('distances')
     overall = self._summarise(drawn, halves)
     tell('classes')
@@ -317,8 +325,7 @@ def examine(
         fidelities = label_fidelities(self.unseen, drawn, self.classifier)
         classes = pd.concat([classes, fidelities], ignore_index=True)
     tell('stains, detail and drift')
-    images = (self.unseen.images, drawn.images, self.other.images)
-    looks = compare_statistics(*images, real.channels), self._detail(drawn)
+    looks = compare_statistics(self.unseen.looks, drawn.looks, self.other.looks), self._detail(drawn)
     drift = self._drift(drawn)
     tell('nearest training images')
     copies = find_copies(self.known, synthetic, drawn.rows[:MOST_COPIES], self.extractor)

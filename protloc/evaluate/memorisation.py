@@ -16,7 +16,7 @@ from torch import Tensor
 from ..classify.predict import map_batches, symmetries
 from ..core import InputError
 from ..data.duplicates import Likeness, apply_symmetry, fingerprints
-from ..data.store import ImageStore
+from ..data.store import ImageStore, SomeImages
 from .examined import CHANCE, Copies
 from .features import Extractor
 from .fidelity import distances
@@ -47,7 +47,7 @@ def _nearest(views, training, distances):
 
 
 def nearest_pixels(
-    images: np.ndarray,  # (n, C, S, S) uint8
+    images: np.ndarray | SomeImages,  # (n, C, S, S) uint8
     training: np.ndarray,  # (m, C, k, k) of `fingerprints`
 ) -> Nearest:  # distance: one minus the correlation, 0 to 2
     "The training image of the most similar structure"
@@ -126,7 +126,7 @@ class Known(NamedTuple):
 def _nearest_both(store, rows, extractor, points, prints):
     "The nearest training images by pixels and by features"
     return dict(
-        pixels=nearest_pixels(store.images[rows], prints),
+        pixels=nearest_pixels(SomeImages(store.images, rows), prints),
         features=nearest_features(extractor, store, rows, points),
     )
 
@@ -138,12 +138,12 @@ def known_images(
     unseen: np.ndarray,  # (n,) positions, of other groups
 ) -> Known:
     "Read the training images"
-    points, prints = extractor.of(real, training), fingerprints(real.images[training])
+    points, prints = extractor.of(real, training), fingerprints(SomeImages(real.images, training))
     found = _nearest_both(real, unseen, extractor, points, prints)
     new = found['pixels'].distance >= COPY  # an unseen image that is a training image says nothing of new ones
     if new.any():
         found = {way: Nearest(*(values[new] for values in nearest)) for way, nearest in found.items()}
-    return Known(training, points, prints, fingerprints(real.images[unseen]), found)
+    return Known(training, points, prints, fingerprints(SomeImages(real.images, unseen)), found)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #a712cb6d
 def find_copies(
@@ -155,7 +155,8 @@ def find_copies(
     "Compare synthetic images with training images, in pixels and in features"
     found = _nearest_both(synthetic, rows, extractor, known.points, known.prints)
     same = found['pixels'].distance < COPY
-    same_as_unseen = nearest_pixels(synthetic.images[rows], known.unseen_prints).distance < COPY
+    drawn = SomeImages(synthetic.images, rows)
+    same_as_unseen = nearest_pixels(drawn, known.unseen_prints).distance < COPY
     exact = dict(copies=int(same.sum()), copies_of_unseen=int((same_as_unseen & ~same).sum()))
     counted, pairs, unseen = [], [], []
     for way, drawn in found.items():

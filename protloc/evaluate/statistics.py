@@ -7,49 +7,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import ceil
 
 import numpy as np
 import pandas as pd
+
+from ..data.store import SomeImages, blocks
 
 # %% auto #0
 __all__ = ['image_statistics', 'compare_statistics']
 
 # %% ../../nbs/08_evaluate/06_statistics.ipynb #37fc2e78
 def image_statistics(
-    images: np.ndarray,  # (N, C, S, S) uint8
+    images: np.ndarray | SomeImages,  # (N, C, S, S) uint8
     channels: Sequence[str],  # C names
 ) -> pd.DataFrame:  # N rows; columns (statistic, stain): mean, deviation, correlation
     "Brightness, its variation, and the overlap of stains, image by image"
     pairs = list(combinations(range(len(channels)), 2))
-    blocks = []
-    for block in np.array_split(np.asarray(images), ceil(images.size / 2**24) or 1):  # a few megabytes at a time
+    found = []
+    for block in blocks(images):
         pixels = block.reshape(*block.shape[:2], -1).astype(np.float32)
         means, deviations = pixels.mean(-1), pixels.std(-1)
         scaled = (pixels - means[..., None]) / np.maximum(deviations, 1e-6)[..., None]
         overlap = np.stack([(scaled[:, i] * scaled[:, j]).mean(-1) for i, j in pairs], 1) if pairs else means[:, :0]
-        blocks.append(np.concatenate([means, deviations, overlap], 1))
+        found.append(np.concatenate([means, deviations, overlap], 1))
     names = [('mean', name) for name in channels] + [('deviation', name) for name in channels]
     names += [('correlation', f'{channels[i]} and {channels[j]}') for i, j in pairs]
     columns = pd.MultiIndex.from_tuples(names, names=['statistic', 'stain'])
-    return pd.DataFrame(np.concatenate(blocks), columns=columns)
+    return pd.DataFrame(np.concatenate(found), columns=columns)
 
 # %% ../../nbs/08_evaluate/06_statistics.ipynb #ece793dd
 def compare_statistics(
-    real: np.ndarray,  # (N, C, S, S) uint8, the reference
-    synthetic: np.ndarray,  # (M, C, S, S) uint8
-    other: np.ndarray,  # (L, C, S, S) uint8, more real images, for the floor
-    channels: Sequence[str],  # C names
+    real: pd.DataFrame,  # of `image_statistics`, the reference
+    synthetic: pd.DataFrame,  # the same of synthetic images
+    other: pd.DataFrame,  # the same of more real images, for the floor
 ) -> pd.DataFrame:  # columns statistic, stain, real, synthetic, distance, floor; distances in deviations of real images
     "Brightness, variation and overlap of stains, synthetic beside real"
-    of_real, of_synthetic, of_other = (image_statistics(some, channels) for some in (real, synthetic, other))
-    deviation = of_real.std(ddof=1).clip(lower=1e-6)
+    deviation = real.std(ddof=1).clip(lower=1e-6)
     table = pd.DataFrame(
         dict(
-            real=of_real.mean(),
-            synthetic=of_synthetic.mean(),
-            distance=(of_synthetic.mean() - of_real.mean()) / deviation,
-            floor=(of_other.mean() - of_real.mean()) / deviation,
+            real=real.mean(),
+            synthetic=synthetic.mean(),
+            distance=(synthetic.mean() - real.mean()) / deviation,
+            floor=(other.mean() - real.mean()) / deviation,
         )
     )
     return table.reset_index()
