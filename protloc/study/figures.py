@@ -210,11 +210,9 @@ def words_beside(
     "Each change and its verdict in words, right of its line; or above it, after its name"
     place = dict(xycoords=('axes fraction', 'data'), va='center', size=9)
     for y, row, colour in zip(np.arange(len(rows))[::-1], rows.itertuples(), colours, strict=True):
-        said = f'{row.difference:+.3f}  {row.verdict}'
-        if above:
-            ax.annotate(f'{plain(row.Index)}  {said}', (0, y + 0.3), color=colour, **place)
-        elif np.isfinite(row.difference):
-            ax.annotate(said, (1.02, y), color=colour, **place)
+        said = f'{row.difference:+.3f}  {row.verdict}' if np.isfinite(row.difference) else ''
+        text, where = (f'{plain(row.Index)}  {said}', (0, y + 0.3)) if above else (said, (1.02, y))
+        ax.annotate(text, where, color=colour, **place)
     if above:
         ax.set_yticks([])
 

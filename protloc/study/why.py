@@ -59,6 +59,9 @@ def associations(
     return pd.DataFrame(rows, columns=['arm', 'predictor', 'rho', 'low', 'high', 'classes'])
 
 # %% ../../nbs/09_study/09_why.ipynb #3a85f490
+_CHANGED = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched']
+
+
 def changed_predictions(
     study: Study,  # finished
     arm: str,  # that is compared with 'real'
@@ -82,8 +85,7 @@ def changed_predictions(
                 row |= {'class': list(study.real.vocab)[k], 'before': before, 'after': after, 'replicates': replicates}
                 row['switched'] = switched[sign]
                 found.append(row)
-    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched']
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(found, columns=_CHANGED)
 
 # %% ../../nbs/09_study/09_why.ipynb #d4d1a7b6
 def why(
@@ -95,9 +97,8 @@ def why(
     "Tables that may explain the answer; without synthetic images only the predictions that changed"
     arms = list(table.sort_values('difference').index)
     some = list(dict.fromkeys([*arms[-1:], *arms[:1]]))  # the best and the worst
-    columns = ['what', 'arm', 'row', 'class', 'shown', 'before', 'after', 'replicates', 'switched']
     found = [changed_predictions(study, arm) for arm in some]
-    tables = dict(changed_predictions=pd.concat([pd.DataFrame(columns=columns), *found], ignore_index=True))
+    tables = dict(changed_predictions=pd.concat([pd.DataFrame(columns=_CHANGED), *found], ignore_index=True))
     if not (study.judged and examined):
         return tables
     from protloc.study.examine import examine_study, fidelity_by_class  # loads PyTorch
