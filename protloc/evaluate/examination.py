@@ -73,7 +73,7 @@ class ImageSet:
         "The group (antibody, field) of each image"
         return self.store.table.group.iloc[self.rows].to_numpy()
 
-
+# %% ../../nbs/08_evaluate/10_examination.ipynb #28b27e59
 def read_set(
     store: ImageStore,
     rows: np.ndarray,  # (n,) positions

@@ -226,7 +226,7 @@ def stage_times(results: Results) -> pd.DataFrame:  # a row a kind of stage: tas
     "How many tasks of each kind were done, and in which time together"
     stages = results.run.read_stages()
     table = stages.groupby(stages.stage.map(_kind), sort=False).seconds.agg(['size', 'sum'])
-    table.loc['together'] = table.sum()
+    table.loc['together'] = len(stages), stages.seconds.sum()
     table['time'] = table['sum'].map(duration)
     return table.astype(dict(size=int)).rename(columns=dict(size='tasks'))[['tasks', 'time']].rename_axis(None)
 
