@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import joblib
+
 SETTINGS = {  # name -> what the environment says
     'default': {},
     'passive': {'OMP_WAIT_POLICY': 'PASSIVE'},
@@ -158,7 +160,8 @@ def measure(work, count, settings, args):
                 {name: turn(process, args.seconds) for name, process in processes.items()} for _ in range(args.rounds)
             ]
     for name in settings:
-        rates, ratios = ([one[name] / (one['default'] if over else 1) for one in rounds] for over in (False, True))
+        rates = [one[name] for one in rounds]
+        ratios = [one[name] / one['default'] for one in rounds]
         yield dict(
             benchmark='contention',
             work=work,
@@ -169,7 +172,7 @@ def measure(work, count, settings, args):
             lowest=round(min(ratios), 2),
             highest=round(max(ratios), 2),
             rounds=args.rounds,
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+            cores=joblib.cpu_count(),
         )
 
 

@@ -47,16 +47,15 @@ def _nearest(views, training, distances):
 
 
 def nearest_pixels(
-    images: np.ndarray | SomeImages,  # (n, C, S, S) uint8
-    training: np.ndarray,  # (m, C, k, k) of `fingerprints`
+    prints: np.ndarray,  # (n, C, k, k) of `fingerprints`
+    training: np.ndarray,  # (m, C, k, k), the same of the training images
 ) -> Nearest:  # distance: one minus the correlation, 0 to 2
     "The training image of the most similar structure"
 
     def uncorrelated(some, others):
         return 1 - some @ others.T
 
-    own = fingerprints(images)
-    views = [torch.from_numpy(apply_symmetry(own, number).reshape(len(own), -1)) for number in range(8)]
+    views = [torch.from_numpy(apply_symmetry(prints, number).reshape(len(prints), -1)) for number in range(8)]
     return _nearest(views, torch.from_numpy(training.reshape(len(training), -1)), uncorrelated)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #3942d6f7
@@ -124,11 +123,9 @@ class Known(NamedTuple):
 
 
 def _nearest_both(store, rows, extractor, points, prints):
-    "The nearest training images by pixels and by features"
-    return dict(
-        pixels=nearest_pixels(SomeImages(store.images, rows), prints),
-        features=nearest_features(extractor, store, rows, points),
-    )
+    "Fingerprints of images, and their nearest training images by pixels and by features"
+    own = fingerprints(SomeImages(store.images, rows))
+    return own, dict(pixels=nearest_pixels(own, prints), features=nearest_features(extractor, store, rows, points))
 
 
 def known_images(
@@ -139,11 +136,11 @@ def known_images(
 ) -> Known:
     "Read the training images"
     points, prints = extractor.of(real, training), fingerprints(SomeImages(real.images, training))
-    found = _nearest_both(real, unseen, extractor, points, prints)
+    unseen_prints, found = _nearest_both(real, unseen, extractor, points, prints)
     new = found['pixels'].distance >= COPY  # an unseen image that is a training image says nothing of new ones
     if new.any():
         found = {way: Nearest(*(values[new] for values in nearest)) for way, nearest in found.items()}
-    return Known(training, points, prints, fingerprints(SomeImages(real.images, unseen)), found)
+    return Known(training, points, prints, unseen_prints, found)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #a712cb6d
 def find_copies(
@@ -153,10 +150,9 @@ def find_copies(
     extractor: Extractor,  # the same as that of the known images
 ) -> Copies:
     "Compare synthetic images with training images, in pixels and in features"
-    found = _nearest_both(synthetic, rows, extractor, known.points, known.prints)
+    prints, found = _nearest_both(synthetic, rows, extractor, known.points, known.prints)
     same = found['pixels'].distance < COPY
-    drawn = SomeImages(synthetic.images, rows)
-    same_as_unseen = nearest_pixels(drawn, known.unseen_prints).distance < COPY
+    same_as_unseen = nearest_pixels(prints, known.unseen_prints).distance < COPY
     exact = dict(copies=int(same.sum()), copies_of_unseen=int((same_as_unseen & ~same).sum()))
     counted, pairs, unseen = [], [], []
     for way, drawn in found.items():

@@ -21,7 +21,7 @@ from ..core import one_line
 from ..files import read_json, read_text
 from ..metrics import calibration_error, decide, per_class, reliability
 from ..pages import WIDE, is_wide, named_numbers, table_html
-from ..plots import plain
+from ..plots import despine, legend_above, plain
 from .figures import Results
 from .folder import RunFolder
 from .scores import limits_of, scored_classes
@@ -124,7 +124,7 @@ def _draw_arm(ax, study, arm, errors):
     ax.text(0.97, 0.04, f'error {errors[arm]:.3f}', transform=ax.transAxes, ha='right', size=9)
     ax.set_title(plain(arm), size=10)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect='equal', xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    ax.spines[['top', 'right']].set_visible(False)
+    despine(ax)
 
 # %% ../../nbs/09_study/13_details.ipynb #603a6a52
 def fig_calibration(
@@ -142,9 +142,7 @@ def fig_calibration(
         _draw_arm(ax, study, arm, errors)
     for ax in axes.flat[len(arms) :]:
         ax.axis('off')
-    fig.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc='lower center', bbox_to_anchor=(0.5, 1), ncol=2, frameon=False
-    )
+    legend_above(fig, axes[0, 0], 2)
     fig.supxlabel('probability that the classifier gave', size=10)
     fig.supylabel('share that shows the class', size=10)
     fig.tight_layout()

@@ -50,9 +50,9 @@ from .why import PREDICTORS
 __all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES', 'PREDICTORS_SHORT', 'STYLES', 'NOT_KNOWN',
            'Results', 'what_to_do', 'arms_in_words', 'changes_in_numbers', 'terms', 'words_beside', 'fig_verdict',
            'fig_scores', 'table_scores', 'change_in_words', 'table_comparisons', 'table_shares', 'curve_points',
-           'draw_curve', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of', 'trained_on_synthetic',
-           'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training', 'draw_validation',
-           'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
+           'draw_curve', 'curve_in_numbers', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of',
+           'trained_on_synthetic', 'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training',
+           'draw_validation', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/12_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -348,6 +348,20 @@ def draw_curve(
     return points
 
 # %% ../../nbs/09_study/12_figures.ipynb #336e689e
+def curve_in_numbers(results: Results) -> str:
+    "The learning curve, and where each arm stands, for who cannot see it"
+    points, means = curve_points(results.learning_curve), results.score_intervals.set_index('arm').difference
+    said = [f'{point.images:,.0f} images {point.macro_f1:.3f}' for point in points.itertuples()]
+    said += [f'{arm} {means[arm]:.3f}, {_as_images(results, arm)}' for arm in results.verdict.index]
+    return '; '.join(said) + '.'
+
+
+def _as_images(results, arm):
+    "With how many images `real` does as well as an arm, in words"
+    images = results.verdict.worth_images[arm]
+    return f'as {images:,.0f} images' if 0 < images < np.inf else 'off the curve'
+
+
 def fig_curve(
     results: Results,
     width: float = WIDE,  # inches
@@ -358,11 +372,9 @@ def fig_curve(
     points = draw_curve(ax, curve)
     means = results.score_intervals.set_index('arm').difference
     for arm, colour in zip(arms, sns.color_palette('tab10', len(arms)), strict=True):
-        images = results.verdict.worth_images[arm]
-        on_curve = 0 < images < np.inf
-        where = f'as {images:,.0f} images' if on_curve else 'off the curve'
-        ax.axhline(means[arm], color=colour, lw=1.2, ls='--', label=plain(f'{arm}: {where}'))
-        if on_curve:
+        images, label = results.verdict.worth_images[arm], plain(f'{arm}: {_as_images(results, arm)}')
+        ax.axhline(means[arm], color=colour, lw=1.2, ls='--', label=label)
+        if 0 < images < np.inf:
             ax.plot(images, means[arm], 'X', color=colour, mec='white', ms=9)
     ax.axvline(points.images['real'], color='gray', lw=0.8, ls=':')
     ax.set(xlabel='real training images (dotted: those of the arms)', ylabel='test macro-F1')

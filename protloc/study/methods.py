@@ -27,9 +27,9 @@ from .plan import LEAST_GROUPS, level_of
 from .scores import DRAWS
 
 # %% auto #0
-__all__ = ['CITED', 'settings_of', 'uses_generator', 'num_weights', 'is_simulated', 'data_in_words', 'generator_in_words',
-           'classifier_in_words', 'arms_for_paper', 'rule_in_words', 'fidelity_in_words', 'changed_settings',
-           'software_in_words', 'methods_paragraph', 'words_of', 'entries', 'bibtex', 'write_methods']
+__all__ = ['CITED', 'settings_of', 'uses_generator', 'num_weights', 'data_in_words', 'generator_in_words', 'classifier_in_words',
+           'arms_for_paper', 'rule_in_words', 'fidelity_in_words', 'changed_settings', 'software_in_words',
+           'methods_paragraph', 'words_of', 'entries', 'bibtex', 'write_methods']
 
 # %% ../../nbs/09_study/14_methods.ipynb #ebfb6fbf
 def settings_of(results: Results) -> StudyConfig | None:  # None where this version does not take them
@@ -72,16 +72,11 @@ def _of_weights(*paths):
     number = num_weights(*paths)
     return f' ({number:,} weights)' if number else ''
 
-# %% ../../nbs/09_study/14_methods.ipynb #d9cdc713
-def is_simulated(results: Results) -> bool:
-    "Whether the study's own images, those of the arm 'real', were simulated"
-    return results.study.real.manifest['made'].get('kind') == 'simulated'
-
 # %% ../../nbs/09_study/14_methods.ipynb #ea3d4d29
 def _source(results):
     "Where the images come from, in a sentence or none"
     made = results.study.real.manifest['made']
-    if is_simulated(results):
+    if results.study.real.is_simulated:
         keys = ('temper', 'shift', 'cells', 'seed')
         how = ', '.join(f'{key} {made[key]:g}' for key in keys if isinstance(made.get(key), int | float))
         return f"They come from protloc's simulator of fluorescence images ({how}); none is a photograph."
@@ -107,7 +102,7 @@ def data_in_words(results: Results, config: StudyConfig) -> str:
     ]
     shared = sum(map(len, groups.values())) - len(set().union(*groups.values()))
     apart = 'no group is in two splits' if not shared else f'{shared} groups are in more than one split'
-    kind = 'simulated ' if is_simulated(results) else ''
+    kind = 'simulated ' if results.study.real.is_simulated else ''
     sentences = [
         f'The data are {len(real):,} {kind}images of {real.size} x {real.size} pixels,'
         f' {len(real.channels)} channels ({listed(real.channels)}) and {len(real.vocab)} classes'
@@ -301,7 +296,7 @@ def _arm(arm: ArmConfig, simulated):
 
 def arms_for_paper(results: Results, config: StudyConfig) -> str:
     "Which arms were compared, in a sentence or two"
-    simulated = is_simulated(results)
+    simulated = results.study.real.is_simulated
     note = " The name 'real' stands for the simulated images of the data here." if simulated else ''
     arms = '. '.join(_arm(arm, simulated) for arm in config.arms)
     return f'The study compares {len(config.arms)} arms, with {config.replicates} replicates of each.{note} {arms}.'
