@@ -28,7 +28,7 @@ docs: .venv/.installed-dev  ## the documentation site, into _docs/
 	$(BIN)/python docs/build.py
 
 lab: .venv/.installed-dev  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/python -c 'import protloc, os; os.execv("$(BIN)/jupyter", ["jupyter", "lab", "nbs"])'  # kernels wait as protloc has it
 
 export: .venv/.installed-dev  ## notebooks -> protloc/, README.md and the sidebar; formatted, noise removed from outputs
 	$(BIN)/ruff check --quiet --select I --fix nbs

@@ -2,12 +2,14 @@
 
     python benchmarks/contention.py [--busy 0 1 2 8] [--works training drawing prepare] [--rounds 5] [--seconds 5]
     python benchmarks/contention.py --settings default passive spin-1500
+    python benchmarks/contention.py --works training --busy 0 --copies 2
 
 Prints JSON lines: of each work and number of busy processes, the rate with each setting, and its ratio to the default
 of PyTorch (the median over the rounds, each of which compares neighbours in time, with the smallest and the largest).
 A setting is what the environment says before PyTorch is loaded: how long a thread of OpenMP that waits for another one
-turns in a loop before it sleeps. Every process is started and warmed up first, and works only in its turns; busy
-processes count in a loop while it does.
+turns in a loop before it sleeps; `protloc` is what `import protloc` chooses where it is started. Every process is
+started and warmed up beside the busy ones, which count in a loop, and works only in its turns. With `--copies` so many
+processes of a setting work in the same turn, as studies on one machine, and their rates are added.
 `training` is a step of ResNet-18 with AdamW, 64 images; `drawing` a step of a U-Net as the demo's, 50 images;
 `prepare` the reading of PNG fields of 512 px by as many processes as there are cores.
 """
@@ -28,8 +30,9 @@ import joblib
 
 SETTINGS = {  # name -> what the environment says
     'default': {},
+    'protloc': {},
     'passive': {'OMP_WAIT_POLICY': 'PASSIVE'},
-    **{f'spin-{count}': {'GOMP_SPINCOUNT': str(count)} for count in (10000, 3000, 2000, 1500, 1000, 500, 300, 100)},
+    **{f'spin-{count}': {'GOMP_SPINCOUNT': str(count)} for count in (10000, 3000, 2000, 1500, 1000, 500, 300, 100, 0)},
 }
 SPOKEN = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
 BUSY = 'while True: pass'
@@ -100,8 +103,12 @@ def prepare(size):
     return step
 
 
-def serve(work, size):
+def serve(work, setting, size):
     "Work in turns: for so many seconds whenever a number is read; answers with steps a second"
+    if setting == 'protloc':
+        import protloc as protloc
+    import torch as torch  # now its threads know how to wait
+
     step = dict(training=training, drawing=drawing, prepare=prepare)[work](size)
     step()
     print('ready', flush=True)
@@ -131,7 +138,7 @@ def busy(count):
 def served(work, setting, size):
     "A process that works in turns"
     environment = {name: value for name, value in os.environ.items() if name not in SPOKEN} | SETTINGS[setting]
-    words = [sys.executable, __file__, '--serve', work, '--size', str(size)]
+    words = [sys.executable, __file__, '--serve', work, setting, '--size', str(size)]
     with tempfile.TemporaryDirectory() as scratch:
         environment['TMPDIR'] = scratch
         process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -144,21 +151,24 @@ def served(work, setting, size):
             process.wait()
 
 
-def turn(process, seconds):
-    "Steps a second of a turn"
-    process.stdin.write(f'{seconds}\n')
-    process.stdin.flush()
-    return float(process.stdout.readline())
+def turn(processes, seconds):
+    "Steps a second of a turn, of all processes of a setting"
+    for process in processes:
+        process.stdin.write(f'{seconds}\n')
+        process.stdin.flush()
+    return sum(float(process.stdout.readline()) for process in processes)
 
 
 def measure(work, count, settings, args):
     "A line of results for each setting"
     with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(served(work, name, args.size)) for name in settings}
-        with busy(count):
-            rounds = [
-                {name: turn(process, args.seconds) for name, process in processes.items()} for _ in range(args.rounds)
-            ]
+        stack.enter_context(busy(count))
+        several = {
+            name: [stack.enter_context(served(work, name, args.size)) for _ in range(args.copies)] for name in settings
+        }
+        rounds = [
+            {name: turn(processes, args.seconds) for name, processes in several.items()} for _ in range(args.rounds)
+        ]
     for name in settings:
         rates = [one[name] for one in rounds]
         ratios = [one[name] / one['default'] for one in rounds]
@@ -166,6 +176,7 @@ def measure(work, count, settings, args):
             benchmark='contention',
             work=work,
             busy=count,
+            copies=args.copies,
             setting=name,
             steps_per_second=round(statistics.median(rates), 3),
             ratio=round(statistics.median(ratios), 2),
@@ -181,15 +192,16 @@ def main():
     parser.add_argument('--busy', type=int, nargs='+', default=[0, 1, 2, 8], help='processes beside the work')
     parser.add_argument('--works', nargs='+', default=['training', 'drawing', 'prepare'])
     parser.add_argument(
-        '--settings', nargs='+', default=['default', 'passive', 'spin-1500', 'spin-1000'], choices=list(SETTINGS)
+        '--settings', nargs='+', default=['default', 'protloc', 'spin-1500', 'spin-0'], choices=list(SETTINGS)
     )
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--seconds', type=float, default=5, help='of a turn')
+    parser.add_argument('--copies', type=int, default=1, help='processes of a setting that work at once')
     parser.add_argument('--size', type=int, default=32, help='of the images, pixels')
-    parser.add_argument('--serve', help=argparse.SUPPRESS)
+    parser.add_argument('--serve', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.size)
+        return serve(*args.serve, args.size)
     settings = list(dict.fromkeys(['default', *args.settings]))
     for work, count in itertools.product(args.works, args.busy):
         for line in measure(work, count, settings, args):

@@ -23,7 +23,7 @@ ROOT = DOCS.parent
 NAVIGATION = {
     'Guide': ['tutorials/*', 'how_it_works', 'glossary'],
     'Analyses': ['analyses/*'],
-    'Foundations': ['00_core', '00_files', '01_labels', '02_metrics', '03_plots', '03_pages'],
+    'Foundations': ['00_threads', '00_core', '00_files', '01_labels', '02_metrics', '03_plots', '03_pages'],
     'Readers': ['04_data/00_readers/*'],
     'Data': ['04_data/*'],
     'Simulator': ['04_data/04_simulate/*'],

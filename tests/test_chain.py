@@ -23,7 +23,8 @@ from protloc.study.folder import RunFolder
 from protloc.study.runner import run_study
 from protloc.study.scores import Study
 from protloc.study.verdict import write_results
-from protloc.study.workers import Workers, cores
+from protloc.study.workers import Workers
+from protloc.threads import cores
 
 PROTLOC = Path(sys.executable).parent / 'protloc'
 TORCHRUN = Path(sys.executable).parent / 'torchrun'

@@ -22,7 +22,8 @@ from protloc.study.folder import RunFolder
 from protloc.study.runner import run_study
 from protloc.study.scores import Study
 from protloc.study.verdict import write_results
-from protloc.study.workers import Call, Workers, cores, work_through
+from protloc.study.workers import Call, Workers, work_through
+from protloc.threads import cores
 
 pytest.importorskip('distributed')
 SMALLER = [

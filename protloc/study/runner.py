@@ -70,7 +70,8 @@ from protloc.study.parts import (
     waves_of,
 )
 from .plan import freeze
-from .workers import Call, Workers, check_workers, cores, work_through
+from .workers import Call, Workers, check_workers, work_through
+from ..threads import cores
 
 # %% ../../nbs/09_study/06_runner.ipynb #5cd01e7a
 def check_folder(run: RunFolder):

@@ -31,32 +31,11 @@ import joblib
 import pydantic
 
 from ..core import Config, InputError, end_with, interrupts_kept, one_line, shown, versions
+from ..threads import choose_waiting, threads_of, wanted_threads
 
 # %% auto #0
-__all__ = ['ANSWER', 'DASK_SECONDS', 'RAY_SECONDS', 'RAY_TRIES', 'cores', 'threads_of', 'Workers', 'Call', 'answer',
-           'end_with_input', 'run_command', 'result_of', 'check_workers', 'work_through']
-
-# %% ../../nbs/09_study/05_workers.ipynb #7cc07f53
-def _wanted_threads():
-    "OMP_NUM_THREADS; 0 where it is not set to a number"
-    wanted = os.environ.get('OMP_NUM_THREADS', '')
-    return max(int(wanted), 1) if wanted.isdigit() else 0
-
-
-def cores() -> int:
-    "Cores that this process may use; OMP_NUM_THREADS, where it is set, decides"
-    if _wanted_threads():
-        return _wanted_threads()
-    if hasattr(os, 'sched_getaffinity'):  # Linux alone
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def threads_of(
-    jobs: int,  # tasks at a time
-) -> int:  # of each of them
-    "OMP_NUM_THREADS, where it is set; else a share of the cores"
-    return _wanted_threads() or max(cores() // jobs, 1)
+__all__ = ['ANSWER', 'DASK_SECONDS', 'RAY_SECONDS', 'RAY_TRIES', 'Workers', 'Call', 'answer', 'end_with_input', 'run_command',
+           'result_of', 'check_workers', 'work_through']
 
 # %% ../../nbs/09_study/05_workers.ipynb #a21d4d30
 class Workers(Config):
@@ -129,6 +108,7 @@ def _in_processes(work, calls, workers):
     "As many tasks at a time as there are jobs, each in a process"
     jobs = min(workers.jobs, len(calls))
     threads = threads_of(jobs)
+    choose_waiting(threads)
     tasks = [joblib.delayed(_numbered)(work, threads, number, call) for number, call in enumerate(calls)]
     with interrupts_kept(), joblib.parallel_config('loky', initializer=end_with, initargs=(os.getpid(),)):
         for number, result in joblib.Parallel(jobs, return_as='generator_unordered')(tasks):
@@ -230,6 +210,7 @@ def run_command(
     environment = {} if heard else {'TQDM_DISABLE': '1'}
     if threads:
         environment['OMP_NUM_THREADS'] = str(threads)
+    choose_waiting(threads)
     answers = []
     with tempfile.TemporaryFile() as errors:
         process = _started(command, environment, folder, None if heard else errors)
@@ -410,7 +391,7 @@ def _on_dask(work, calls, workers):
         for call in calls:
             options = dict(key=f'{call.name}-{uuid.uuid4().hex}', pure=False)  # two studies may share a cluster
             options |= dict(resources={'GPU': workers.gpus}) if workers.gpus else {}
-            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), _wanted_threads())
+            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), wanted_threads())
             futures[client.submit(_dask_task, *sent, **options)] = call
         for future in _done_on_dask(client, futures):
             call = futures[future]
@@ -448,7 +429,7 @@ def _on_ray(work, calls, workers):
         task = ray.remote(max_retries=RAY_TRIES, num_gpus=workers.gpus)(_on_machine)
         futures = {}
         for call in calls:
-            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), _wanted_threads())
+            sent = (call._replace(args=()), workers.launch, os.getcwd(), _numbers_depend_on(), wanted_threads())
             futures[task.options(name=call.name).remote(*sent)] = call
         left = [*futures]
         while left:
