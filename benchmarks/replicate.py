@@ -34,23 +34,28 @@ from protloc.study.folder import RunFolder
 from protloc.study.forecast import _shape_of
 
 
+REPLICATES = 2  # fewer are no study
+
+
 def settings(preset, share):
-    "What is laid over a preset: one replicate, and a share of all steps and images"
+    "What is laid over a preset: few replicates, and a share of all steps and images"
     config = study_config(preset)
     few = {'generator.loop.steps': config.generator.loop.steps, 'generate.images': config.generate.images}
     few |= {f'classifier.loop.{name}': getattr(config.classifier.loop, name) for name in ('steps', 'evaluate_every')}
-    return {'replicates': 1, **{name: max(round(value * share), 1) for name, value in few.items()}}
+    return {'replicates': REPLICATES, **{name: max(round(value * share), 1) for name, value in few.items()}}
 
 
 def run(python, preset, jobs, overrides, folder):
-    "Seconds of the whole and of each stage"
+    "Seconds of the whole and of each stage, for one replicate"
     words = [word for name, value in overrides.items() for word in ('--set', f'{name}={value}')]
     start = time.time()
     command = [python, '-m', 'protloc', 'run', preset, '--jobs', str(jobs), '--out', str(folder), *words]
     environment = {**os.environ, 'TQDM_DISABLE': '1'}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=folder.parent)
-    stages = RunFolder(folder).read_stages().set_index('stage').seconds.to_dict()
-    return dict(seconds=time.time() - start, **stages)
+    whole = time.time() - start
+    stages = RunFolder(folder).read_stages()
+    kinds = stages.stage.str.replace(r' of replicate \d+', '', regex=True)
+    return dict(whole=whole / REPLICATES, **(stages.groupby(kinds, sort=False).seconds.sum() / REPLICATES))
 
 
 def arithmetic(config):
@@ -64,10 +69,9 @@ def arithmetic(config):
             squared_error(build_denoiser(*shape, unet), images, labels, unet.patch_size).backward()
         model = Classifier(config.classifier.backbone, *shape)
         with FlopCounterMode(display=False) as read:
-            read_logits = model(torch.zeros(1, shape[0], size, size, dtype=torch.uint8))
+            model(torch.zeros(1, shape[0], size, size, dtype=torch.uint8))
         with FlopCounterMode(display=False) as learned:
             model(torch.zeros(1, shape[0], size, size, dtype=torch.uint8)).sum().backward()
-    del read_logits
     generator = drawn.get_total_flops() * loop.steps
     loop = config.classifier.loop
     images = sum(loop.steps * loop.batch_size * (1 + arm.ratio * (len(arm.sources) - 1)) for arm in config.arms)
@@ -84,7 +88,7 @@ def main():
     parser.add_argument('--python', nargs='+', default=[sys.executable])
     args = parser.parse_args()
     overrides = settings(args.preset, args.share)
-    config = study_config(args.preset, [f'{name}={value}' for name, value in overrides.items()])
+    config = study_config(args.preset, overrides=[f'{name}={value}' for name, value in overrides.items()])
     trained, validated = arithmetic(config)
     reach = product_rate()
     ways = {(python, jobs): [] for python in args.python for jobs in args.jobs}
@@ -92,18 +96,19 @@ def main():
         for (python, jobs), rounds in ways.items():
             with tempfile.TemporaryDirectory() as scratch:
                 rounds.append(run(python, args.preset, jobs, overrides, Path(scratch) / 'run'))
+    trained_ones = {'generator', *(arm.name for arm in config.arms)}
     first = next(iter(ways.values()))
     for (python, jobs), rounds in ways.items():
         middle = {name: float(np.median([one[name] for one in rounds])) for name in rounds[0]}
-        whole = middle.pop('seconds')
-        trainings = sum(seconds for name, seconds in middle.items() if ' of replicate' in name and 'images' not in name)
+        whole = middle.pop('whole')
+        trainings = sum(seconds for name, seconds in middle.items() if name in trained_ones)
         line = dict(
             benchmark='replicate',
             preset=args.preset,
             share=args.share,
             way=f'{python}, {jobs} jobs' if len(args.python) > 1 else f'{jobs} jobs',
             seconds=round(whole, 1),
-            ratio=round(statistics.median(a['seconds'] / b['seconds'] for a, b in zip(first, rounds, strict=True)), 2),
+            ratio=round(statistics.median(a['whole'] / b['whole'] for a, b in zip(first, rounds, strict=True)), 2),
             between=round(whole - sum(middle.values()) / jobs, 1),
             stages={name: round(seconds, 1) for name, seconds in middle.items()},
             utilisation=round(trained / (trainings / jobs) / reach, 3),
