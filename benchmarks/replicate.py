@@ -33,7 +33,6 @@ from protloc.study.arms import study_config
 from protloc.study.folder import RunFolder
 from protloc.study.forecast import _shape_of
 
-
 REPLICATES = 2  # fewer are no study
 
 

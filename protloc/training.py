@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['MOST_STEPS', 'RUNTIME', 'OWN_NAMES', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'LoopConfig', 'plateaus', 'lr_at',
-           'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average', 'disk_errors', 'save_weights',
-           'check_finite', 'read_weights', 'load_weights', 'Run', 'save_checkpoint', 'load_checkpoint', 'this_process',
-           'check_own', 'hold_folder', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average',
-           'averaged', 'enough_memory', 'check_loop', 'fit', 'LogLine']
+__all__ = ['MOST_STEPS', 'Precision', 'RUNTIME', 'OWN_NAMES', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'yaml_no',
+           'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average',
+           'disk_errors', 'save_weights', 'check_finite', 'read_weights', 'load_weights', 'Run', 'save_checkpoint',
+           'load_checkpoint', 'this_process', 'check_own', 'hold_folder', 'native_precision', 'autocast_for',
+           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
+           'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #62a1987e
 from .core import Config, Failure, InputError, derive_seed, one_line, read_config, sha256, shown
@@ -95,6 +96,14 @@ class StepsConfig(Config):
         return self
 
 # %% ../nbs/05_training.ipynb #ab6a87c2
+Precision = Literal['auto', 'no', 'bf16', 'fp16']
+
+
+def yaml_no(value):
+    "YAML reads no as false"
+    return 'no' if value is False else value
+
+
 class LoopConfig(StepsConfig):
     "How long, how fast, and what to keep"
 
@@ -104,7 +113,9 @@ class LoopConfig(StepsConfig):
     ema_length: float | None = pydantic.Field(None, ge=1e-4, lt=0.28)
     # instead of both: share of the training after which all steps weigh the same
     swa_start: float | None = pydantic.Field(None, ge=0, lt=1)
-    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # bf16 saves time and memory on GPUs; it is slower on CPUs
+    # of the network; weights, sums and losses stay in float32. 'auto': bf16 where the device multiplies such numbers
+    # itself, else 'no', see `native_precision`
+    mixed_precision: Precision = 'no'
     compile: bool = False  # torch.compile: minutes before the first step, shorter steps on GPUs
     workers: int = pydantic.Field(0, ge=0, le=1024)  # loader processes
     evaluate_every: int = pydantic.Field(100, ge=1, le=MOST_STEPS)  # steps between validations
@@ -115,9 +126,7 @@ class LoopConfig(StepsConfig):
     # log.jsonl is written in any case
     trackers: tuple[Literal['tensorboard', 'wandb'], ...] = pydantic.Field((), max_length=2)
 
-    @pydantic.field_validator('mixed_precision', mode='before')
-    def _yaml_no(cls, value):
-        return 'no' if value is False else value  # YAML reads no as false
+    _no = pydantic.field_validator('mixed_precision', mode='before')(yaml_no)
 
     @pydantic.model_validator(mode='after')
     def _one_average(self):
@@ -474,12 +483,32 @@ def hold_folder(
         yield
 
 # %% ../nbs/05_training.ipynb #9345a2e6
+def native_precision() -> str:  # 'bf16' or 'no'
+    "bf16 where this device multiplies such numbers itself: many GPUs, and CPUs with AVX512-BF16 or AMX"
+    device = str(this_process().device).partition(':')[0]
+    if device == 'cuda':
+        return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    able = getattr(torch.cpu, 'get_capabilities', dict)() if device == 'cpu' else {}
+    return 'bf16' if able.get('avx512_bf16') or able.get('amx_bf16') else 'no'
+
+
+def autocast_for(
+    mixed_precision: str,  # a `Precision`; on CPUs 'fp16' is 'no'
+) -> torch.autocast:  # for a `with` block
+    "Inside the block networks on this process's device compute in a precision"
+    device = str(this_process().device).partition(':')[0]
+    chosen = native_precision() if mixed_precision == 'auto' else mixed_precision
+    kinds = dict(bf16=torch.bfloat16) | ({} if device == 'cpu' else dict(fp16=torch.float16))
+    return torch.autocast(device, kinds.get(chosen, torch.bfloat16), enabled=chosen in kinds)
+
+
 def accelerator_for(
-    mixed_precision: str = 'no',  # 'no', 'bf16' or 'fp16'; on CPUs 'fp16' is 'no'
+    mixed_precision: str = 'no',  # a `Precision`; on CPUs 'fp16' is 'no'
     **options,  # further ones of `Accelerator`
 ) -> Accelerator:
     "An Accelerator on the device at hand, in any precision; raises `InputError` for one that the device lacks"
     AcceleratorState._reset_state()
+    mixed_precision = native_precision() if mixed_precision == 'auto' else mixed_precision
     try:
         on_cpu = str(this_process().device) == 'cpu'
         return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, **options)
@@ -607,16 +636,16 @@ def averaged(
                 buffer.copy_(before)
 
 # %% ../nbs/05_training.ipynb #2c8236fe
-def _validate(run, evaluate, use, main):
-    "Evaluate the averaged weights, keep the best; all processes go by what the main one found"
-    with averaged(run, use) as model, torch.no_grad():
+def _validate(run, evaluate, use, accelerator):
+    "Evaluate the averaged weights as they are trained, keep the best; all processes go by what the main one found"
+    with averaged(run, use) as model, torch.no_grad(), accelerator.autocast():
         numbers = {name: float(number) for name, number in evaluate(model, run.step).items()}
         numbers = broadcast_object_list([numbers])[0]
         if run.score:
             run.scores.append(numbers[run.score])
         if run.score and numbers[run.score] > run.best:
             run.best = numbers[run.score]
-            if main:
+            if accelerator.is_main_process:
                 save_weights(model, run.folder / 'best.safetensors')
     return numbers
 
@@ -779,7 +808,7 @@ def _steps(run, objective, batches, config, seed, evaluate, use, name, accelerat
                 continue
             run.log.append(_line(run, numbers, started, config, accelerator))
             if evaluates:
-                run.log[-1].update(_validate(run, evaluate, use, main))
+                run.log[-1].update(_validate(run, evaluate, use, accelerator))
             if main:
                 _tell(run, bar, accelerator)
             if last or (evaluates and config.patience and plateaus(run.scores, config.patience)):

@@ -106,7 +106,7 @@ def probabilities(
 
     def predict(images):
         views = symmetries(images) if tta else [images]
-        predicted = [model(view).sigmoid() for view in views for model in models]
+        predicted = [model(view).float().sigmoid() for view in views for model in models]
         return (predicted[0] if len(predicted) == 1 else torch.stack(predicted).mean(0),)
 
     (predicted,) = map_batches(models, store, rows, predict, batch_size, progress)

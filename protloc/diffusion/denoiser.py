@@ -26,8 +26,8 @@ from ..labels import HPA
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'weight_files', 'stored_weights', 'StoredModel', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig',
-           'build_unet', 'ClassEncoder', 'PaperSimplified', 'MultiHotEncoder', 'PaperOriginal', 'Denoiser',
-           'build_denoiser', 'denoiser_cost']
+           'build_unet', 'ClassEncoder', 'PaperSimplified', 'MultiHotEncoder', 'PaperOriginal', 'GroupNorm32',
+           'Denoiser', 'build_denoiser', 'denoiser_cost']
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #a9a7437b
 def weight_files(
@@ -346,6 +346,19 @@ class PaperOriginal(StoredModel):
             x = up(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
         return UNet2DOutput(sample=self.out(x))
 
+# %% ../../nbs/06_diffusion/00_denoiser.ipynb #3c44dfeb
+class GroupNorm32(nn.GroupNorm):
+    "GroupNorm in float32 (Dhariwal and Nichol 2021): as on GPUs under autocast, and on CPUs a third of the time"
+
+    def forward(
+        self,
+        x: Tensor,  # (N, F, H, W)
+    ) -> Tensor:  # of the same shape and type
+        "The same numbers as `nn.GroupNorm`, rounded once"
+        if x.device.type != 'cpu' or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #7b022af2
 class Denoiser(nn.Module):
     "U-Net and label encoder as one module"
@@ -358,6 +371,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = unet
         self.label_encoder = label_encoder
+        for module in unet.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = GroupNorm32
 
     def forward(
         self,

@@ -30,7 +30,7 @@ from ..data.store import ImageStore, ResumableWriter, TryAgain
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
 from ..files import atomic_path, partial_of, read_json, remove
 from ..labels import Vocabulary
-from ..training import this_process
+from ..training import Precision, autocast_for, this_process, yaml_no
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'PLANS', 'Share', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan',
@@ -220,6 +220,9 @@ class GenerateConfig(Config):
     strength: float = pydantic.Field(0.5, gt=0, le=1)  # of edits, see `edit`: the share of solver steps taken
     best_of: int = pydantic.Field(1, ge=1, le=1000)  # candidates for each image, of which the judge keeps one
     batch_size: int = pydantic.Field(64, ge=1, le=100_000)  # images at a time; changes nothing but speed and memory
+    mixed_precision: Precision = 'no'  # of the network, as in training
+
+    _no = pydantic.field_validator('mixed_precision', mode='before')(yaml_no)
 
     @pydantic.field_validator('scheduler')
     def _known_scheduler(cls, name):
@@ -279,7 +282,8 @@ def draw_block(
     best = None
     for candidate in range(config.best_of):
         generators = generators_for(seed, numbers, candidate)
-        images = pipe(labels, config.guidance_scale, config.num_inference_steps, generators, **options)
+        with autocast_for(config.mixed_precision):
+            images = pipe(labels, config.guidance_scale, config.num_inference_steps, generators, **options)
         block = _judged(images.cpu().numpy(), labels, judge)
         best = block if best is None else _better(best, block)
     return best
@@ -361,6 +365,8 @@ def _provenance(pipe, config, seed, judge, base):
         seed=seed,
         **config.model_dump(exclude={'images'} if base else {'images', 'strength'}),
     )
+    if config.mixed_precision == 'no':  # which says nothing, and images of older versions did not
+        del made['mixed_precision']
     if base:
         made['edited'] = base[0].manifest['sha256']['images']
     if judge:

@@ -621,7 +621,8 @@ def __call__(
     for timestep, scale in self.progress_bar(list(zip(timesteps, scales, strict=True))):
         noisy = _model_input(self.scheduler, x, timestep)
         prediction = guided(denoiser, noisy, timestep, rows, scale, guidance_rescale, negative)
-        x = self.scheduler.step(prediction, timestep, x, **options).prev_sample
+        with torch.autocast(x.device.type, enabled=False):  # some solvers multiply matrices
+            x = self.scheduler.step(prediction, timestep, x, **options).prev_sample
     if not x.isfinite().all():
         raise Failure(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'

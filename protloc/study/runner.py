@@ -40,11 +40,11 @@ from protloc.files import (
     write_json,
     write_yaml,
 )
-from ..training import this_process
+from ..training import native_precision, this_process
 
 # %% auto #0
-__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'hardware', 'claim_folder', 'stage', 'check_images', 'is_store',
-           'claim_inputs', 'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave',
+__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'settle_precision', 'hardware', 'claim_folder', 'stage', 'check_images',
+           'is_store', 'claim_inputs', 'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave',
            'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #ba9e3a71
@@ -91,18 +91,40 @@ def check_folder(run: RunFolder):
         ) from None
 
 # %% ../../nbs/09_study/06_runner.ipynb #69937321
+_MEND = 'choose another folder with --out, or remove this one'
+
+
 def _as_noted(config):
     return config.model_dump(mode='json')
 
 
-def _completed(noted, run, mend):
+def _completed(noted, run):
     "A run's settings; those that its version did not have stand as they do where nobody sets them"
     try:
         return _as_noted(read_config(StudyConfig, noted, run.config.name))
     except InputError as error:
         raise InputError(
-            f'{run.path} was begun with settings that this version does not take ({error}): {mend}'
+            f'{run.path} was begun with settings that this version does not take ({error}): {_MEND}'
         ) from None
+
+# %% ../../nbs/09_study/06_runner.ipynb #856d3f46
+_WITH_PRECISION = (('generator', 'loop'), ('classifier', 'loop'), ('generate',))
+
+
+def settle_precision(
+    config: StudyConfig,
+    run: RunFolder,
+) -> StudyConfig:
+    "Every 'auto' as the study began; one that begins has what this machine, which may not be the last one, does best"
+    values, native = config.model_dump(), native_precision()
+    noted = _completed(run.read_settings(), run) if run.begun else {}
+    for names in _WITH_PRECISION:
+        section, before = values, noted
+        for name in names:
+            section, before = section[name], before.get(name, {})
+        if section['mixed_precision'] == 'auto':
+            section['mixed_precision'] = before.get('mixed_precision', native)
+    return StudyConfig(**values)
 
 # %% ../../nbs/09_study/06_runner.ipynb #3eab868c
 def _gpus():
@@ -134,16 +156,15 @@ def claim_folder(
     "Write the settings, or check that they are the same; raises `InputError` where a study of other settings has begun"
     run = RunFolder(folder)
     check_folder(run)
-    mend = 'choose another folder with --out, or remove this one'
     settings = _as_noted(config)
     before = run.read_settings()['replicates'] if run.begun else config.replicates
     if before > config.replicates:
-        raise InputError(f'{run.path} was begun with {before} replicates: more can be added, none taken away; {mend}')
+        raise InputError(f'{run.path} was begun with {before} replicates: more can be added, none taken away; {_MEND}')
 
     def meant(noted):
-        return {**_completed(noted, run, mend), 'replicates': config.replicates}
+        return {**_completed(noted, run), 'replicates': config.replicates}
 
-    claim_settings(run.config, settings, mend, anew=not run.begun, meant=meant)
+    claim_settings(run.config, settings, _MEND, anew=not run.begun, meant=meant)
     if before < config.replicates:
         write_yaml(run.config, settings)
     if not run.begun:
@@ -514,6 +535,7 @@ def run_study(
     # claimed while it is held: another process must not replace the settings of a study that has just begun
     with exclusive(run.path), _left_as_found(run, was_there):
         sweep_within(run.path, folders=False)
+        config = settle_precision(config, run)
         claim_folder(run.path, config)
         claim_inputs(config, run)
         run.read_stages()  # a damaged log is named before hours of work

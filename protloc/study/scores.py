@@ -46,6 +46,11 @@ class Study:
         self.shares = {arm['name']: arm.get('fraction') or whole for arm in settings['arms']}  # of the training groups
 
     @cached_property
+    def trained(self) -> dict[str, list[int]]:  # arm -> replicates
+        "In which replicates each arm is trained; looked up once"
+        return {arm: [number for number in self.replicates if self.run.trained(arm, number)] for arm in self.arms}
+
+    @cached_property
     def plan(self) -> dict:
         "What was fixed before training"
         return self.run.read_plan()
@@ -99,27 +104,21 @@ def groups(
     return self.real.table.group.iloc[self.real.rows(split)]
 
 # %% ../../nbs/09_study/07_scores.ipynb #b006f978
-@patch
-def _trained(self: Study, arm):
-    "In which replicates an arm is trained"
-    return [number for number in self.replicates if self.run.trained(arm, number)]
-
-
 @patch(as_prop=True)
 def compared_arms(self: Study) -> list[str]:
     "The arms that are there in two or more replicates; raises `InputError` where a part is missing without a reason"
-    missing = [(arm, number) for arm in self.arms for number in self.replicates if not self.run.trained(arm, number)]
+    missing = [(arm, number) for arm in self.arms for number in self.replicates if number not in self.trained[arm]]
     if missing and not self.run.read_failures():
         arm, number = missing[0]
         raise self.run.unfinished(f'{arm} of replicate {number}')
-    return [arm for arm in self.arms if len(self._trained(arm)) > 1]
+    return [arm for arm in self.arms if len(self.trained[arm]) > 1]
 
 
 @patch(as_prop=True)
 def compared_replicates(self: Study) -> list[int]:
     "The replicates in which all compared arms are there; raises `InputError` where there are none"
     arms = self.compared_arms
-    numbers = sorted(set(self.replicates).intersection(*map(self._trained, arms)))
+    numbers = sorted(set(self.replicates).intersection(*(self.trained[arm] for arm in arms)))
     if 'real' not in arms or len(arms) < 2 or not numbers:
         why = ' '.join(f'{part}: {why}.' for part, why in self.run.read_failures().items())
         raise InputError(f'{self.run.path} has nothing to compare, too many trainings failed: {why}')
