@@ -48,9 +48,21 @@ def run(python, preset, jobs, overrides, folder):
     "Seconds of the whole and of each stage, for one replicate"
     words = [word for name, value in overrides.items() for word in ('--set', f'{name}={value}')]
     start = time.time()
-    command = [python, '-m', 'protloc', 'run', preset, '--jobs', str(jobs), '--out', str(folder), *words]
+    command = [
+        os.path.abspath(python),
+        '-m',
+        'protloc',
+        'run',
+        preset,
+        '--jobs',
+        str(jobs),
+        '--out',
+        str(folder),
+        *words,
+    ]
     environment = {**os.environ, 'TQDM_DISABLE': '1'}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=folder.parent)
+    with open(folder.parent / 'stderr.txt', 'w') as said:
+        subprocess.run(command, check=True, stdout=said, stderr=said, env=environment, cwd=folder.parent)
     whole = time.time() - start
     stages = RunFolder(folder).read_stages()
     kinds = stages.stage.str.replace(r' of replicate \d+', '', regex=True)

@@ -835,8 +835,22 @@ def train_generator(
     from protloc.study.arms import section_config
 
     config = section_config('generator', preset, set or [])
-    train_generator(ImageStore(store), out, config, seed)
+    images = ImageStore(store)
+    pipe = train_generator(images, out, config, seed)
+    if pipe.vae:
+        _tell_reconstruction(pipe, images, out)
     print(f'Pipeline: {(out / "pipeline").resolve()}')
+
+# %% ../nbs/11_cli.ipynb #dae802b8
+def _tell_reconstruction(pipe, images, out):
+    "Print, and write beside a generator, what its autoencoder keeps of validation images"
+    from protloc.data.readers.tables import write_table
+    from protloc.evaluate.reconstruction import reconstruction
+
+    kept = reconstruction(pipe, images)
+    write_table(kept.reset_index(), out / 'reconstruction.csv')
+    print('What the autoencoder keeps of validation images, and how far other images are from them:')
+    print(kept.round(2).to_string())
 
 # %% ../nbs/11_cli.ipynb #cdf9b2f9
 Like = Annotated[

@@ -446,6 +446,7 @@ OWN_NAMES = (
     'log.jsonl',
     'checkpoints',
     'previews',
+    'autoencoder',
     'pipeline',
     'last.safetensors',
     'best.safetensors',

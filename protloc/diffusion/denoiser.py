@@ -27,7 +27,7 @@ from ..labels import HPA
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'weight_files', 'stored_weights', 'StoredModel', 'LabelEncoder', 'fold', 'unfold', 'UNetConfig',
            'build_unet', 'ClassEncoder', 'PaperSimplified', 'MultiHotEncoder', 'PaperOriginal', 'GroupNorm32',
-           'Denoiser', 'build_denoiser', 'denoiser_cost']
+           'norm_in_float32', 'Denoiser', 'build_denoiser', 'denoiser_cost']
 
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #a9a7437b
 def weight_files(
@@ -359,6 +359,15 @@ class GroupNorm32(nn.GroupNorm):
             return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
+
+def norm_in_float32(
+    model: nn.Module,  # changed in place; its weights keep their names
+):
+    "Let every GroupNorm of a model be a `GroupNorm32`"
+    for module in model.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = GroupNorm32
+
 # %% ../../nbs/06_diffusion/00_denoiser.ipynb #7b022af2
 class Denoiser(nn.Module):
     "U-Net and label encoder as one module"
@@ -371,9 +380,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = unet
         self.label_encoder = label_encoder
-        for module in unet.modules():
-            if type(module) is nn.GroupNorm:
-                module.__class__ = GroupNorm32
+        norm_in_float32(unet)
 
     def forward(
         self,

@@ -260,9 +260,11 @@ def check_generate(
 # %% ../../nbs/06_diffusion/05_generate.ipynb #2bcabd85
 def generator_hash(pipe: LabelConditionedPipeline) -> str:  # 16 hexadecimal digits
     "A name for the weights of a generator"
-    weights = [value for module in (pipe.unet, pipe.label_encoder) for value in module.state_dict().values()]
+    modules = filter(None, (pipe.unet, pipe.label_encoder, pipe.vae))
+    weights = [value for module in modules for value in module.state_dict().values()]
     weights = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in weights]
     more = pipe.config.preconditioning, pipe.config.sigma_min
+    more += (pipe.vae.config.scaling_factor,) if pipe.vae else ()
     settings = json.dumps(more, sort_keys=True).encode() if any(more) else b''
     return sha256(b''.join(value.numpy().tobytes() for value in weights) + settings)[:16]
 
@@ -387,7 +389,7 @@ def _make_fast(pipe, config, device):
     "Put a pipeline where it draws fast, with the solver that is asked for"
     pipe.scheduler = with_scheduler(pipe.scheduler, config.scheduler)
     pipe.to(device)
-    for module in (pipe.unet, pipe.label_encoder):
+    for module in filter(None, (pipe.unet, pipe.label_encoder, pipe.vae)):
         module.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
 

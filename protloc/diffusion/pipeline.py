@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import tempfile
+import types
 import typing
 import warnings
 from collections.abc import Collection, Sequence
@@ -22,7 +23,15 @@ import diffusers
 import numpy as np
 import pydantic
 import torch
-from diffusers import DiffusionPipeline, LMSDiscreteScheduler, ModelMixin, PNDMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    LMSDiscreteScheduler,
+    ModelMixin,
+    PNDMScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -34,7 +43,8 @@ from torch import Tensor
 from ..core import Config, Failure, InputError, derive_seed, lookup, one_line, read_config, shown
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
-from .denoiser import Denoiser, fold, stored_weights, unfold, weight_files
+from .autoencoder import decode, encode, latent_factor
+from .denoiser import Denoiser, norm_in_float32, stored_weights, weight_files
 from .objective import SignalKind, image_and_noise, is_flow, least_timestep, to_images, to_signal
 from .precondition import PatchStatistics, PreconditionedDenoiser, Preconditioner
 from ..files import read_json
@@ -123,13 +133,18 @@ def target_of(
     return 'flow' if is_flow(scheduler) else scheduler.config.prediction_type
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #ce4e04c2
-def _check_input_channels(channels, patch_size, size):
-    "Raise `InputError` for a U-Net that takes another number of values than a patch has"
-    needed = len(channels) * patch_size**2
-    if channels and needed != size:
+def _check_input_channels(channels, patch_size, size, vae):
+    "Raise `InputError` for a U-Net that takes another number of values than a patch has, or a VAE of other channels"
+    if vae and channels and (vae.config.in_channels, vae.config.out_channels) != (len(channels), len(channels)):
         raise InputError(
-            f'{len(channels)} channels in patches of {patch_size} need a U-Net with {needed} input channels,'
-            f' this one has {size}'
+            f'{len(channels)} channels need a VAE for as many, this one is for {vae.config.in_channels} and'
+            f' {vae.config.out_channels}'
+        )
+    folded = vae.config.latent_channels if vae else len(channels)
+    if channels and folded * patch_size**2 != size:
+        raise InputError(
+            f'{folded} {"latent " if vae else ""}channels in patches of {patch_size} need a U-Net with'
+            f' {folded * patch_size**2} input channels, this one has {size}'
         )
 
 
@@ -394,9 +409,11 @@ def guidance_scales(
 class LabelConditionedPipeline(DiffusionPipeline):
     "Generate N-channel images for sets of labels"
 
+    _optional_components = ['vae']  # as diffusers has it
+
     def __init__(
         self,
-        # on folded images: a `UNet2DModel` with `class_embed_type='identity'`, or a module with the same call
+        # on folded images or latents: a `UNet2DModel` with `class_embed_type='identity'`, or what is called alike
         unet: ModelMixin,
         # from multi-hot rows to the U-Net's time embedding: a `LabelEncoder`, or a module with the same call
         label_encoder: ModelMixin,
@@ -413,12 +430,15 @@ class LabelConditionedPipeline(DiffusionPipeline):
         # what the U-Net predicts, or with preconditioning what is made of its answer; the scheduler's unless given
         prediction_type: str = '',
         noise_schedule: dict | None = None,  # of the training, see `noise_schedule_of`; the scheduler's unless given
+        vae: ModelMixin | None = None,  # an `AutoencoderKL` whose latents the U-Net sees; None where it sees the images
     ):
         super().__init__()
-        _check_input_channels(channels, patch_size, unet.config.in_channels)
+        _check_input_channels(channels, patch_size, unet.config.in_channels, vae)
         prediction_type = prediction_type or target_of(scheduler)
         _check_preconditioning(preconditioning, sigma_min, unet.config.in_channels, prediction_type)
-        self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler)
+        if vae:
+            norm_in_float32(vae)
+        self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler, vae=vae)
         self.register_to_config(
             classes=list(classes),
             channels=list(channels),
@@ -442,7 +462,7 @@ def vocab(self: LabelConditionedPipeline) -> Vocabulary:
 @patch(as_prop=True)
 def size(self: LabelConditionedPipeline) -> int:
     "Height and width of its images in pixels"
-    return self.unet.config.sample_size * self.config.patch_size
+    return self.unet.config.sample_size * self.config.patch_size * latent_factor(self.vae)
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #e1797301
 @patch(as_prop=True)
@@ -525,7 +545,7 @@ def _start(pipe, n, num_inference_steps, generator, images=None, strength=1.0):
         x = noise * getattr(scheduler, 'init_noise_sigma', 1)
     else:
         timesteps = _skip(scheduler, num_inference_steps, max(round(num_inference_steps * strength), 1))
-        clean = fold(to_signal(_checked_images(pipe, images, n), pipe.config.signal), pipe.config.patch_size)
+        clean = encode(_checked_images(pipe, images, n), pipe.config.signal, pipe.config.patch_size, pipe.vae)
         add_noise = getattr(scheduler, 'add_noise', None) or functools.partial(_flow_noise, scheduler)
         x = add_noise(clean, noise, timesteps[:1].expand(n))
     return x.contiguous(memory_format=torch.channels_last), timesteps
@@ -628,7 +648,7 @@ def __call__(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
             ' take another number of steps, another scheduler or full precision'
         )
-    return _output(unfold(x, self.config.patch_size), self.config.signal, output_type)
+    return _output(decode(x, self.config.patch_size, self.vae), self.config.signal, output_type)
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #a3ae16b3
 def _output(signal, kind, output_type):
@@ -741,6 +761,15 @@ _NEEDED = ('sample_size',)  # though None is its default
 _MOST = dict(sample_size=65_536, layers_per_block=128, num_train_timesteps=100_000)  # a million of any other thing
 
 
+def _any_length(hint):
+    "Diffusers writes tuple[str] for tuples of any length, alone or as `tuple[str] | None`"
+    if typing.get_origin(hint) is tuple and len(typing.get_args(hint)) == 1:
+        return tuple[(*typing.get_args(hint), ...)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_any_length, typing.get_args(hint)))]
+    return hint
+
+
 def _flaw(name, value, default, hint):
     "What is wrong with a setting of a diffusers class; '' for nothing"
     if name in _CHOICES:
@@ -750,8 +779,8 @@ def _flaw(name, value, default, hint):
     if value is None or value == default and type(value) is type(default):
         return ''  # not set: what is made from another scheduler's settings has such
     try:
-        types = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
-        types.validate_json(json.dumps(value), strict=True)
+        known = pydantic.TypeAdapter(_any_length(hint), config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+        known.validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         return error.errors()[0]['msg']
     least = -math.inf if isinstance(default, float) and default < 0 else 0
@@ -781,6 +810,12 @@ def _check_parameters(
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #ba020215
 _COMPONENTS = dict(unet='config.json', label_encoder='config.json', scheduler='scheduler_config.json')
+_NO_VAE = [None, None]  # in the index of a pipeline without one
+
+
+def _components_of(index):
+    "Component -> file of its settings"
+    return _COMPONENTS if index.get('vae', _NO_VAE) == _NO_VAE else {**_COMPONENTS, 'vae': 'config.json'}
 
 
 def _class_of(name, value):
@@ -789,7 +824,7 @@ def _class_of(name, value):
     if not isinstance(class_name, str):
         return None
     if library == 'diffusers':
-        kind = {'unet': UNet2DModel, 'scheduler': SchedulerMixin}.get(name)
+        kind = {'unet': UNet2DModel, 'scheduler': SchedulerMixin, 'vae': AutoencoderKL}.get(name)
         found = getattr(diffusers, class_name, None)
     else:
         kind = ModelMixin if name in ('unet', 'label_encoder') and library == denoisers.__name__ else None
@@ -809,11 +844,12 @@ def _check_components(
             f'{folder} holds a pipeline of the class {shown(index.get("_class_name"))}, not a generator of protloc:'
             f' {mend}'
         )
+    components = _components_of(index)
     for name, value in index.items():
-        is_component = name in _COMPONENTS or isinstance(value, list) and name not in _LISTS
+        is_component = name in components or isinstance(value, list) and name not in (*_LISTS, 'vae')
         if is_component and not _class_of(name, value):
             raise InputError(f"{folder}/model_index.json names {shown(value)} as its {shown(name)}: {mend}")
-    for name, file in _COMPONENTS.items():
+    for name, file in components.items():
         if name not in given:
             path = folder / name / file
             _check_parameters(_class_of(name, index[name]), read_settings(path), path)
@@ -852,7 +888,8 @@ def from_pretrained(
             raise InputError(f'there is no folder {folder}')
         return opened(str(pretrained_model_name_or_path), **options)
     _check_components(folder, options)
-    own = [name for name in ('unet', 'label_encoder') if name not in options]
+    parts = {*_components_of(read_settings(folder / 'model_index.json'))} - {'scheduler'}
+    own = [name for name in sorted(parts) if name not in options]
     variant = _choose_variant(folder, own, options.pop('variant', None))
     stored = {name: stored_weights(folder / name, variant) for name in own}
     try:
@@ -881,7 +918,8 @@ def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
     prediction = f'prediction type {config.prediction_type}'
     lines = [
         f'draws {len(classes)} classes as {images}: {", ".join(channels)}',
-        f'U-Net {_parameters(self.unet)} parameters, label encoder {_parameters(self.label_encoder)}',
+        f'U-Net {_parameters(self.unet)} parameters, label encoder {_parameters(self.label_encoder)}'
+        + (f', VAE {_parameters(self.vae)}, {latent_factor(self.vae)} times smaller edges' if self.vae else ''),
         f'{type(scheduler).__name__}, {scheduler.config.num_train_timesteps} timesteps, {prediction}',
     ]
     if config.conditions:

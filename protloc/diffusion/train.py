@@ -19,6 +19,7 @@ import pydantic
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -26,8 +27,9 @@ from torch import Tensor
 from ..core import Config, InputError, Seed, derive_seed, read_config, rng_for, versions
 from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
-from .denoiser import Denoiser, UNetConfig, build_denoiser, fold
-from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler, to_signal
+from .autoencoder import AutoencoderConfig, check_latent_size, encode, train_autoencoder
+from .denoiser import Denoiser, UNetConfig, build_denoiser
+from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
 from .precondition import PatchStatistics, Preconditioner, check_patch_values, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
@@ -61,6 +63,8 @@ class GeneratorConfig(Config):
     balance: float = pydantic.Field(0.0, ge=0, le=4)
     # a column of the store's table, such as cell_line, that the generator is given besides the labels; '' for none
     condition: str = ''
+    # draw latents of an autoencoder that is trained first, see `AutoencoderConfig`; the images themselves unless given
+    autoencoder: AutoencoderConfig | None = None
     # length, rate, moving average
     loop: LoopConfig = LoopConfig(steps=5000, batch_size=32, lr=4e-3, warmup=50, ema_decay=0.995)
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, slower
@@ -76,7 +80,20 @@ class GeneratorConfig(Config):
             raise InputError(f'{name} has no gradient_checkpointing: leave it off, it is small')
         if self.condition:
             raise InputError(f'{name} knows labels only: leave out condition')
+        if self.autoencoder:
+            raise InputError(f'{name} draws pixels: leave out autoencoder')
         return self
+
+    def seen(
+        self,
+        channels: int,  # C, of the images
+        size: int,  # their edge in pixels
+    ) -> tuple[int, int]:  # the same of what the denoiser sees, before patches are folded
+        "Channels and edge of images or latents; raises `InputError` where the autoencoder does not take the images"
+        if not self.autoencoder:
+            return channels, size
+        check_latent_size(size, self.autoencoder)
+        return self.autoencoder.latent_channels, size // self.autoencoder.factor
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #9ee481fe
 def draw_noise(
@@ -120,6 +137,7 @@ class TrainingImages(Batches):
         weights = balance_weights(store.labels[rows], config.balance) if config.balance else None
         super().__init__(store, rows, config.loop.batch_size, seed, config.augment, weights)
         self.config = config
+        self.vae = None  # whose latents are drawn, when it is trained
         self.conditions = list(conditions)
         self.condition_rows = None  # (N, M) one-hot, of all images of the store
         if self.conditions:
@@ -155,10 +173,10 @@ def augmented(
 # %% ../../nbs/06_diffusion/04_train.ipynb #59dd6cbe
 def _batch_noise(batches, images, step):
     "The noise of this process's images, as large as they are when folded"
-    _, channels, height, width = images.shape
+    channels, size = batches.config.seen(*images.shape[1:3])
     edge = batches.config.unet.patch_size
     numbers = range(*batches.own_slice.indices(batches.batch_size))
-    shape = (channels * edge**2, height // edge, width // edge)
+    shape = (channels * edge**2, size // edge, size // edge)
     return draw_noise(shape, numbers, batches.seed, step, images.device)
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #d87b1341
@@ -168,6 +186,7 @@ _MOST_VALUES = 2**28  # that are measured
 def measured_statistics(
     store: ImageStore,  # its training split is measured
     config: GeneratorConfig,
+    vae: AutoencoderKL | None = None,  # whose latents are drawn
 ) -> PatchStatistics:
     "Mean and principal components of the training images' patches"
     rows, edge = store.rows('train'), config.unet.patch_size
@@ -176,7 +195,8 @@ def measured_statistics(
 
     def signals():
         for some in np.array_split(rows, math.ceil(len(rows) * values / 2**22)):
-            yield fold(to_signal(torch.from_numpy(store.images[np.sort(some)]), config.objective.signal), edge)
+            images = torch.from_numpy(store.images[np.sort(some)])
+            yield encode(images.to(vae.device) if vae else images, config.objective.signal, edge, vae).cpu()
 
     return patch_statistics(signals(), config.objective.preconditioning, config.objective.skip_spread)
 
@@ -192,9 +212,10 @@ def preconditioner_of(
     path, statistics = Path(folder) / 'statistics.json', None
     if this_process().is_main_process:
         if not path.exists():
-            write_json(path, measured_statistics(batches.store, batches.config).model_dump())
+            write_json(path, measured_statistics(batches.store, batches.config, batches.vae).model_dump())
         statistics = read_config(PatchStatistics, read_json(path), str(path))
-        needed = len(batches.store.channels) * batches.config.unet.patch_size**2
+        channels, _ = batches.config.seen(len(batches.store.channels), batches.store.size)
+        needed = channels * batches.config.unet.patch_size**2
         if (len(statistics.mean), statistics.skip_spread) != (needed, batches.config.objective.skip_spread):
             raise InputError(f'{path} is not of this training: choose another folder, or remove this one')
     statistics = broadcast_object_list([statistics])[0]
@@ -205,13 +226,14 @@ def generator_loss(
     config: GeneratorConfig,
     scheduler,  # of `make_scheduler`
     preconditioner: Preconditioner | None = None,
+    vae: AutoencoderKL | None = None,  # whose latents are drawn
 ) -> Callable:  # loss(denoiser, a batch of `TrainingImages`) -> scalar, and the loss of each band of noise levels
     "The loop's view of the diffusion objective"
     objective = config.objective
 
     def loss(denoiser, batch):
         images, labels, noise, timesteps, drop = batch
-        clean = fold(to_signal(images, objective.signal), config.unet.patch_size)
+        clean = encode(images, objective.signal, config.unet.patch_size, vae)
         clean = clean.contiguous(memory_format=torch.channels_last)
 
         def predict(noisy, timesteps):
@@ -231,6 +253,7 @@ def pipeline_of(
     scheduler,  # that it was trained with
     conditions: Sequence[str] = (),  # that it was trained with
     preconditioner: Preconditioner | None = None,  # that it was trained with
+    vae: AutoencoderKL | None = None,  # that it was trained with
 ) -> LabelConditionedPipeline:
     "A denoiser as a pipeline with a fast solver"
     return LabelConditionedPipeline(
@@ -245,6 +268,7 @@ def pipeline_of(
         conditions,
         preconditioner.statistics.model_dump() if preconditioner else None,
         config.objective.sigma_min,
+        vae=vae,
     )
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #7e51ffa0
@@ -285,7 +309,7 @@ def previews(
     def evaluate(denoiser, step):
         if not this_process().is_main_process:
             return {}
-        pipe = pipeline_of(denoiser, store, batches.config, scheduler, batches.conditions, preconditioner)
+        pipe = pipeline_of(denoiser, store, batches.config, scheduler, batches.conditions, preconditioner, batches.vae)
         pipe.set_progress_bar_config(disable=True)
         drawn = pipe(store.labels[rows], 1, steps, generators_for(seed, range(len(rows)))).cpu().numpy()
         figure = show_cells({'real': store.images[rows], f'step {step}': drawn}, store.channels, titles, edge=1.1)
@@ -326,6 +350,16 @@ def _table_lines(values):
     "A dict as lines of a Markdown table"
     shown = {name: f'{value:.4g}' if isinstance(value, float) else value for name, value in values.items()}
     return '\n'.join(f'| {_plain(name)} | {value} |' for name, value in shown.items())
+
+
+def _latents_in_words(autoencoder):
+    "What a card adds of a generator that draws latents"
+    if not autoencoder:
+        return ''
+    return (
+        f', which draws the {autoencoder.latent_channels} channels of the latents of an autoencoder of widths'
+        f' {", ".join(map(str, autoencoder.widths))}, whose edges are {autoencoder.factor} times shorter'
+    )
 
 
 def _average_of(loop):
@@ -377,6 +411,7 @@ def model_card(
         architecture=config.unet.architecture,
         widths=', '.join(map(str, config.unet.widths)),
         parameters=sum(p.numel() for p in denoiser.parameters()),
+        latents=_latents_in_words(config.autoencoder),
         target=objective.prediction_type,
         preconditioning=objective.preconditioning,
         schedule='flow' if objective.prediction_type == 'flow' else objective.beta_schedule,
@@ -396,6 +431,7 @@ def generator_settings(
 ) -> dict:
     "What decides a generator's weights"
     runtime = {'loop': RUNTIME, 'gradient_checkpointing': True, 'preview_every': True}
+    runtime |= {'autoencoder': {'loop': RUNTIME}}
     return dict(config=config.model_dump(exclude=runtime), seed=seed, store=store.manifest['sha256'])
 
 
@@ -412,7 +448,7 @@ def generator_as_meant(
     "What a version of protloc did not know, it did not do"
     if not isinstance(noted, dict):
         return noted
-    meant = dict(noted)
+    meant = dict(autoencoder=None) | noted
     for name, before in _BEFORE.items():
         if isinstance(section := noted.get(name), dict):
             meant[name] = {**before, **section}
@@ -426,7 +462,7 @@ def _as_meant(settings):
 def _save(denoiser, batches, scheduler, preconditioner, log, settings, folder):
     "Write pipeline/ with its card, whole or not at all"
     store, config, conditions = batches.store, batches.config, batches.conditions
-    pipe = pipeline_of(denoiser, store, config, scheduler, conditions, preconditioner)
+    pipe = pipeline_of(denoiser, store, config, scheduler, conditions, preconditioner, batches.vae)
     pipe.set_progress_bar_config(disable=True)
     with atomic_path(folder / 'pipeline') as partial, disk_errors(folder / 'pipeline'):
         pipe.save_pretrained(partial)
@@ -461,11 +497,12 @@ def train_generator(
     conditions = conditions_of(store, config.condition)
     inputs = len(store.vocab) + len(conditions)
     timesteps = config.objective.num_train_timesteps
+    channels, size = config.seen(len(store.channels), store.size)
     with seeded(seed, 'generator'):
-        denoiser = build_denoiser(len(store.channels), inputs, store.size, config.unet, timesteps)
+        denoiser = build_denoiser(channels, inputs, size, config.unet, timesteps)
     settings = generator_settings(store, config, seed)
     if config.objective.preconditioning != 'none':
-        check_patch_values(len(store.channels) * config.unet.patch_size**2)
+        check_patch_values(channels * config.unet.patch_size**2)
     check_own(folder)
     with hold_folder(folder):
         if this_process().is_main_process:
@@ -474,13 +511,16 @@ def train_generator(
             return open_pipeline(folder)
         scheduler = make_scheduler(config.objective)
         batches = TrainingImages(store, config, seed, conditions)
+        if config.autoencoder:
+            how = config.autoencoder, config.augment, config.objective.signal
+            batches.vae = train_autoencoder(store, folder / 'autoencoder', *how, seed)
         preconditioner = preconditioner_of(batches, scheduler, folder)
         log = _train(denoiser, batches, scheduler, preconditioner, folder, seed)
         if this_process().is_main_process:
             seen = store.seen_in_training()
             settings.update(config=config.model_dump(), images=len(store.rows('train')), seen=seen)
             _save(denoiser, batches, scheduler, preconditioner, log, settings, folder)
-    pipe = pipeline_of(denoiser, store, config, scheduler, conditions, preconditioner)
+    pipe = pipeline_of(denoiser, store, config, scheduler, conditions, preconditioner, batches.vae)
     pipe.register_to_config(_name_or_path=str(folder / 'pipeline'))
     return pipe
 
@@ -494,7 +534,7 @@ def _train(denoiser, batches, scheduler, preconditioner, folder, seed):
     if config.preview_every:
         loop = loop.model_copy(update=dict(evaluate_every=config.preview_every))
         evaluate = previews(batches, scheduler, folder, seed, preconditioner)
-    loss = generator_loss(config, scheduler, preconditioner)
+    loss = generator_loss(config, scheduler, preconditioner, batches.vae)
     return fit(denoiser, loss, batches, loop, folder, seed, evaluate, name='generator').log
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #9c6516fc

@@ -12,16 +12,18 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..classify.predict import load_classifier
+from ..diffusion.train import open_pipeline
 from ..evaluate.examination import Reference
 from ..evaluate.examined import Copies, Examination, within_bounds
 from ..evaluate.features import classifier_features
 from ..evaluate.fidelity import mean_interval
 from ..evaluate.label_fidelity import label_fidelity_by_class
 from ..evaluate.memorisation import suspicious
+from ..evaluate.reconstruction import reconstruction
 from .scores import Study
 
 # %% auto #0
-__all__ = ['STAGES', 'fidelity_by_class', 'examine_study']
+__all__ = ['STAGES', 'fidelity_by_class', 'examine_study', 'reconstructions']
 
 # %% ../../nbs/09_study/08_examine.ipynb #b93f80c3
 def fidelity_by_class(
@@ -118,3 +120,15 @@ def examine_study(
         copies=_copies(found),
         drift=_mean_of([one.drift for one in every], ['layer']),
     )
+
+# %% ../../nbs/09_study/08_examine.ipynb #edda9e93
+def reconstructions(
+    study: Study,
+) -> pd.DataFrame | None:  # a row a stain, see `reconstruction`; None where generators draw pixels
+    "What the generators' autoencoders keep of validation images"
+    latent = [number for number in study.judged if (study.run.generator(number) / 'pipeline' / 'vae').is_dir()]
+    found = [
+        reconstruction(open_pipeline(study.run.generator(number)), study.real_of('real', number)).reset_index()
+        for number in latent
+    ]
+    return _mean_of(found, ['stain']) if found else None

@@ -52,7 +52,8 @@ __all__ = ['IN_WORDS', 'TERMS', 'OTHER_MARKERS', 'SPLIT_COLOURS', 'SPLIT_NAMES',
            'fig_scores', 'table_scores', 'change_in_words', 'table_comparisons', 'table_shares', 'curve_points',
            'draw_curve', 'curve_in_numbers', 'fig_curve', 'examples', 'fig_cells', 'fig_stains', 'fidelity_of',
            'trained_on_synthetic', 'sentences', 'fig_associations', 'changed_images', 'fig_classes', 'fig_training',
-           'draw_validation', 'plan_and_deviations', 'table_data', 'generator_problem', 'leak_check', 'provenance']
+           'draw_validation', 'plan_and_deviations', 'table_data', 'table_reconstruction', 'generator_problem',
+           'leak_check', 'provenance']
 
 # %% ../../nbs/09_study/12_figures.ipynb #9410c318
 _COLUMNS = dict(
@@ -688,6 +689,24 @@ def table_data(results: Results) -> pd.DataFrame:  # a row a split
         }
 
     return pd.DataFrame([row(split) for split in groups], index=list(groups))
+
+# %% ../../nbs/09_study/12_figures.ipynb #17d4e1c6
+def table_reconstruction(results: Results) -> pd.DataFrame | None:  # a row a stain; None where pixels are drawn
+    "What the generators' autoencoders keep of validation images, with the floors of other images"
+    kept = results.tables.get('reconstruction')
+    if kept is None:
+        return None
+    kept = kept.set_index('stain').rename_axis(None)
+    return pd.DataFrame(
+        {
+            'error, of 255': kept.error.map('{:.1f}'.format),
+            'correlation': kept.correlation.map('{:.2f}'.format),
+            'finest detail kept': kept.detail.map('{:.2f}'.format),
+            'of other images': kept.detail_floor.map('{:.2f}'.format),
+            'distance of patches': kept.distance.map('{:.0f}'.format),
+            'to other images': kept.distance_floor.map('{:.0f}'.format),
+        }
+    )
 
 # %% ../../nbs/09_study/12_figures.ipynb #f0d89b2c
 def generator_problem(results: Results) -> str:  # '' where all is well

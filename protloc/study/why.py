@@ -101,10 +101,13 @@ def why(
     tables = dict(changed_predictions=pd.concat([pd.DataFrame(columns=_CHANGED), *found], ignore_index=True))
     if not (study.judged and examined):
         return tables
-    from protloc.study.examine import examine_study, fidelity_by_class  # loads PyTorch
+    from protloc.study.examine import examine_study, fidelity_by_class, reconstructions  # loads PyTorch
 
     tables |= examine_study(study).tables()
     images = pd.Series(study.labels('train').sum(0), list(study.real.vocab))
     tables['associations'] = associations(changes[changes.arm.isin(arms)], tables['fidelity_classes'], images)
     tables['label_fidelity'] = fidelity_by_class(study).reset_index()
+    kept = reconstructions(study)
+    if kept is not None:
+        tables['reconstruction'] = kept
     return tables
