@@ -13,7 +13,7 @@ from protloc.diffusion.generate import GenerateConfig, generate
 from protloc.diffusion.train import train_generator
 from protloc.study.arms import arm_of, commands_of, presets, read_preset, section_config, study_config
 
-FEW = ['loop.steps=2', 'loop.batch_size=4', 'loop.warmup=1']
+FEW = ['loop.steps=2', 'loop.batch_size=4', 'loop.accumulate=1', 'loop.warmup=1', 'loop.workers=0']
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,8 @@ def cells(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name, preset in presets().items() if 'generator' in preset])
 def test_generators(name, cells, tmp_path):
-    pipe = train_generator(cells[0], tmp_path / 'generator', section_config('generator', name, FEW))
+    few = [*FEW, *(f'autoencoder.{one}' for one in FEW if 'autoencoder' in read_preset(name)['generator'])]
+    pipe = train_generator(cells[0], tmp_path / 'generator', section_config('generator', name, few))
     few = {**read_preset(name)['generate'], 'images': 2, 'num_inference_steps': 2}
     drawn = generate(pipe, tmp_path / 'drawn', np.eye(3, dtype=np.float32)[:2], GenerateConfig.model_validate(few))
     assert drawn.images.shape == (2, 4, 32, 32) and drawn.images.std() > 0

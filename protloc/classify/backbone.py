@@ -35,8 +35,8 @@ from ..training import check_finite, read_weights
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'DEPTHS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size',
            'Pool', 'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
-           'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'ClassifierCard', 'read_card',
-           'load_pretrained', 'standardise']
+           'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'weights_at_hand',
+           'ClassifierCard', 'read_card', 'load_pretrained', 'standardise']
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7a5b3acf
 def resnet10(
@@ -399,14 +399,26 @@ def with_aux_bn(
     return classifier
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #c162dfd6
+def _imagenet_file(name):
+    "Where torch keeps torchvision's ImageNet weights of a network"
+    return Path(torch.hub.get_dir()) / 'checkpoints' / Path(get_model_weights(name).DEFAULT.url).name
+
+
+def weights_at_hand(
+    backbone: str,  # see `lookup_backbone`
+) -> str:  # 'imagenet' or 'none'
+    "What the weights 'auto' are: those of ImageNet where torch has them on this disk already; nothing is downloaded"
+    known = backbone in BACKBONES and not BACKBONES[backbone].build
+    return 'imagenet' if known and _imagenet_file(backbone).is_file() else 'none'
+
+
 def _imagenet(name):
     "torchvision's ImageNet weights, from torch's cache or downloaded"
     if BACKBONES[name].build:
         raise InputError(
             f"there are no ImageNet weights for '{name}': use weights none, or a torchvision network such as resnet18"
         )
-    weights = get_model_weights(name).DEFAULT
-    file = Path(torch.hub.get_dir()) / 'checkpoints' / Path(weights.url).name
+    weights, file = get_model_weights(name).DEFAULT, _imagenet_file(name)
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location='cpu')
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
@@ -620,13 +632,16 @@ def _from_classifier(classifier, folder, channels, classes):
 # %% ../../nbs/07_classify/00_backbone.ipynb #a6077441
 def load_pretrained(
     classifier: Classifier,  # changed in place
-    # 'none', 'imagenet', a .safetensors or .pth file of torchvision weights, or the folder of a trained classifier
+    # 'none', 'imagenet', 'auto' (see `weights_at_hand`), a .safetensors or .pth file of torchvision weights, or the
+    # folder of a trained classifier
     weights: str | Path,
     channels: Sequence[str] | None = None,  # names of the stains, for `stem_filters`
     classes: Sequence[str] | None = None,  # names of the classes, without which no head is taken over
 ) -> Classifier:
     "Start from pretrained weights; raises `InputError` where they cannot be had or do not fit"
-    path, name = Path(weights), classifier.card['backbone']
+    name = classifier.card['backbone']
+    weights = weights_at_hand(name) if str(weights) == 'auto' else weights
+    path = Path(weights)
     if str(weights) == 'none':
         return classifier
     if (path / 'classifier.json').is_file():
@@ -635,7 +650,7 @@ def load_pretrained(
     if str(weights) != 'imagenet' and not path.is_file():
         raise InputError(
             f"there are no weights '{weights}':"
-            ' use none, imagenet, a .safetensors or .pth file, or the folder of a trained classifier'
+            ' use none, imagenet, auto, a .safetensors or .pth file, or the folder of a trained classifier'
         )
     file = None if str(weights) == 'imagenet' else path
     if name.startswith('timm/'):

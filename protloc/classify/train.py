@@ -27,6 +27,7 @@ from protloc.classify.backbone import (
     load_pretrained,
     lookup_backbone,
     standardise,
+    weights_at_hand,
     with_aux_bn,
 )
 from .losses import build_criterion, check_head
@@ -64,7 +65,7 @@ class ClassifierConfig(Config):
     "Everything about a classifier but the strategy, which differs between the arms of a study"
 
     backbone: str = pydantic.Field('resnet18', max_length=200)  # see `lookup_backbone`
-    # to start from: none, imagenet, a file, or the folder of a trained classifier
+    # to start from: none, imagenet, auto (imagenet where it is at hand), a file, or the folder of a trained classifier
     weights: str = pydantic.Field('none', max_length=4096)
     pooling: str = pydantic.Field('avg', max_length=40)  # a name in `POOLINGS`
     head: str = pydantic.Field('linear', max_length=40)  # a name in `HEADS`
@@ -372,10 +373,11 @@ def check_weights(
 ):
     "Raise `InputError` where the network does not take these images, or its initial weights do not fit"
     shape = len(real.channels), len(real.vocab), real.size, config.pooling, config.head
-    if config.weights in ('none', 'imagenet'):
+    weights = weights_at_hand(config.backbone) if config.weights == 'auto' else config.weights
+    if weights in ('none', 'imagenet'):
         with torch.device('meta'), fork_rng():
             Classifier(config.backbone, *shape)
-    if config.weights != 'none' and config.weights != 'imagenet':
+    if weights not in ('none', 'imagenet'):
         with warnings.catch_warnings(), seeded(0, 'check'):
             warnings.simplefilter('ignore')
             load_pretrained(Classifier(config.backbone, *shape), config.weights, real.channels, real.vocab.names)

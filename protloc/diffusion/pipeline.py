@@ -40,6 +40,12 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo
 from torch import Tensor
 
+# %% auto #0
+__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'spaced_timesteps',
+           'noise_schedule_of', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
+           'LabelConditionedPipeline', 'read_settings', 'NoiseSchedule', 'PipelineIndex']
+
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #bf234209
 from ..core import Config, Failure, InputError, derive_seed, lookup, one_line, read_config, shown
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
@@ -51,11 +57,6 @@ from ..files import read_json
 from ..labels import Vocabulary
 from ..plots import details
 from ..training import check_finite
-
-# %% auto #0
-__all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 'scheduler_class', 'target_of', 'spaced_timesteps',
-           'noise_schedule_of', 'with_scheduler', 'generators_for', 'guided', 'guidance_scales',
-           'LabelConditionedPipeline', 'read_settings', 'NoiseSchedule', 'PipelineIndex']
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #5bf4b609
 SCHEDULERS = {
@@ -146,6 +147,14 @@ def _check_input_channels(channels, patch_size, size, vae):
             f'{folded} {"latent " if vae else ""}channels in patches of {patch_size} need a U-Net with'
             f' {folded * patch_size**2} input channels, this one has {size}'
         )
+
+
+def _frozen(vae):
+    "A VAE that is not trained any more, or None"
+    if vae:
+        norm_in_float32(vae)
+        vae.requires_grad_(False)
+    return vae
 
 
 def _check_preconditioning(preconditioning, sigma_min, size, target):
@@ -436,9 +445,7 @@ class LabelConditionedPipeline(DiffusionPipeline):
         _check_input_channels(channels, patch_size, unet.config.in_channels, vae)
         prediction_type = prediction_type or target_of(scheduler)
         _check_preconditioning(preconditioning, sigma_min, unet.config.in_channels, prediction_type)
-        if vae:
-            norm_in_float32(vae)
-        self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, label_encoder=label_encoder, scheduler=scheduler, vae=_frozen(vae))
         self.register_to_config(
             classes=list(classes),
             channels=list(channels),
@@ -831,7 +838,7 @@ def _class_of(name, value):
         found = vars(denoisers).get(class_name)
     return found if kind is not None and isinstance(found, type) and issubclass(found, kind) else None
 
-
+# %% ../../nbs/06_diffusion/03_pipeline.ipynb #60ca751b
 def _check_components(
     folder: Path,  # of a pipeline
     given: Collection[str],  # components that come from elsewhere

@@ -25,6 +25,7 @@ from ..data.layouts import labelled_fields
 from ..data.simulate.datasets import STAINS, class_numbers, plan_images
 from ..data.simulate.organelles import SIMULATED
 from ..data.store import ImageStore, write_store
+from ..diffusion.autoencoder import train_autoencoder
 from ..diffusion.generate import generate
 from ..diffusion.train import train_generator
 from ..evaluate.intervals import count_in_groups, f1_influence, f1_of
@@ -116,12 +117,33 @@ def _few_steps(config, steps):
     )
 
 
+def _time_autoencoder(config, real, folder):
+    "Seconds of the training of a generator's autoencoder"
+    how = config.generator
+
+    def train(steps):
+        few = how.autoencoder.model_copy(update=dict(loop=_few_steps(how.autoencoder.loop, steps)))
+        train_autoencoder(real, folder / f'autoencoder-{steps}', few, how.augment, how.objective.signal)
+
+    step, beside, _ = _slope(train)
+    return beside + step * how.autoencoder.loop.steps
+
+# %% ../../nbs/09_study/18_forecast.ipynb #661a3216
 def _time_generator(config, real, folder):
     "Seconds of a generator, and of a synthetic image"
+    autoencoder, before = config.generator.autoencoder, 0.0
+    if autoencoder:
+        before = _time_autoencoder(config, real, folder)
+        autoencoder = autoencoder.model_copy(update=dict(loop=_few_steps(autoencoder.loop, 1)))
 
     def train(steps):
         few = config.generator.model_copy(
-            update=dict(loop=_few_steps(config.generator.loop, steps), condition='', preview_every=None)
+            update=dict(
+                loop=_few_steps(config.generator.loop, steps),
+                condition='',
+                preview_every=0,
+                autoencoder=autoencoder,
+            )
         )
         return train_generator(real, folder / f'generator-{steps}', few, 0)
 
@@ -130,9 +152,9 @@ def _time_generator(config, real, folder):
     n = min(how.images, how.batch_size)
     labels = real.labels[np.resize(real.rows('train'), n)]
     drawing, _ = _seconds(lambda: generate(pipe, folder / 'drawn', labels, how, 0))
-    return beside + step * config.generator.loop.steps, drawing / n * config.generate.best_of
+    return before + beside + step * config.generator.loop.steps, drawing / n * config.generate.best_of
 
-
+# %% ../../nbs/09_study/18_forecast.ipynb #548d069d
 def _time_arm(config, arm, real, synthetic, folder):
     "Seconds of an arm's training, without validation"
 

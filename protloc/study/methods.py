@@ -192,6 +192,19 @@ def _objective(objective):
     return ', '.join(parts)
 
 # %% ../../nbs/09_study/14_methods.ipynb #e7f53607
+def _autoencoder(how):
+    "Whose latents are drawn; '' for pixels"
+    if not how:
+        return ''
+    return (
+        f' It draws the latents, {how.latent_channels} channels with edges {how.factor} times shorter, of a variational'
+        f' autoencoder with {listed(how.widths)} channels at its resolutions, which was trained before on the same'
+        f' images: absolute error, that of neighbouring differences with weight {how.edge_weight:g} and the'
+        f' Kullback-Leibler divergence with weight {how.kl_weight:g}; {_training(how.loop)}; then its weights were'
+        ' frozen.'
+    )
+
+
 def generator_in_words(results: Results, config: StudyConfig) -> str:
     "The generator, its training and its images"
     how, unet = config.generator, config.generator.unet
@@ -206,6 +219,7 @@ def generator_in_words(results: Results, config: StudyConfig) -> str:
         f'{_of_weights(*weights)} of type {unet.architecture} with {listed(unet.widths)} channels at its resolutions,'
         f' {unet.layers_per_block} residual {blocks} at each{attention}, and patches of {unet.patch_size} pixels'
         f' folded into channels. It {_objective(how.objective)}. Training: {_training(how.loop)}.'
+        f'{_autoencoder(how.autoencoder)}'
         f' {_augmentation(how.augment, how.balance)} {_drawing(results, config)}'
     )
 
@@ -427,6 +441,7 @@ CITED = dict(  # key of `methods.bib` -> words of `words_of`, any of which it is
     karras2022='edm components EulerDiscreteScheduler HeunDiscreteScheduler',
     salimans2022='v_prediction snr_plus_one',
     hang2023='min_snr',
+    rombach2022='autoencoder',
     lipman2023='flow',
     lin2024='zero_snr guidance_rescale',
     ho2022='guidance',
@@ -476,6 +491,8 @@ def _words_of_generator(config):
         yield objective.beta_schedule
     if objective.rescale_betas_zero_snr:
         yield 'zero_snr'
+    if config.generator.autoencoder:
+        yield 'autoencoder'
     if how.guidance_scale != 1:
         yield 'guidance'
         if how.guidance_interval != (0, 1):

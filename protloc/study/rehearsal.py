@@ -62,8 +62,9 @@ def check_drawing(
         )
     check_generate(config.generate, real.vocab, conditions)
     steps = config.generator.objective.num_train_timesteps
+    channels, size = config.generator.seen(len(real.channels), real.size)
     with seeded(config.seed, 'generator'):
-        build_denoiser(len(real.channels), labels.shape[1] + len(conditions), real.size, config.generator.unet, steps)
+        build_denoiser(channels, labels.shape[1] + len(conditions), size, config.generator.unet, steps)
 
 # %% ../../nbs/09_study/16_rehearsal.ipynb #9942777a
 def check_training(

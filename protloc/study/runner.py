@@ -17,6 +17,7 @@ from typing import cast
 import psutil
 import torch
 
+from ..classify.backbone import weights_at_hand
 from ..classify.predict import load_classifier, probabilities
 from ..classify.train import train_classifier, weights_hash
 from ..core import Failure, InputError, derive_seed, one_line, read_config, sha256, versions
@@ -43,8 +44,8 @@ from protloc.files import (
 from ..training import native_precision, this_process
 
 # %% auto #0
-__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'settle_precision', 'hardware', 'claim_folder', 'stage', 'check_images',
-           'is_store', 'claim_inputs', 'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave',
+__all__ = ['WRITTEN', 'SEEN_SECONDS', 'check_folder', 'settle', 'hardware', 'claim_folder', 'stage', 'check_images', 'is_store',
+           'claim_inputs', 'real_images', 'make', 'wait_until_made', 'make_as_command', 'make_wave',
            'check_predictions', 'run_study']
 
 # %% ../../nbs/09_study/06_runner.ipynb #ba9e3a71
@@ -108,22 +109,29 @@ def _completed(noted, run):
         ) from None
 
 # %% ../../nbs/09_study/06_runner.ipynb #856d3f46
-_WITH_PRECISION = (('generator', 'loop'), ('classifier', 'loop'), ('generate',))
+_SETTLED = (  # where settings may be 'auto'
+    ('generator', 'autoencoder', 'loop', 'mixed_precision'),
+    ('generator', 'loop', 'mixed_precision'),
+    ('generate', 'mixed_precision'),
+    ('classifier', 'loop', 'mixed_precision'),
+    ('classifier', 'weights'),
+)
 
 
-def settle_precision(
+def settle(
     config: StudyConfig,
     run: RunFolder,
 ) -> StudyConfig:
     "Every 'auto' as the study began; one that begins has what this machine, which may not be the last one, does best"
-    values, native = config.model_dump(), native_precision()
+    values = config.model_dump()
     noted = _completed(run.read_settings(), run) if run.begun else {}
-    for names in _WITH_PRECISION:
+    best = dict(mixed_precision=native_precision(), weights=weights_at_hand(config.classifier.backbone))
+    for *names, last in _SETTLED:
         section, before = values, noted
         for name in names:
-            section, before = section[name], before.get(name, {})
-        if section['mixed_precision'] == 'auto':
-            section['mixed_precision'] = before.get('mixed_precision', native)
+            section, before = section.get(name) or {}, before.get(name) or {}
+        if section.get(last) == 'auto':
+            section[last] = before.get(last, best[last])
     return StudyConfig(**values)
 
 # %% ../../nbs/09_study/06_runner.ipynb #3eab868c
@@ -535,7 +543,7 @@ def run_study(
     # claimed while it is held: another process must not replace the settings of a study that has just begun
     with exclusive(run.path), _left_as_found(run, was_there):
         sweep_within(run.path, folders=False)
-        config = settle_precision(config, run)
+        config = settle(config, run)
         claim_folder(run.path, config)
         claim_inputs(config, run)
         run.read_stages()  # a damaged log is named before hours of work

@@ -55,11 +55,6 @@ class Study:
         "What was fixed before training"
         return self.run.read_plan()
 
-    def arms_of(self, *roles: str) -> list[str]:
-        "Names of the arms that are 'baseline', 'tested', 'control' or 'curve', those that can be compared"
-        compared = self.compared_arms
-        return [arm for role in roles for arm in self.plan['arms'][role] if arm in compared]
-
     @cached_property
     def real(self) -> ImageStore:
         "The real images"
@@ -112,6 +107,13 @@ def compared_arms(self: Study) -> list[str]:
         arm, number = missing[0]
         raise self.run.unfinished(f'{arm} of replicate {number}')
     return [arm for arm in self.arms if len(self.trained[arm]) > 1]
+
+
+@patch
+def arms_of(self: Study, *roles: str) -> list[str]:
+    "Names of the arms that are 'baseline', 'tested', 'control' or 'curve', those that can be compared"
+    compared = self.compared_arms
+    return [arm for role in roles for arm in self.plan['arms'][role] if arm in compared]
 
 
 @patch(as_prop=True)
