@@ -1,11 +1,17 @@
 "Generators that draw latents: killed and continued, opened again, edited, and what a damaged or foreign VAE says"
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from protloc import training
 from protloc.core import InputError
@@ -144,7 +150,7 @@ def test_a_vae_of_another_class_or_damaged_is_refused(trained, tmp_path):
     assert 'damaged or cut off' in changed('cut', cut)
     assert 'vae' in changed('gone', lambda folder: shutil.rmtree(folder / 'vae'))
     assert 'scaling_factor' in changed('scale', configured(scaling_factor='much'))
-    assert 'block_out_channels' in changed('widths', configured(block_out_channels=['8']))
+    assert 'block_out_channels' in changed('widths', configured(block_out_channels=["8"]))
     assert 'cannot be opened' in changed('stains', configured(in_channels=3))
 
 
@@ -158,10 +164,37 @@ def test_settings_of_a_version_without_autoencoders_go_on(store, tmp_path):
     assert train_generator(store, folder, pixels).vae is None
 
 
+def test_two_machines_train_the_same_generator(store, trained, tmp_path):
+    "Two launchers, one process each, that meet on the loopback; numbers differ from one process's by rounding"
+    (tmp_path / 'preset.yaml').write_text(yaml.safe_dump(dict(generator=json.loads(config().model_dump_json()))))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    launch = [Path(sys.executable).parent / 'torchrun', '--nnodes', 2, '--nproc_per_node', 1]
+    launch += ['--master_addr', '127.0.0.1', '--master_port', port]
+    words = ['-m', 'protloc', 'train-generator', store.path, tmp_path / 'two', '--preset', tmp_path / 'preset.yaml']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
+    machines = [
+        subprocess.Popen(
+            [*map(str, [*launch, '--node_rank', rank, *words])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert said[0][0].count('Pipeline: ') + said[1][0].count('Pipeline: ') == 1
+    for name, value in weights(tmp_path / 'two').items():
+        torch.testing.assert_close(value, weights(trained)[name], rtol=1e-2, atol=1e-3)
+
+
 def test_sizes_are_refused_before_training(store, tmp_path):
     with pytest.raises(InputError, match='a multiple of 64'):
-        train_generator(store, tmp_path / 'a', config(autoencoder=AutoencoderConfig(widths=(8,) * 7)))
-    study = study_config('demo', overrides=['generator.autoencoder={widths: [8, 16, 16, 16, 16, 16, 16]}'])
+        train_generator(store, tmp_path / 'a', config(autoencoder=AutoencoderConfig(widths=(8,) * 6)))
+    study = study_config('demo', overrides=['generator.autoencoder={widths: [8, 16, 16, 16, 16, 16]}'])
     with pytest.raises(InputError, match='a multiple of 64'):
         check_drawing(study, store, RunFolder(tmp_path))
     assert not (tmp_path / 'a').exists()

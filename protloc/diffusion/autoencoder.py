@@ -5,6 +5,7 @@
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #372a4a9e
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -22,21 +23,22 @@ from ..core import Config, InputError, derive_seed, read_config
 from ..data.loading import AugmentConfig, Batches
 from ..data.store import ImageStore
 from .denoiser import fold, norm_in_float32, unfold
-from .objective import SignalKind, to_signal
+from .objective import SignalKind, draw_noise, to_signal
 from ..files import read_json, write_json
 from ..training import LoopConfig, autocast_for, fit, seeded, this_process
 
 # %% auto #0
-__all__ = ['AutoencoderConfig', 'check_latent_size', 'build_autoencoder', 'latent_factor', 'encode', 'decode', 'autoencoder_loss',
-           'train_autoencoder']
+__all__ = ['AutoencoderConfig', 'check_latent_size', 'build_autoencoder', 'vae_patch', 'latent_factor', 'encode', 'decode',
+           'autoencoder_loss', 'PicturesAndNoise', 'train_autoencoder']
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #19b6ca8c
 class AutoencoderConfig(Config):
     "The size of an autoencoder, what it is to keep, and its training"
 
+    patch_size: int = pydantic.Field(2, ge=1, le=64)  # edge of the patches that are folded into channels, in pixels
     # channels at each resolution, each half of the one before
     widths: tuple[Annotated[int, pydantic.Field(ge=1, le=8192)], ...] = pydantic.Field(
-        (32, 64, 64), min_length=2, max_length=7
+        (64, 128), min_length=1, max_length=7
     )
     layers_per_block: int = pydantic.Field(1, ge=1, le=32)  # residual blocks per resolution
     latent_channels: int = pydantic.Field(8, ge=1, le=256)
@@ -50,7 +52,7 @@ class AutoencoderConfig(Config):
 @patch(as_prop=True)
 def factor(self: AutoencoderConfig) -> int:
     "How many times shorter an edge is in the latents"
-    return 2 ** (len(self.widths) - 1)
+    return self.patch_size * 2 ** (len(self.widths) - 1)
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #8798a2bd
 def check_latent_size(
@@ -60,8 +62,8 @@ def check_latent_size(
     "Raise `InputError` for images that cannot be made small so, and for widths that do not fit their groups"
     if size % config.factor:
         raise InputError(
-            f'images of {size} pixels cannot be made {config.factor} times smaller by an autoencoder of'
-            f' {len(config.widths)} widths: use a multiple of {config.factor}'
+            f'images of {size} pixels cannot be made {config.factor} times smaller by an autoencoder of patches of'
+            f' {config.patch_size} and {len(config.widths)} widths: use a multiple of {config.factor}'
         )
     if any(width % config.norm_groups for width in config.widths):
         raise InputError(f'widths {config.widths} must be multiples of norm_groups {config.norm_groups}')
@@ -74,9 +76,10 @@ def build_autoencoder(
 ) -> AutoencoderKL:
     "A fresh autoencoder; raises `InputError` for sizes that do not fit"
     check_latent_size(size, config)
+    folded = channels * config.patch_size**2
     model = AutoencoderKL(
-        in_channels=channels,
-        out_channels=channels,
+        in_channels=folded,
+        out_channels=folded,
         down_block_types=('DownEncoderBlock2D',) * len(config.widths),
         up_block_types=('UpDecoderBlock2D',) * len(config.widths),
         block_out_channels=config.widths,
@@ -84,7 +87,7 @@ def build_autoencoder(
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_groups,
         mid_block_add_attention=config.attention,
-        sample_size=size,
+        sample_size=size // config.patch_size,
         scaling_factor=1.0,
     )
     norm_in_float32(model)
@@ -95,15 +98,30 @@ _VALUES = 2**27  # of the widest layer, at a time
 
 
 def _few_at_a_time(vae, edge):
-    "How many images of an edge an autoencoder takes at a time"
+    "How many images of a folded edge an autoencoder takes at a time"
     return max(_VALUES // (vae.config.block_out_channels[0] * edge**2), 1)
+
+
+def vae_patch(
+    vae: AutoencoderKL,
+    channels: int,  # C, of the images
+) -> int:
+    "The edge of the patches that an autoencoder takes as channels; raises `InputError` where it is none"
+    patch = math.isqrt(vae.config.in_channels // channels) if channels else 0
+    if not patch or (vae.config.in_channels, vae.config.out_channels) != (channels * patch**2,) * 2:
+        raise InputError(
+            f'a VAE of {vae.config.in_channels} channels in and {vae.config.out_channels} out does not fit images of'
+            f' {channels}: both must be {channels} times a square'
+        )
+    return patch
 
 
 def latent_factor(
     vae: AutoencoderKL | None,
+    channels: int,  # C, of the images
 ) -> int:
     "How many times shorter an edge is in what the denoiser sees"
-    return 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
+    return vae_patch(vae, channels) * 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
 
 
 @torch.no_grad()
@@ -116,7 +134,8 @@ def encode(
     "What the denoiser is to draw"
     seen = to_signal(images, signal)
     if vae:
-        parts = seen.to(vae.dtype).split(_few_at_a_time(vae, images.shape[-1]))
+        seen = fold(seen, vae_patch(vae, images.shape[1])).to(vae.dtype)
+        parts = seen.split(_few_at_a_time(vae, seen.shape[-1]))
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
         seen = latents.float() * vae.config.scaling_factor
     return fold(seen, patch_size)
@@ -127,26 +146,29 @@ def decode(
     drawn: Tensor,  # (N, D, s, s)
     patch_size: int = 1,  # edge of the folded patches
     vae: AutoencoderKL | None = None,  # on the same device
+    channels: int = 0,  # C, of the images; needed with an autoencoder
 ) -> Tensor:  # (N, C, S, S) float32, as `to_signal` gives it, not clamped
     "The images that the denoiser has drawn"
     signal = unfold(drawn, patch_size)
     if not vae:
         return signal
-    latents = (signal / vae.config.scaling_factor).to(vae.dtype)
-    parts = latents.split(_few_at_a_time(vae, signal.shape[-1] * latent_factor(vae)))
-    return torch.cat([vae.decode(part).sample for part in parts]).float()
+    latents, patch = (signal / vae.config.scaling_factor).to(vae.dtype), vae_patch(vae, channels)
+    parts = latents.split(_few_at_a_time(vae, signal.shape[-1] * latent_factor(vae, channels) // patch))
+    return unfold(torch.cat([vae.decode(part).sample for part in parts]).float(), patch)
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #de93a0b5
 def autoencoder_loss(
     config: AutoencoderConfig,
     signal: SignalKind,
-) -> Callable:  # loss(autoencoder, (images (N, C, S, S) uint8, labels)) -> scalar, and its parts
+) -> Callable:  # loss(autoencoder, a batch of `PicturesAndNoise`) -> scalar, and its parts
     "The loop's view of an autoencoder: error, error of edges, divergence of the latents"
 
     def loss(model, batch):
-        clean = to_signal(batch[0], signal)
+        images, noise = batch
+        clean = fold(to_signal(images, signal), config.patch_size)
         found = DiagonalGaussianDistribution(model.encode(clean).latent_dist.parameters.float())
-        made = model.decode(found.sample()).sample.float()
+        made = model.decode(found.mean + found.std * noise).sample.float()
+        made, clean = (unfold(some, config.patch_size) for some in (made, clean))
         error = (made - clean).abs().mean()
         edges = sum((made.diff(dim=dim) - clean.diff(dim=dim)).abs().mean() for dim in (2, 3))
         divergence = found.kl().mean() / found.mean[0].numel()
@@ -156,6 +178,30 @@ def autoencoder_loss(
     return loss
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #8cd7391b
+class PicturesAndNoise(Batches):
+    "`Batches` of the training split, with the noise of their latents"
+
+    def __init__(
+        self,
+        store: ImageStore,  # its training split is read
+        config: AutoencoderConfig,
+        augment: AugmentConfig,
+        seed: int,  # of order, augmentation and noise
+    ):
+        super().__init__(store, store.rows('train'), config.loop.batch_size, seed, augment)
+        self.shape = config.latent_channels, *[store.size // config.factor] * 2
+
+    def augmented(
+        self,
+        batch,  # images (n, C, S, S) uint8 and labels of `self[step]`, on any device
+        step: int,  # from 0
+    ) -> tuple[Tensor, Tensor]:  # images (n, C, S, S) uint8, noise (n, D, s, s)
+        "The images of a step, augmented, and noise of their own for each"
+        images, _ = super().augmented(batch, step)
+        numbers = range(*self.own_slice.indices(self.batch_size))
+        return images, draw_noise(self.shape, numbers, self.seed, step, images.device)
+
+
 class _Scale(Config):
     "What scale.json says"
 
@@ -173,7 +219,7 @@ def _measured_scale(model, store, signal, precision):
     with autocast_for(precision):
         for some in np.array_split(rows, -(-len(rows) // 32)):
             latents = encode(torch.from_numpy(store.images[some]).to(model.device), signal, 1, model)
-            squares, count = squares + float(latents.double().square().sum()), count + latents.numel()
+            squares, count = squares + float(latents.cpu().double().square().sum()), count + latents.numel()
     return (count / max(squares, 1e-12)) ** 0.5
 
 
@@ -189,7 +235,7 @@ def train_autoencoder(
     seed, path = derive_seed(seed, 'autoencoder'), Path(folder) / 'scale.json'
     with seeded(seed, 'weights'):
         model = build_autoencoder(len(store.channels), store.size, config)
-    batches = Batches(store, store.rows('train'), config.loop.batch_size, seed, augment)
+    batches = PicturesAndNoise(store, config, augment, seed)
     fit(model, autoencoder_loss(config, signal), batches, config.loop, folder, seed, name='autoencoder')
     model.requires_grad_(False).eval()
     known = None

@@ -16,11 +16,11 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import Config, InputError
+from ..core import Config, InputError, derive_seed
 
 # %% auto #0
 __all__ = ['SignalKind', 'to_signal', 'to_images', 'is_flow', 'image_and_noise', 'least_timestep', 'ObjectiveConfig',
-           'make_scheduler', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
+           'make_scheduler', 'draw_noise', 'noisify', 'timestep_weights', 'image_losses', 'losses_by_noise']
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #0297a7f3
 SignalKind = Literal['sqrt', 'symmetric', 'unit']
@@ -181,6 +181,21 @@ def make_scheduler(
     if config.rescale_betas_zero_snr:
         options.update(rescale_betas_zero_snr=True, timestep_spacing='trailing')
     return DDPMScheduler(num_train_timesteps=config.num_train_timesteps, **options)
+
+# %% ../../nbs/06_diffusion/01_objective.ipynb #9ee481fe
+def draw_noise(
+    shape: tuple[int, ...],  # of one image
+    numbers: range,  # the images' numbers in the whole batch
+    seed: int,  # of the training
+    step: int,  # from 0
+    device='cpu',  # where it is wanted; devices of different kinds draw different numbers
+) -> Tensor:  # (n, *shape) float32
+    "Gaussian noise, each image's from its own seed"
+    noise = torch.empty(len(numbers), *shape, device=device)
+    generator = torch.Generator(device)
+    for image, number in zip(noise, numbers, strict=True):
+        image.normal_(generator=generator.manual_seed(derive_seed(seed, 'noise', step, number)))
+    return noise
 
 # %% ../../nbs/06_diffusion/01_objective.ipynb #5629eea5
 def noisify(

@@ -49,7 +49,7 @@ __all__ = ['SCHEDULERS', 'FLOW_SCHEDULERS', 'CARD_FILES', 'known_schedulers', 's
 from ..core import Config, Failure, InputError, derive_seed, lookup, one_line, read_config, shown
 from ..data.kind import ImageKind
 from . import denoiser as denoisers
-from .autoencoder import decode, encode, latent_factor
+from .autoencoder import decode, encode, latent_factor, vae_patch
 from .denoiser import Denoiser, norm_in_float32, stored_weights, weight_files
 from .objective import SignalKind, image_and_noise, is_flow, least_timestep, to_images, to_signal
 from .precondition import PatchStatistics, PreconditionedDenoiser, Preconditioner
@@ -136,11 +136,8 @@ def target_of(
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #ce4e04c2
 def _check_input_channels(channels, patch_size, size, vae):
     "Raise `InputError` for a U-Net that takes another number of values than a patch has, or a VAE of other channels"
-    if vae and channels and (vae.config.in_channels, vae.config.out_channels) != (len(channels), len(channels)):
-        raise InputError(
-            f'{len(channels)} channels need a VAE for as many, this one is for {vae.config.in_channels} and'
-            f' {vae.config.out_channels}'
-        )
+    if vae:
+        vae_patch(vae, len(channels))
     folded = vae.config.latent_channels if vae else len(channels)
     if channels and folded * patch_size**2 != size:
         raise InputError(
@@ -469,7 +466,7 @@ def vocab(self: LabelConditionedPipeline) -> Vocabulary:
 @patch(as_prop=True)
 def size(self: LabelConditionedPipeline) -> int:
     "Height and width of its images in pixels"
-    return self.unet.config.sample_size * self.config.patch_size * latent_factor(self.vae)
+    return self.unet.config.sample_size * self.config.patch_size * latent_factor(self.vae, len(self.config.channels))
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #e1797301
 @patch(as_prop=True)
@@ -655,7 +652,8 @@ def __call__(
             f'{type(self.scheduler).__name__} with {num_inference_steps} steps ended in values that are not numbers:'
             ' take another number of steps, another scheduler or full precision'
         )
-    return _output(decode(x, self.config.patch_size, self.vae), self.config.signal, output_type)
+    signal = decode(x, self.config.patch_size, self.vae, len(self.config.channels))
+    return _output(signal, self.config.signal, output_type)
 
 # %% ../../nbs/06_diffusion/03_pipeline.ipynb #a3ae16b3
 def _output(signal, kind, output_type):
@@ -926,7 +924,11 @@ def _repr_html_(self: LabelConditionedPipeline) -> str:  # HTML
     lines = [
         f'draws {len(classes)} classes as {images}: {", ".join(channels)}',
         f'U-Net {_parameters(self.unet)} parameters, label encoder {_parameters(self.label_encoder)}'
-        + (f', VAE {_parameters(self.vae)}, {latent_factor(self.vae)} times smaller edges' if self.vae else ''),
+        + (
+            f', VAE {_parameters(self.vae)}, {latent_factor(self.vae, len(channels))} times shorter edges'
+            if self.vae
+            else ''
+        ),
         f'{type(scheduler).__name__}, {scheduler.config.num_train_timesteps} timesteps, {prediction}',
     ]
     if config.conditions:

@@ -24,12 +24,12 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import Config, InputError, Seed, derive_seed, read_config, rng_for, versions
+from ..core import Config, InputError, Seed, read_config, rng_for, versions
 from ..data.loading import AugmentConfig, Batches, balance_weights
 from ..data.store import ImageStore
 from .autoencoder import AutoencoderConfig, check_latent_size, encode, train_autoencoder
 from .denoiser import Denoiser, UNetConfig, build_denoiser
-from .objective import ObjectiveConfig, image_losses, losses_by_noise, make_scheduler
+from .objective import ObjectiveConfig, draw_noise, image_losses, losses_by_noise, make_scheduler
 from .pipeline import LabelConditionedPipeline, generators_for, read_settings, with_scheduler
 from .precondition import PatchStatistics, Preconditioner, check_patch_values, patch_statistics
 from ..files import atomic_path, claim_settings, read_json, write_json
@@ -47,8 +47,8 @@ from protloc.training import (
 )
 
 # %% auto #0
-__all__ = ['GeneratorConfig', 'draw_noise', 'conditions_of', 'TrainingImages', 'measured_statistics', 'preconditioner_of',
-           'generator_loss', 'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'generator_settings',
+__all__ = ['GeneratorConfig', 'conditions_of', 'TrainingImages', 'measured_statistics', 'preconditioner_of', 'generator_loss',
+           'pipeline_of', 'preview_rows', 'previews', 'samples', 'model_card', 'generator_settings',
            'generator_as_meant', 'train_generator', 'open_pipeline']
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #623af1bd
@@ -94,21 +94,6 @@ class GeneratorConfig(Config):
             return channels, size
         check_latent_size(size, self.autoencoder)
         return self.autoencoder.latent_channels, size // self.autoencoder.factor
-
-# %% ../../nbs/06_diffusion/04_train.ipynb #9ee481fe
-def draw_noise(
-    shape: tuple[int, ...],  # of one image
-    numbers: range,  # the images' numbers in the whole batch
-    seed: int,  # of the training
-    step: int,  # from 0
-    device='cpu',  # where it is wanted; devices of different kinds draw different numbers
-) -> Tensor:  # (n, *shape) float32
-    "Gaussian noise, each image's from its own seed"
-    noise = torch.empty(len(numbers), *shape, device=device)
-    generator = torch.Generator(device)
-    for image, number in zip(noise, numbers, strict=True):
-        image.normal_(generator=generator.manual_seed(derive_seed(seed, 'noise', step, number)))
-    return noise
 
 # %% ../../nbs/06_diffusion/04_train.ipynb #02ff507c
 def conditions_of(

@@ -33,7 +33,8 @@ def reconstruct(
     made = []
     for first in range(0, len(images), batch_size):
         some = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(pipe.device)
-        made.append(to_images(decode(encode(some, signal, patch_size, pipe.vae), patch_size, pipe.vae), signal).cpu())
+        seen = encode(some, signal, patch_size, pipe.vae)
+        made.append(to_images(decode(seen, patch_size, pipe.vae, images.shape[1]), signal).cpu())
     return torch.cat(made).numpy()
 
 # %% ../../nbs/08_evaluate/06_reconstruction.ipynb #e9ff5f4f
