@@ -36,7 +36,7 @@ CLASSES = ['Nucleoplasm', 'Nucleoli', 'Golgi apparatus', 'Microtubules', 'Plasma
 LOOP = dict(batch_size=16, lr=2e-3, warmup=20, ema_decay=0.98, mixed_precision='auto')
 RECIPES = {  # overrides of a generator's settings
     'pixels': ['unet={widths: [32, 64, 64], patch_size: 4}'],
-    'latents': ['unet={widths: [32, 64, 64], patch_size: 1}', 'autoencoder={widths: [64, 128]}'],
+    'latents': ['unet={widths: [32, 64, 64], patch_size: 1}', 'autoencoder={widths: [32, 64]}'],
 }
 JUDGE = ClassifierConfig(backbone='resnet10', loop=LoopConfig(steps=200, evaluate_every=50, **LOOP))
 
@@ -45,7 +45,7 @@ def autoencoder_steps(real, folder, minutes, size):
     "Steps of an autoencoder that fit into the time"
 
     def seconds(steps):
-        how = AutoencoderConfig(widths=(64, 128), loop=LoopConfig(steps=steps, **LOOP))
+        how = AutoencoderConfig(widths=(32, 64), loop=LoopConfig(steps=steps, **LOOP))
         start = time.perf_counter()
         train_autoencoder(real, folder / f'try.{steps}.{time.time_ns()}', how, JUDGE.augment, 'sqrt')
         return time.perf_counter() - start

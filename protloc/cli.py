@@ -833,11 +833,12 @@ def train_generator(
     from protloc.data.store import ImageStore
     from protloc.diffusion.train import train_generator
     from protloc.study.arms import section_config
+    from protloc.training import this_process
 
     config = section_config('generator', preset, set or [])
     images = ImageStore(store)
     pipe = train_generator(images, out, config, seed)
-    if pipe.vae:
+    if pipe.vae and this_process().is_main_process:
         _tell_reconstruction(pipe, images, out)
     print(f'Pipeline: {(out / "pipeline").resolve()}')
 

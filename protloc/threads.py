@@ -7,6 +7,7 @@ __all__ = ['SPINS', 'AWAKE', 'ASLEEP', 'wanted_threads', 'cores', 'threads_of', 
 
 # %% ../nbs/00_threads.ipynb #a25effd4
 import contextlib
+import glob
 import os
 import sys
 import time
@@ -35,17 +36,24 @@ def threads_of(
     return wanted_threads() or max(cores() // jobs, 1)
 
 # %% ../nbs/00_threads.ipynb #f05d8d3f
+def _own_at_work():
+    "Threads of this process that want a core: those of numpy's library turn in loops for a while after its import"
+    states = (Path(path).read_text().rpartition(')')[2].split()[0] for path in glob.glob('/proc/self/task/*/stat'))
+    return sum(state == 'R' for state in states)
+
+
 def others_at_work(
     looks: int = 5,
     seconds: float = 0.005,  # between two looks
     source: str = '/proc/loadavg',
-) -> int:  # threads beside this one; 0 where it cannot be known
-    "How many threads of all programs on this machine want a core, this one aside: the least of a few looks"
+) -> int:  # threads of other processes; 0 where it cannot be known
+    "How many threads of other programs on this machine want a core: the least of a few looks"
     seen = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for look in range(looks):
             time.sleep(seconds if look else 0)
-            seen.append(int(Path(source).read_text().split()[3].partition('/')[0]) - 1)
+            own = _own_at_work()
+            seen.append(int(Path(source).read_text().split()[3].partition('/')[0]) - own)
     return max(min(seen, default=0), 0)
 
 # %% ../nbs/00_threads.ipynb #20fc7db0

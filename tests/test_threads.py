@@ -45,6 +45,18 @@ def test_beside_other_work_threads_sleep():
         assert said(f'import protloc; {SAY}') == [ASLEEP]
 
 
+def test_threads_of_ones_own_are_not_others():
+    "Here they count in loops without Python's lock, as those of numpy's library do for a while after its import"
+    program = (
+        'import numpy as np, threading; a = np.ones((3000, 3000));'
+        '[threading.Thread(target=lambda: [np.sin(a) for _ in range(9)], daemon=True).start() for _ in range(3)];'
+        'import time; time.sleep(.2);'
+        'import protloc.threads as t; print(t._own_at_work(), t.others_at_work(looks=20))'
+    )
+    own, others = map(int, said(program))
+    assert own >= 3 and others <= 2  # others: whatever else runs here, tests beside this one too
+
+
 @pytest.mark.parametrize(
     'theirs, there',
     [({SPINS: '77'}, '77'), ({'OMP_WAIT_POLICY': 'ACTIVE'}, 'None'), ({'OMP_NUM_THREADS': '1'}, 'None')],

@@ -38,7 +38,7 @@ class AutoencoderConfig(Config):
     patch_size: int = pydantic.Field(2, ge=1, le=64)  # edge of the patches that are folded into channels, in pixels
     # channels at each resolution, each half of the one before
     widths: tuple[Annotated[int, pydantic.Field(ge=1, le=8192)], ...] = pydantic.Field(
-        (64, 128), min_length=1, max_length=7
+        (32, 64), min_length=1, max_length=7
     )
     layers_per_block: int = pydantic.Field(1, ge=1, le=32)  # residual blocks per resolution
     latent_channels: int = pydantic.Field(8, ge=1, le=256)
@@ -123,7 +123,7 @@ def latent_factor(
     "How many times shorter an edge is in what the denoiser sees"
     return vae_patch(vae, channels) * 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
 
-
+# %% ../../nbs/06_diffusion/02_autoencoder.ipynb #00f2f76a
 @torch.no_grad()
 def encode(
     images: Tensor,  # (N, C, S, S) uint8
@@ -161,7 +161,7 @@ def autoencoder_loss(
     config: AutoencoderConfig,
     signal: SignalKind,
 ) -> Callable:  # loss(autoencoder, a batch of `PicturesAndNoise`) -> scalar, and its parts
-    "The loop's view of an autoencoder: error, error of edges, divergence of the latents"
+    "The loop's view of an autoencoder: squared error, that of edges, divergence of the latents"
 
     def loss(model, batch):
         images, noise = batch
@@ -169,8 +169,8 @@ def autoencoder_loss(
         found = DiagonalGaussianDistribution(model.encode(clean).latent_dist.parameters.float())
         made = model.decode(found.mean + found.std * noise).sample.float()
         made, clean = (unfold(some, config.patch_size) for some in (made, clean))
-        error = (made - clean).abs().mean()
-        edges = sum((made.diff(dim=dim) - clean.diff(dim=dim)).abs().mean() for dim in (2, 3))
+        error = (made - clean).square().mean()
+        edges = sum((made.diff(dim=dim) - clean.diff(dim=dim)).square().mean() for dim in (2, 3))
         divergence = found.kl().mean() / found.mean[0].numel()
         parts = dict(error=error.detach(), edges=edges.detach(), divergence=divergence.detach())
         return error + config.edge_weight * edges + config.kl_weight * divergence, parts
@@ -201,7 +201,7 @@ class PicturesAndNoise(Batches):
         numbers = range(*self.own_slice.indices(self.batch_size))
         return images, draw_noise(self.shape, numbers, self.seed, step, images.device)
 
-
+# %% ../../nbs/06_diffusion/02_autoencoder.ipynb #76ce110e
 class _Scale(Config):
     "What scale.json says"
 
@@ -222,7 +222,7 @@ def _measured_scale(model, store, signal, precision):
             squares, count = squares + float(latents.cpu().double().square().sum()), count + latents.numel()
     return (count / max(squares, 1e-12)) ** 0.5
 
-
+# %% ../../nbs/06_diffusion/02_autoencoder.ipynb #cd2a215c
 def train_autoencoder(
     store: ImageStore,  # its training split is read
     folder: str | Path,  # log.jsonl, checkpoints/, last.safetensors, scale.json; held by this process

@@ -40,7 +40,8 @@ def frechet_distance(
     real, synthetic = _in_their_span(real.double(), synthetic.double())
     features_as_they_are = nn.Identity()  # torchmetrics wants a network; the features are computed already
     features_as_they_are.num_features = real.shape[1]
-    metric = FrechetInceptionDistance(features_as_they_are).set_dtype(torch.float64)
+    # of several processes one alone may ask
+    metric = FrechetInceptionDistance(features_as_they_are, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(synthetic, real=False)
     return max(metric.compute().item(), 0.0)

@@ -200,7 +200,7 @@ def _autoencoder(how):
         f' It draws the latents, {how.latent_channels} channels with edges {how.factor} times shorter, of a variational'
         f' autoencoder of patches of {how.patch_size} pixels with {listed(how.widths)} channels at its resolutions,'
         ' which was trained before on the same'
-        f' images: absolute error, that of neighbouring differences with weight {how.edge_weight:g} and the'
+        f' images: squared error, that of neighbouring differences with weight {how.edge_weight:g} and the'
         f' Kullback-Leibler divergence with weight {how.kl_weight:g}; {_training(how.loop)}; then its weights were'
         ' frozen.'
     )
