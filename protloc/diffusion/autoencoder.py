@@ -23,7 +23,7 @@ from ..core import Config, InputError, derive_seed, read_config
 from ..data.loading import AugmentConfig, Batches
 from ..data.store import ImageStore
 from .denoiser import fold, norm_in_float32, unfold
-from .objective import SignalKind, draw_noise, to_signal
+from .objective import draw_noise, to_signal
 from ..files import read_json, write_json
 from ..training import LoopConfig, autocast_for, fit, seeded, this_process
 
@@ -127,7 +127,7 @@ def latent_factor(
 @torch.no_grad()
 def encode(
     images: Tensor,  # (N, C, S, S) uint8
-    signal: SignalKind,  # see `to_signal`
+    signal: str,  # a kind that `to_signal` knows
     patch_size: int = 1,  # edge of the folded patches
     vae: AutoencoderKL | None = None,  # on the images' device
 ) -> Tensor:  # (N, D, s, s) float32
@@ -159,7 +159,7 @@ def decode(
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #de93a0b5
 def autoencoder_loss(
     config: AutoencoderConfig,
-    signal: SignalKind,
+    signal: str,  # a kind that `to_signal` knows
 ) -> Callable:  # loss(autoencoder, a batch of `PicturesAndNoise`) -> scalar, and its parts
     "The loop's view of an autoencoder: squared error, that of edges, divergence of the latents"
 
@@ -228,7 +228,7 @@ def train_autoencoder(
     folder: str | Path,  # log.jsonl, checkpoints/, last.safetensors, scale.json; held by this process
     config: AutoencoderConfig,
     augment: AugmentConfig,
-    signal: SignalKind,
+    signal: str,  # a kind that `to_signal` knows
     seed: int = 0,  # of weights, batches and latents
 ) -> AutoencoderKL:
     "Train, continue or load an autoencoder, and freeze it; raises `InputError` as `fit` does"
