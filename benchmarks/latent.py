@@ -41,7 +41,7 @@ RECIPES = {  # overrides of a generator's settings
 JUDGE = ClassifierConfig(backbone='resnet10', loop=LoopConfig(steps=200, evaluate_every=50, **LOOP))
 
 
-def autoencoder_steps(real, folder, minutes, size):
+def autoencoder_steps(real, folder, minutes):
     "Steps of an autoencoder that fit into the time"
 
     def seconds(steps):
@@ -53,7 +53,7 @@ def autoencoder_steps(real, folder, minutes, size):
     return max(int(60 * minutes / ((seconds(12) - seconds(4)) / 8)), 1)
 
 
-def trained(name, real, folder, minutes, size):
+def trained(name, real, folder, minutes):
     "The generator of a recipe, and what its training took"
     folder.mkdir(exist_ok=True)
     loop = [f'loop.{key}={value}' for key, value in LOOP.items()]
@@ -61,7 +61,7 @@ def trained(name, real, folder, minutes, size):
     if not noted.exists():
         share, autoencoder = 1, 0
         if name == 'latents':
-            share, autoencoder = 0.5, autoencoder_steps(real, folder, minutes / 2, size)
+            share, autoencoder = 0.5, autoencoder_steps(real, folder, minutes / 2)
             overrides += ['autoencoder.loop.steps=1', 'autoencoder.loop.batch_size=16']
         each = seconds_per_step('ours', real, folder, overrides, steps=10)
         noted.write_text(json.dumps(dict(steps=max(int(60 * minutes * share / each), 1), autoencoder=autoencoder)))
@@ -70,9 +70,20 @@ def trained(name, real, folder, minutes, size):
     if steps['autoencoder']:
         overrides += [f'autoencoder.loop.{key}={value}' for key, value in LOOP.items()]
         overrides += [f'autoencoder.loop.steps={steps["autoencoder"]}']
+    pipe, seconds = timed(
+        folder / 'training.json',
+        lambda: train_generator(real, folder / 'generator', configured('ours', steps['steps'], overrides)),
+    )
+    return pipe, dict(steps, seconds=round(seconds))
+
+
+def timed(noted, work):
+    "What some work returns, and the seconds that it took when it was done first"
     start = time.perf_counter()
-    pipe = train_generator(real, folder / 'generator', configured('ours', steps['steps'], overrides))
-    return pipe, dict(steps, seconds=round(time.perf_counter() - start))
+    result = work()
+    if not noted.exists():
+        noted.write_text(json.dumps(time.perf_counter() - start))
+    return result, json.loads(noted.read_text())
 
 
 def main():
@@ -107,14 +118,17 @@ def main():
 
     tell('real training images', real, real.rows('train')[: args.images])
     for name in RECIPES:
-        pipe, took = trained(name, real, out / name, args.minutes, args.size)
-        start = time.perf_counter()
-        if not (out / name / 'synthetic').exists():
-            how = GenerateConfig(images=args.images, batch_size=16, mixed_precision='auto')
-            generate(pipe, out / name / 'synthetic', real.labels[unseen], how)
-        drawing = (time.perf_counter() - start) / args.images
-        store = ImageStore(out / name / 'synthetic')
-        tell(name, store, store.rows(), **took, ms_an_image=round(1e3 * drawing))
+        pipe, took = trained(name, real, out / name, args.minutes)
+        synthetic = out / name / 'synthetic'
+
+        def draw(pipe=pipe, synthetic=synthetic):
+            if not synthetic.exists():
+                how = GenerateConfig(images=args.images, batch_size=16, mixed_precision='auto')
+                generate(pipe, synthetic, real.labels[unseen], how)
+            return ImageStore(synthetic)
+
+        store, seconds = timed(out / name / 'drawing.json', draw)
+        tell(name, store, store.rows(), **took, ms_an_image=round(1e3 * seconds / args.images))
         pictures[name] = store.images[np.searchsorted(unseen, shown)]
         if pipe.vae:
             for stain, row in reconstruction(pipe, real).round(3).iterrows():

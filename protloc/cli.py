@@ -848,7 +848,11 @@ def _tell_reconstruction(pipe, images, out):
     from protloc.data.readers.tables import write_table
     from protloc.evaluate.reconstruction import reconstruction
 
-    kept = reconstruction(pipe, images)
+    try:
+        kept = reconstruction(pipe, images)
+    except InputError as error:  # the training needed no validation images
+        print(f'note: what the autoencoder keeps was not measured: {error}', file=sys.stderr)
+        return
     write_table(kept.reset_index(), out / 'reconstruction.csv')
     print('What the autoencoder keeps of validation images, and how far other images are from them:')
     print(kept.round(2).to_string())

@@ -37,9 +37,9 @@ from tqdm.auto import tqdm
 __all__ = ['MOST_STEPS', 'Precision', 'RUNTIME', 'OWN_NAMES', 'BATCHNORM_STEPS', 'LOG_STEPS', 'StepsConfig', 'yaml_no',
            'LoopConfig', 'plateaus', 'lr_at', 'fork_rng', 'seeded', 'power_of', 'PowerEMA', 'moving_average',
            'disk_errors', 'save_weights', 'check_finite', 'read_weights', 'load_weights', 'Run', 'save_checkpoint',
-           'load_checkpoint', 'this_process', 'check_own', 'hold_folder', 'native_precision', 'autocast_for',
-           'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged', 'enough_memory',
-           'check_loop', 'fit', 'LogLine']
+           'load_checkpoint', 'this_process', 'check_own', 'hold_folder', 'native_precision', 'chosen_precision',
+           'autocast_for', 'accelerator_for', 'to_device', 'device_batch', 'train_step', 'use_average', 'averaged',
+           'enough_memory', 'check_loop', 'fit', 'LogLine']
 
 # %% ../nbs/05_training.ipynb #62a1987e
 from .core import Config, Failure, InputError, derive_seed, one_line, read_config, sha256, shown
@@ -493,12 +493,19 @@ def native_precision() -> str:  # 'bf16' or 'no'
     return 'bf16' if able.get('avx512_bf16') or able.get('amx_bf16') else 'no'
 
 
+def chosen_precision(
+    mixed_precision: str,  # a `Precision`
+) -> str:  # 'no', 'bf16' or 'fp16'
+    "What 'auto' is here; the others are what they are"
+    return native_precision() if mixed_precision == 'auto' else mixed_precision
+
+
 def autocast_for(
     mixed_precision: str,  # a `Precision`; on CPUs 'fp16' is 'no'
 ) -> torch.autocast:  # for a `with` block
     "Inside the block networks on this process's device compute in a precision"
     device = str(this_process().device).partition(':')[0]
-    chosen = native_precision() if mixed_precision == 'auto' else mixed_precision
+    chosen = chosen_precision(mixed_precision)
     kinds = dict(bf16=torch.bfloat16) | ({} if device == 'cpu' else dict(fp16=torch.float16))
     return torch.autocast(device, kinds.get(chosen, torch.bfloat16), enabled=chosen in kinds)
 
@@ -509,7 +516,7 @@ def accelerator_for(
 ) -> Accelerator:
     "An Accelerator on the device at hand, in any precision; raises `InputError` for one that the device lacks"
     AcceleratorState._reset_state()
-    mixed_precision = native_precision() if mixed_precision == 'auto' else mixed_precision
+    mixed_precision = chosen_precision(mixed_precision)
     try:
         on_cpu = str(this_process().device) == 'cpu'
         return Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, **options)

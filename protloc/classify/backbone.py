@@ -36,7 +36,7 @@ from ..training import check_finite, read_weights
 __all__ = ['BACKBONES', 'POOLINGS', 'HEADS', 'UNREADABLE', 'DEPTHS', 'resnet10', 'Backbone', 'lookup_backbone', 'check_size',
            'Pool', 'with_pooling', 'with_stem', 'stem_filters', 'build_backbone', 'CosineHead', 'mlp', 'mlp_cosine',
            'Classifier', 'AuxBatchNorm', 'AuxBatchNorm2d', 'has_aux_bn', 'with_aux_bn', 'weights_at_hand',
-           'ClassifierCard', 'read_card', 'load_pretrained', 'standardise']
+           'chosen_weights', 'ClassifierCard', 'read_card', 'load_pretrained', 'standardise']
 
 # %% ../../nbs/07_classify/00_backbone.ipynb #7a5b3acf
 def resnet10(
@@ -412,6 +412,14 @@ def weights_at_hand(
     return 'imagenet' if known and _imagenet_file(backbone).is_file() else 'none'
 
 
+def chosen_weights(
+    weights: str | Path,  # as `load_pretrained` takes them
+    backbone: str,
+) -> str | Path:
+    "What 'auto' is here; the others are what they are"
+    return weights_at_hand(backbone) if str(weights) == 'auto' else weights
+
+
 def _imagenet(name):
     "torchvision's ImageNet weights, from torch's cache or downloaded"
     if BACKBONES[name].build:
@@ -640,7 +648,7 @@ def load_pretrained(
 ) -> Classifier:
     "Start from pretrained weights; raises `InputError` where they cannot be had or do not fit"
     name = classifier.card['backbone']
-    weights = weights_at_hand(name) if str(weights) == 'auto' else weights
+    weights = chosen_weights(weights, name)
     path = Path(weights)
     if str(weights) == 'none':
         return classifier

@@ -24,10 +24,10 @@ from protloc.classify.backbone import (
     HEADS,
     POOLINGS,
     Classifier,
+    chosen_weights,
     load_pretrained,
     lookup_backbone,
     standardise,
-    weights_at_hand,
     with_aux_bn,
 )
 from .losses import build_criterion, check_head
@@ -373,7 +373,7 @@ def check_weights(
 ):
     "Raise `InputError` where the network does not take these images, or its initial weights do not fit"
     shape = len(real.channels), len(real.vocab), real.size, config.pooling, config.head
-    weights = weights_at_hand(config.backbone) if config.weights == 'auto' else config.weights
+    weights = chosen_weights(config.weights, config.backbone)
     if weights in ('none', 'imagenet'):
         with torch.device('meta'), fork_rng():
             Classifier(config.backbone, *shape)

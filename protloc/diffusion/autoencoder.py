@@ -29,7 +29,7 @@ from ..training import LoopConfig, autocast_for, fit, seeded, this_process
 
 # %% auto #0
 __all__ = ['AutoencoderConfig', 'check_latent_size', 'build_autoencoder', 'vae_patch', 'latent_factor', 'encode', 'decode',
-           'autoencoder_loss', 'PicturesAndNoise', 'train_autoencoder']
+           'autoencoder_loss', 'AutoencoderImages', 'train_autoencoder']
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #19b6ca8c
 class AutoencoderConfig(Config):
@@ -160,7 +160,7 @@ def decode(
 def autoencoder_loss(
     config: AutoencoderConfig,
     signal: str,  # a kind that `to_signal` knows
-) -> Callable:  # loss(autoencoder, a batch of `PicturesAndNoise`) -> scalar, and its parts
+) -> Callable:  # loss(autoencoder, a batch of `AutoencoderImages`) -> scalar, and its parts
     "The loop's view of an autoencoder: squared error, that of edges, divergence of the latents"
 
     def loss(model, batch):
@@ -178,7 +178,7 @@ def autoencoder_loss(
     return loss
 
 # %% ../../nbs/06_diffusion/02_autoencoder.ipynb #8cd7391b
-class PicturesAndNoise(Batches):
+class AutoencoderImages(Batches):
     "`Batches` of the training split, with the noise of their latents"
 
     def __init__(
@@ -235,7 +235,7 @@ def train_autoencoder(
     seed, path = derive_seed(seed, 'autoencoder'), Path(folder) / 'scale.json'
     with seeded(seed, 'weights'):
         model = build_autoencoder(len(store.channels), store.size, config)
-    batches = PicturesAndNoise(store, config, augment, seed)
+    batches = AutoencoderImages(store, config, augment, seed)
     fit(model, autoencoder_loss(config, signal), batches, config.loop, folder, seed, name='autoencoder')
     model.requires_grad_(False).eval()
     known = None

@@ -30,7 +30,7 @@ from ..data.store import ImageStore, ResumableWriter, TryAgain
 from .pipeline import LabelConditionedPipeline, generators_for, scheduler_class, with_scheduler
 from ..files import atomic_path, partial_of, read_json, remove
 from ..labels import Vocabulary
-from ..training import Precision, autocast_for, this_process, yaml_no
+from ..training import Precision, autocast_for, chosen_precision, this_process, yaml_no
 
 # %% auto #0
 __all__ = ['PLAN_COLUMNS', 'PLANS', 'Share', 'match_plan', 'balance_plan', 'fill_tail_plan', 'novel_plan', 'single_plan',
@@ -367,7 +367,8 @@ def _provenance(pipe, config, seed, judge, base):
         seed=seed,
         **config.model_dump(exclude={'images'} if base else {'images', 'strength'}),
     )
-    if config.mixed_precision == 'no':  # which says nothing, and images of older versions did not
+    made['mixed_precision'] = chosen_precision(config.mixed_precision)
+    if made['mixed_precision'] == 'no':  # images of older versions do not say so
         del made['mixed_precision']
     if base:
         made['edited'] = base[0].manifest['sha256']['images']

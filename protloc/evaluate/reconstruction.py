@@ -18,7 +18,7 @@ from .detail import band_ratios
 from .fidelity import frechet_distance
 
 # %% auto #0
-__all__ = ['EDGE', 'MOST_PATCHES', 'COLUMNS', 'MOST_IMAGES', 'reconstruct', 'compare_planes', 'reconstruction']
+__all__ = ['EDGE', 'MOST_PATCHES', 'COLUMNS', 'MOST_IMAGES', 'MOST_PIXELS', 'reconstruct', 'compare_planes', 'reconstruction']
 
 # %% ../../nbs/08_evaluate/06_reconstruction.ipynb #358992a0
 def reconstruct(
@@ -83,6 +83,7 @@ def compare_planes(
 
 # %% ../../nbs/08_evaluate/06_reconstruction.ipynb #433fc49d
 MOST_IMAGES = 512
+MOST_PIXELS = 2**25  # of a stain: 128 images of 512 px
 
 
 def reconstruction(
@@ -92,6 +93,7 @@ def reconstruction(
     "How well validation images come back; raises `InputError` for a generator without an autoencoder"
     pipe.kind.must_match(store.kind, mend='choose the images that the generator was trained on')
     rows, others = (store.rows(split) for split in ('val', 'train'))
-    rows, others = (some[:: -(-len(some) // MOST_IMAGES)] for some in (rows, others))
+    most = min(MOST_IMAGES, max(MOST_PIXELS // store.size**2, 2))
+    rows, others = (some[:: -(-len(some) // most)] for some in (rows, others))
     images = store.images[rows]
     return compare_planes(images, reconstruct(pipe, images), store.images[others], tuple(store.channels))
