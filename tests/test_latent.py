@@ -164,6 +164,16 @@ def test_settings_of_a_version_without_autoencoders_go_on(store, tmp_path):
     assert train_generator(store, folder, pixels).vae is None
 
 
+def test_without_validation_images_it_is_trained_all_the_same(protloc, tmp_path):
+    "What the autoencoder keeps is then not measured, and said so"
+    store = simulate_store(tmp_path / 'cells', dict(train=12), size=32, classes=['Nucleoli'])
+    preset = tmp_path / 'preset.yaml'
+    preset.write_text(yaml.safe_dump(dict(generator=json.loads(config().model_dump_json()))))
+    code, out, err = protloc('train-generator', store.path, tmp_path / 'generator', '--preset', preset)
+    assert code == 0 and 'Pipeline: ' in out
+    assert "note: what the autoencoder keeps was not measured: " in err and "split 'val'" in err
+
+
 def test_two_machines_train_the_same_generator(store, trained, tmp_path):
     "Two launchers, one process each, that meet on the loopback; numbers differ from one process's by rounding"
     (tmp_path / 'preset.yaml').write_text(yaml.safe_dump(dict(generator=json.loads(config().model_dump_json()))))

@@ -326,12 +326,12 @@ def study_in_words(
     best = table.difference.idxmax()
     row, ways = table.loc[best], f'{_number(len(table))} ways'
     span = f' ({_span(row)})' if np.isfinite(row.low) else ''
-    end = f'{best}, changes test macro-F1 by {row.difference:+.3f}{span}{_conditions(row, study.one_generator)}.'
+    end = f'changes test macro-F1 by {row.difference:+.3f}{span}{_conditions(row, study.one_generator)}.'
     end += _against_duplicates(table, best)
     if len(table) == 1:
-        return f'The one way that was tried {"helped" if helping else "did not help"}: {end}'
+        return f'The one way that was tried {"helped" if helping else "did not help"}: {best} {end}'
     number = _number(len(helping)).capitalize() if helping else 'Neither' if len(table) == 2 else 'None'
-    return f'{number} of {ways} helped{_others(table)}; the best, {end}'
+    return f'{number} of {ways} helped{_others(table)}; the best, {best}, {end}'
 
 
 def _against_duplicates(table, best):
