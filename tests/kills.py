@@ -40,6 +40,7 @@ KILLED = 137
 WRITING = {
     'simulate': COMMANDS['simulate'],
     'prepare': COMMANDS['prepare'],
+    'prepare, an image a file': COMMANDS['prepare'],
     'split': COMMANDS['split'],
     'info': COMMANDS['info'],
     'train-generator': COMMANDS['train-generator'],
@@ -57,6 +58,7 @@ WRITING = {
 CHOSEN = dict.fromkeys(WRITING, 4) | {
     'simulate': 6,
     'prepare': 6,
+    'prepare, an image a file': 8,
     'split': 6,
     'generate': 5,
     'run': 1,
@@ -196,7 +198,11 @@ class Subject:
         def work():
             import torch
 
+            from protloc.data import shards
+
             torch.set_num_threads(1)
+            if self.name.endswith('an image a file'):
+                shards.SHARD_BYTES = 1
             os.environ['TMPDIR'] = str(self.tries.tmp)
             tempfile.tempdir = None
             os.chdir(self.tries.work)

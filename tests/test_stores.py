@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 import zlib
 
@@ -16,7 +18,7 @@ from test_bad_input import refused
 
 from protloc.core import InputError, sha256
 from protloc.data.loading import Batches, loader
-from protloc.data.resplit import replace_table, table_as_written
+from protloc.data.resplit import replace_table, split_store, table_as_written
 from protloc.data.simulate.datasets import simulate_store
 from protloc.data.store import HASHED, ImageStore, ResumableWriter, StoreWriter, write_store
 from protloc.files import PARTIAL, exclusive, lock_of, partial_of, write_json
@@ -113,6 +115,85 @@ def test_images_are_read_as_from_an_array(tmp_path):
     with pytest.raises(IndexError):
         store.images[8]
     assert torch.equal(torch.from_numpy(store.images[[1, 2]]), torch.from_numpy(plain[[1, 2]]))
+
+
+@pytest.fixture
+def in_shards(tmp_path, monkeypatch):
+    "The store of `make` in five files, beside one in a single file"
+    whole = make(tmp_path / 'whole')
+    monkeypatch.setattr('protloc.data.shards.SHARD_BYTES', 70 * 4 * 16**2)
+    return make(tmp_path / 'store'), whole
+
+
+def test_a_store_in_several_files_is_the_same_store(in_shards):
+    store, whole = in_shards
+    assert [len(np.load(path, mmap_mode='r')) for path in store.images.files.paths] == [70, 70, 70, 70, 20]
+    assert store.manifest['sha256'] == whole.manifest['sha256'] and store.verify()
+    assert (store.images == np.asarray(whole.images)).all() and store.table.equals(whole.table)
+    for workers in (0, 2):
+        batches = [Batches(each, each.rows('train'), 32, seed=0) for each in in_shards]
+        for (images, labels), (same, too) in zip(*(loader(each, 0, 8, workers) for each in batches), strict=True):
+            assert torch.equal(images, same) and torch.equal(labels, too)
+
+
+def test_a_store_in_several_files_is_split_without_copying_them(in_shards):
+    store, whole = in_shards
+    inodes = [path.stat().st_ino for path in store.images.files.paths]
+    again = split_store(store)
+    assert [path.stat().st_ino for path in again.images.files.paths] == inodes and again.verify()
+    assert again.table.equals(split_store(whole).table)
+
+
+def test_damage_in_one_of_several_files_is_named(protloc, in_shards):
+    store, _ = in_shards
+    array = np.load(store.path / 'images-00002.npy', mmap_mode='r+')
+    array[5, 1, 3, 3] ^= 1
+    array.flush()
+    with pytest.raises(InputError, match=r'images-00002\.npy: image 145 is not as it was written'):
+        np.asarray(ImageStore(store.path).images)
+    refused(protloc('info', store.path, '--verify'), 'images-*.npy does not match the hash')
+    os.rename(store.path / 'images-00002.npy', store.path / 'gone')
+    refused(protloc('info', store.path), 'images-*.npy holds uint8 (140, 4, 16, 16), its manifest says uint8 (300,')
+    os.rename(store.path / 'images-00000.npy', store.path / 'gone')
+    refused(protloc('info', store.path), 'is not an image store, it has no images.npy')
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_one_sentence(tmp_path):
+    store = make(tmp_path / 'store')
+    os.truncate(tmp_path / 'store' / 'images.npy', 100_000)
+    with pytest.raises(InputError, match='is shorter than it was when it was opened'):
+        list(loader(Batches(store, store.rows('train'), 32, seed=0), 0, 10))
+
+
+def test_memory_does_not_grow_with_what_is_read(tmp_path):
+    "An epoch over 256 MB raises the resident size by a few batches"
+    script = f"""
+import numpy as np
+from protloc.data.loading import Batches, loader
+from protloc.data.store import ImageStore, StoreWriter
+from protloc.labels import Vocabulary
+import protloc.data.shards as shards
+
+def resident(name):
+    return int(next(line for line in open('/proc/self/status') if line.startswith(name)).split()[1]) / 1024
+
+shards.SHARD_BYTES = 50 * 2**20
+image = np.random.default_rng(0).integers(0, 256, (4, 512, 512), dtype=np.uint8)
+with StoreWriter({str(tmp_path / 'store')!r}, 'abcd', Vocabulary(['k']), 512) as writer:
+    for i in range(256):
+        writer.add(np.roll(image, i), id=i, target='0', split='train')
+store = ImageStore({str(tmp_path / 'store')!r})
+batches = Batches(store, store.rows('train'), 8)
+next(iter(loader(batches, 0, 1)))
+before = resident('VmRSS')
+for images, _ in loader(batches, 0, 32):
+    pass
+store.verify()
+print(resident('VmHWM') - before)
+"""
+    ended = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 64, f'{ended.stdout} MB more'
 
 
 def test_images_cannot_be_changed_in_place(tmp_path):

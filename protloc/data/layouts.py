@@ -308,7 +308,7 @@ def _check_classes(listing, images, depth):
         inside = [name.split('/') for name in names if name.count('/') > depth]
         return {'/'.join(parts[: depth + 1]) for parts in inside if bool(_split_of('/'.join(parts))) == bool(depth)}
 
-    stores = classes_of(name for name in listing.others if name.endswith('/images.npy'))
+    stores = classes_of(name for name in listing.others if name.endswith(('/images.npy', '/images-00000.npy')))
     lost = sorted(classes_of(listing.others) - classes_of(images) - classes_of(listing.excluded) - stores)
     if lost:
         files = [name for name in listing.others if name.startswith(f'{lost[0]}/')]

@@ -30,6 +30,7 @@ from .. import __version__
 from ..core import Config, InputError, command_line, one_line, read_config, sha256
 from .kind import ImageKind, brief
 from .readers.tables import read_table, with_numbers, write_table
+from .shards import ImageFiles, ShardWriter, image_files
 from protloc.files import (
     CHANGED,
     check_file,
@@ -76,6 +77,7 @@ class StoreWriter:
         self.channels = tuple(channels)
         self.vocab = vocab
         self.size = int(size)
+        self.shape = (len(self.channels), self.size, self.size)
         self.made = dict(made or {})
         self.folder = partial_of(self.path)
         self.rows = []
@@ -92,7 +94,7 @@ def _check_free(self: StoreWriter):
     "Raise `InputError` where the store is there already; what a killed end has left in it goes"
     if not os.path.lexists(self.path):
         return
-    is_store = all((self.path / name).is_file() for name in ('images.npy', 'table.csv', 'manifest.json'))
+    is_store = image_files(self.path) and all((self.path / name).is_file() for name in ('table.csv', 'manifest.json'))
     if is_store and not is_held(self.path) and os.path.lexists(lock_of(self.path)):  # a killed process had it
         sweep(self.path)
         for name in NOTES:
@@ -108,17 +110,9 @@ def __enter__(self: StoreWriter) -> StoreWriter:
         self._check_free()
         remove(self.folder)
         self.folder.mkdir()
-        self.file = stack.enter_context(open(self.folder / 'images.npy', 'wb'))
-        self._write_header(0)
+        self.files = stack.enter_context(contextlib.closing(ShardWriter(self.folder, self.shape)))
         self._held = stack.pop_all()
     return self
-
-# %% ../../nbs/04_data/03_store.ipynb #6d23cdcb
-@patch
-def _write_header(self: StoreWriter, n):
-    "numpy leaves room in a header for the first axis to grow, so it can be rewritten at the end"
-    shape = (n, len(self.channels), self.size, self.size)
-    np.lib.format.write_array_header_1_0(self.file, dict(descr='|u1', fortran_order=False, shape=shape))
 
 # %% ../../nbs/04_data/03_store.ipynb #c196120b
 @patch
@@ -128,11 +122,10 @@ def add(
     **row,  # id and target at least, and any further columns of the table
 ):
     "Append one image; raises `InputError` for another shape or type"
-    shape = (len(self.channels), self.size, self.size)
-    if image.shape != shape or image.dtype != np.uint8:
-        raise InputError(f"image '{row.get('id')}' is {image.dtype} {image.shape}, the store holds uint8 {shape}")
+    if image.shape != self.shape or image.dtype != np.uint8:
+        raise InputError(f"image '{row.get('id')}' is {image.dtype} {image.shape}, the store holds uint8 {self.shape}")
     data = np.ascontiguousarray(image)
-    self.file.write(data)
+    self.files.write(data)
     self.hash.update(data)
     self.checksums.append(zlib.crc32(data))
     self.rows.append({**dict.fromkeys(COLUMNS, ''), 'group': row.get('id'), **row})
@@ -141,9 +134,7 @@ def add(
 @patch
 def _finish(self: StoreWriter):
     "Header, table, checksums and manifest; raises `InputError` for duplicated ids"
-    self.file.seek(0)
-    self._write_header(len(self.rows))
-    self.file.close()
+    self.files.finish()
     # as objects, so that whole numbers stay whole where some rows lack them
     table = pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS, dtype=object)
     ids = table.id.map(str)
@@ -183,7 +174,7 @@ def _close(self: StoreWriter, kind, *error):
     with self._held:
         # a full disk has raised its error already
         with contextlib.suppress(OSError):
-            self.file.close()
+            self.files.close()
         name_error(error[0], self.path)
         if kind is None:
             self._give_name()
@@ -248,7 +239,7 @@ class ResumableWriter(StoreWriter):
         **note,  # what to know about this item when going on; JSON
     ):
         "Vouch for the images added since the last call: they are kept whatever happens now"
-        self.file.flush()
+        self.files.flush()
         since = slice(self.logged, None)
         content = json.dumps(dict(note, rows=self.rows[since], checksums=self.checksums[since]))
         self.log.write(json.dumps([content, zlib.crc32(content.encode())]) + '\n')
@@ -268,16 +259,12 @@ def __enter__(self: ResumableWriter) -> ResumableWriter:
         self.folder.mkdir(exist_ok=True)
         sweep_within(self.folder, folders=False)
         self._claim()
-        for name in ('images.npy', 'log.jsonl'):
-            if (self.folder / name).is_symlink() or not (self.folder / name).is_file():
-                remove(self.folder / name)
-            (self.folder / name).touch()
-        self.file = stack.enter_context(open(self.folder / 'images.npy', 'r+b'))
-        self.log = stack.enter_context(
-            open(self.folder / 'log.jsonl', 'r+', encoding='utf-8', errors='backslashreplace', newline='')
-        )
-        self._write_header(0)
-        self._first_byte = self.file.tell()
+        log = self.folder / 'log.jsonl'
+        if log.is_symlink() or not log.is_file():
+            remove(log)
+            log.touch()
+        self.files = stack.enter_context(contextlib.closing(ShardWriter(self.folder, self.shape)))
+        self.log = stack.enter_context(open(log, 'r+', encoding='utf-8', errors='backslashreplace', newline=''))
         self._go_on()
         self._held = stack.pop_all()
     return self
@@ -294,7 +281,7 @@ def _claim(self: ResumableWriter):
     claim_settings(noted, self.settings, mend)
 
 # %% ../../nbs/04_data/03_store.ipynb #0de7668f
-def _note_of(line, file, image_bytes):
+def _note_of(line, files):
     "A line of the log as note, rows and checksums, and the images themselves; None where these are not as noted"
     try:
         content, checksum = json.loads(line)
@@ -302,7 +289,7 @@ def _note_of(line, file, image_bytes):
             return None
         note = json.loads(content)
         rows, checksums = note.pop('rows'), note.pop('checksums')
-        data = [file.read(image_bytes) for row in rows if isinstance(row, dict)]
+        data = [files.read() for row in rows if isinstance(row, dict)]
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return None
     whole = line.endswith('\n') and len(data) == len(rows) and checksums == [zlib.crc32(image) for image in data]
@@ -311,11 +298,10 @@ def _note_of(line, file, image_bytes):
 
 @patch
 def _go_on(self: ResumableWriter):
-    "Keep what the log vouches for and the image file holds; cut off the rest"
-    image_bytes = len(self.channels) * self.size**2
+    "Keep what the log vouches for and the image files hold; cut off the rest"
     log_bytes = 0
     for line in self.log:
-        found = _note_of(line, self.file, image_bytes)
+        found = _note_of(line, self.files)
         if found is None:
             break
         note, rows, checksums, data = found
@@ -340,8 +326,7 @@ def cut(
     self.logged = images
     for values, kept in ((self.done, n), (self._marks, n), (self.rows, images), (self.checksums, images)):
         del values[kept:]
-    self.file.seek(self._first_byte + images * len(self.channels) * self.size**2)
-    self.file.truncate()
+    self.files.cut(images)
     self.log.seek(log_bytes)
     self.log.truncate()
 
@@ -350,7 +335,7 @@ def cut(
 def _close(self: ResumableWriter, kind, *error):
     "Give the folder its name, sweep it after bad input, or leave it to the next process"
     with self._held:
-        for file in (self.file, self.log):
+        for file in (self.files, self.log):
             with contextlib.suppress(OSError):
                 file.close()
         name_error(error[0], self.path)
@@ -402,7 +387,7 @@ class Manifest(Config):
 
 # %% ../../nbs/04_data/03_store.ipynb #9205f8f0
 MEND = 'make the store again'
-_UNREAD: dict[tuple, np.ndarray] = {}  # a file of images, its size and time -> (N,) whether each is still to be checked
+_UNREAD: dict[tuple, np.ndarray] = {}  # files of images, their sizes and times -> (N,) whether each is to be checked
 
 
 class StoredImages(np.lib.mixins.NDArrayOperatorsMixin):
@@ -413,33 +398,27 @@ class StoredImages(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __init__(
         self,
-        path: Path,  # images.npy
-        array: np.ndarray,  # (N, C, H, W) uint8, its content
+        files: ImageFiles,  # N images (C, H, W)
         checksums: np.ndarray | None,  # (N,) CRC-32 of each image; None for a store that has none
     ):
-        self.path, self.array, self.checksums = path, array, checksums
-        self.shape = array.shape
-        self._rows = np.arange(len(array))
-        stat = path.stat()
+        self.files, self.checksums = files, checksums
+        self.shape = files.shape
+        self._rows = np.arange(len(files))
+        stats = [(os.path.realpath(path), path.stat()) for path in files.paths]
         said = checksums is not None and zlib.crc32(checksums)
-        known = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, said)
-        self._unread = _UNREAD.setdefault(known, np.full(len(array), checksums is not None))
+        known = (*((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats), said)
+        self._unread = _UNREAD.setdefault(known, np.full(len(files), checksums is not None))
 
     def __len__(self):
-        return len(self.array)
+        return len(self.files)
 
     def __reduce__(self):
-        return _open_images, (self.path, self.checksums)
+        return StoredImages, (self.files, self.checksums)
 
     def __getattr__(self, name):  # what else arrays can do: with all images
         if name.startswith('_') or name not in dir(np.ndarray):
             raise AttributeError(name)
         return getattr(np.asarray(self), name)
-
-
-def _open_images(path, checksums):
-    "The images in another process: the array stays on disk"
-    return StoredImages(path, read_array(path, mmap=True, mend=MEND), checksums)
 
 # %% ../../nbs/04_data/03_store.ipynb #116c2b4c
 @patch
@@ -448,20 +427,35 @@ def __getitem__(
     key,  # as for an array; what picks images comes first
 ) -> np.ndarray:
     "Some images; raises `InputError` for the first of them that is not as it was written"
-    first = key[0] if isinstance(key, tuple) and key else key
-    plain = isinstance(first, slice | int | np.integer | np.ndarray | list)
-    rows = self._rows[first if plain else ...]
-    for i in np.atleast_1d(rows)[np.atleast_1d(self._unread[rows])]:
-        if zlib.crc32(self.array[i]) != self.checksums[i]:
-            raise InputError(f'{self.path}: image {i} is not as it was written: {CHANGED}, {MEND}')
-        self._unread[i] = False
-    return self.array[key]
+    first, *rest = key if isinstance(key, tuple) and key else (key,)
+    if not isinstance(first, slice | int | np.integer | np.ndarray | list):
+        return self[:][key]
+    rows = self._rows[first]
+    images = self._checked(rows.ravel()).reshape(*rows.shape, *self.shape[1:])
+    if not rest or isinstance(first, slice):
+        return images[(slice(None), *rest)] if rest else images
+    # positions stay positions, so that they go with those of the other axes as in an array
+    return images[(*np.indices(rows.shape), *rest)]
+
+
+@patch
+def _checked(self: StoredImages, rows):
+    "The images at (n,) positions, compared with their checksums where they are read for the first time"
+    images = self.files[rows]
+    for i in np.flatnonzero(self._unread[rows]):
+        if zlib.crc32(images[i]) != self.checksums[rows[i]]:
+            file = self.files.path_of(rows[i])
+            raise InputError(f'{file}: image {rows[i]} is not as it was written: {CHANGED}, {MEND}')
+        self._unread[rows[i]] = False
+    return images
 
 
 @patch
 def __array__(self: StoredImages, dtype=None, copy=None) -> np.ndarray:
     "All images"
-    return np.array(self[:], dtype, copy=copy)
+    if copy is False:
+        raise ValueError('images on disk are always copied')
+    return self[:].astype(dtype or self.dtype, copy=False)
 
 
 @patch
@@ -491,7 +485,7 @@ class SomeImages:
 
 
 def blocks(
-    images: np.ndarray | StoredImages | SomeImages,  # (N, C, H, W)
+    images: np.ndarray | ImageFiles | StoredImages | SomeImages,  # (N, C, H, W)
     pixels: int = 2**24,  # at a time, of all channels; one image at least
 ) -> Iterator[np.ndarray]:  # of (n, C, H, W); an empty one where there are no images
     "All images in order, a few megabytes at a time"
@@ -516,7 +510,7 @@ class ImageStore:
         self._check()
 
     @cached_property
-    def images(self) -> StoredImages:  # (N, C, H, W) uint8, memory-mapped, read-only
+    def images(self) -> StoredImages:  # (N, C, H, W) uint8, on disk, read-only
         "The images; reading one that was changed raises `InputError`"
         return self._open_images()
 
@@ -538,7 +532,9 @@ def _read_manifest(self: ImageStore) -> dict:
     "The manifest; raises `InputError` for a folder that is not a store"
     if not self.path.is_dir():
         raise InputError(f'there is no folder {self.path}')
-    missing = [name for name in ('images.npy', 'table.csv', 'manifest.json') if not (self.path / name).exists()]
+    missing = [name for name in ('table.csv', 'manifest.json') if not (self.path / name).exists()]
+    if not image_files(self.path):
+        missing.insert(0, 'images.npy')
     if missing:
         names = ' and no '.join(missing)
         raise InputError(f'{self.path} is not an image store, it has no {names}: make one with `protloc prepare`')
@@ -570,16 +566,12 @@ def _read_table(self: ImageStore) -> tuple[pd.DataFrame, np.ndarray]:  # the tab
 # %% ../../nbs/04_data/03_store.ipynb #68628e71
 @patch
 def _open_images(self: ImageStore) -> StoredImages:
-    "The images; raises `InputError` where the file is damaged or not that of the manifest"
-    path, manifest = self.path / 'images.npy', self.manifest
-    array = read_array(path, mmap=True, mend=MEND)
+    "The images; raises `InputError` where a file is damaged or not that of the manifest"
+    files, manifest = ImageFiles(image_files(self.path), MEND), self.manifest
     shape = (manifest['n'], len(manifest['channels']), manifest['size'], manifest['size'])
-    if array.shape != shape or array.dtype != np.uint8:
-        held = f'{array.dtype} {array.shape}'
-        raise InputError(f'{path} holds {held}, its manifest says uint8 {shape}: {CHANGED}, {MEND}')
-    if array.offset + array.nbytes != path.stat().st_size:
-        raise InputError(f'{path} is longer than its images: {CHANGED}, {MEND}')
-    return StoredImages(path, array, self._checksums)
+    if files.shape != shape:
+        raise InputError(f'{files} holds uint8 {files.shape}, its manifest says uint8 {shape}: {CHANGED}, {MEND}')
+    return StoredImages(files, self._checksums)
 
 
 @patch(as_prop=True)
@@ -614,12 +606,14 @@ def _check(self: ImageStore):
 @patch
 def verify(self: ImageStore) -> bool:  # True, or `InputError`
     "Hash all images and compare with the manifest; raises `InputError` where they differ"
-    images = self.images.array
+    files = self.images.files
     hash = hashlib.sha256()
-    for i in tqdm(range(0, len(images), 256), desc='verify', unit='block', leave=False):
-        hash.update(np.ascontiguousarray(images[i : i + 256]))
+    with tqdm(total=len(files), desc='verify', unit='image', leave=False) as bar:
+        for block in blocks(files):
+            hash.update(block)
+            bar.update(len(block))
     if hash.hexdigest() != self.manifest['sha256']['images']:
-        raise InputError(f'{self.path}/images.npy does not match the hash in its manifest: {CHANGED}, {MEND}')
+        raise InputError(f'{files} does not match the hash in its manifest: {CHANGED}, {MEND}')
     return True
 
 # %% ../../nbs/04_data/03_store.ipynb #8de1e06b
