@@ -4,9 +4,9 @@
 
 Prints JSON. The named alternative is how the code of Lin and Cao (2025) loads: for every image of every epoch, Pillow
 decodes four 512 x 512 PNGs; they are stacked, turned by a multiple of 90 degrees, cropped at random (scale .8 to 1,
-ratio .9 to 1.1) and resized, in two loader processes. The store's images were shrunk once; its batches are gathered
-from the memory-mapped array and turned, with and without the same crop. `copy` is the limit: copying as many bytes of
-the same array in order, which is what a gather without any augmentation could reach at best. Real fields are read where
+ratio .9 to 1.1) and resized, in two loader processes. The store's images were shrunk once; its batches are read from
+the files and turned, with and without the same crop. `read` are such batches without labels and augmentation, `mapped`
+the same rows from the memory-mapped file, and `copy` is the limit: as many bytes in order. Real fields are read where
 PROTLOC_HPA names a folder, simulated ones otherwise."""
 
 import argparse
@@ -105,10 +105,17 @@ def main():
                 batches = Batches(store, rows, args.batch, 0, augment)
                 stream = finished(batches, steps, workers)
                 result[f'store, {name}, {workers} workers'] = rate(stream, args.batch, args.seconds)
-        out = np.empty((args.batch, *store.images.shape[1:]), np.uint8)
+        files, mapped = store.images.files, np.load(f'{folder}/store/images.npy', mmap_mode='r')
+        some = np.random.default_rng(0).integers(0, args.images, (args.images // args.batch, args.batch))
+        # twice, for the first time makes the pages of the map
+        for name, gather in (('read', files.__getitem__), ('mapped', mapped.__getitem__)) * 2:
+            start = time.perf_counter()
+            for rows in some:
+                gather(rows)
+            result[name] = some.size / (time.perf_counter() - start)
         start = time.perf_counter()
         for i in range(0, args.images - args.batch, args.batch):
-            np.copyto(out, store.images[i : i + args.batch])
+            files[i : i + args.batch]
         result['copy'] = args.images / (time.perf_counter() - start)
     for name, images_per_second in result.items():
         line = dict(

@@ -21,7 +21,7 @@ from ..core import InputError
 from ..data.fields import FieldConfig
 from ..data.kind import ImageKind
 from ..data.loading import in_order
-from ..data.store import ImageStore
+from ..data.store import ImageStore, at_once
 from ..files import write_json
 from ..training import load_weights, save_weights, this_process
 
@@ -62,10 +62,11 @@ def map_batches(
     store: ImageStore,  # images of the kind that they were trained on, see `ImageKind`
     rows: np.ndarray,  # (n,) positions in the store
     function: Callable,  # function(images (b, C, H, W) uint8 on the device) -> a tuple of tensors, each (b, ...)
-    batch_size: int = 256,  # images at a time
+    batch_size: int | None = None,  # images at a time; as `at_once` says unless given
     progress: str = '',  # text beside a progress bar; none where empty
 ) -> tuple[Tensor, ...]:  # each (n, ...) float32, on the CPU
     "Call a function on a store's images, its classifiers in eval mode; nothing waits for the device before the end"
+    batch_size = at_once(store.images.shape[1:]) if batch_size is None else batch_size
     if not len(rows) or batch_size < 1:
         raise InputError(f'{len(rows)} images of {store.path}, {batch_size} at a time: one or more are needed')
     models = _as_list(classifiers)
@@ -97,7 +98,7 @@ def probabilities(
     classifiers: Classifier | Sequence[Classifier],  # on any device; the mean of several is taken
     store: ImageStore,  # images of the kind that they were trained on, see `ImageKind`
     rows: np.ndarray,  # (n,) positions in the store
-    batch_size: int = 256,  # images at a time
+    batch_size: int | None = None,  # images at a time; as `at_once` says unless given
     progress: str = '',  # text beside a progress bar; none where empty
     tta: bool = False,  # mean over the eight symmetries of each image
 ) -> np.ndarray:  # (n, K) in [0, 1]

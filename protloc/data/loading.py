@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import Config, InputError, end_with, rng_for
-from .store import ImageStore
+from .store import ImageStore, at_once
 from ..labels import Vocabulary
 
 # %% auto #0
@@ -437,10 +437,11 @@ def loader(
 def in_order(
     store: ImageStore,  # whose images and labels are read
     rows: np.ndarray,  # (n,) positions in the store
-    batch_size: int = 256,  # images at a time
+    batch_size: int | None = None,  # images at a time; as `at_once` says unless given
 ):
     "Yield (images, labels) of the rows in order; images (n, C, H, W) uint8, labels (n, K) float32"
     images, labels = store.images, store.labels
+    batch_size = batch_size or at_once(images.shape[1:])
     for i in range(0, len(rows), batch_size):
         some = rows[i : i + batch_size]
         yield torch.from_numpy(images[some]), torch.from_numpy(labels[some])

@@ -48,11 +48,12 @@ class ShardWriter:
         self,
         folder: str | Path,  # is there
         shape: tuple[int, int, int],  # of an image: C, H, W
+        shard_bytes: int | None = None,  # of images in a file; `SHARD_BYTES` unless given
     ):
         self.folder = Path(folder)
         self.shape = tuple(shape)
         self.image_bytes = math.prod(shape)
-        self.each = max(SHARD_BYTES // max(self.image_bytes, 1), 1)  # images a file
+        self.each = max((shard_bytes or SHARD_BYTES) // max(self.image_bytes, 1), 1)  # images a file
         self.file = None
         self._open(0)
 

@@ -51,9 +51,9 @@ from ..labels import Vocabulary
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'NUMBERS', 'HASHED', 'NOTES', 'MEND', 'StoreWriter', 'quotable', 'TryAgain',
-           'ResumableWriter', 'Manifest', 'StoredImages', 'SomeImages', 'blocks', 'ImageStore', 'sample_rows',
-           'class_counts', 'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store', 'contact_sheet',
-           'few_rows', 'write_store']
+           'ResumableWriter', 'Manifest', 'StoredImages', 'SomeImages', 'at_once', 'blocks', 'ImageStore',
+           'sample_rows', 'class_counts', 'label_set_counts', 'label_pairs', 'channel_statistics', 'describe_store',
+           'contact_sheet', 'few_rows', 'write_store']
 
 # %% ../../nbs/04_data/03_store.ipynb #3d55e29c
 SCHEMA_VERSION = 1
@@ -483,13 +483,22 @@ class SomeImages:
     def __getitem__(self, part: slice) -> np.ndarray:  # (m, C, H, W) uint8
         return self.images[self.rows[part]]
 
+# %% ../../nbs/04_data/03_store.ipynb #358ca0f1
+def at_once(
+    shape: tuple[int, ...],  # of an image: C, H, W
+    most: int = 256,  # images
+    pixels: int = 2**24,  # of all channels
+) -> int:  # 1 at least
+    "How many images are worked on together: fewer where they are large"
+    return max(min(most, pixels // max(math.prod(shape), 1)), 1)
+
 
 def blocks(
     images: np.ndarray | ImageFiles | StoredImages | SomeImages,  # (N, C, H, W)
     pixels: int = 2**24,  # at a time, of all channels; one image at least
 ) -> Iterator[np.ndarray]:  # of (n, C, H, W); an empty one where there are no images
     "All images in order, a few megabytes at a time"
-    each = max(pixels // max(math.prod(images.shape[1:]), 1), 1)
+    each = at_once(images.shape[1:], max(len(images), 1), pixels)
     for first in range(0, max(len(images), 1), each):
         yield np.asarray(images[first : first + each])
 

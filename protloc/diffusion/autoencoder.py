@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import Config, InputError, derive_seed, read_config
 from ..data.loading import AugmentConfig, Batches
-from ..data.store import ImageStore
+from ..data.store import ImageStore, at_once
 from .denoiser import fold, norm_in_float32, unfold
 from .objective import draw_noise, to_signal
 from ..files import read_json, write_json
@@ -217,7 +217,7 @@ def _measured_scale(model, store, signal, precision):
     rows = rows[:: -(-len(rows) // _MEASURED)]
     squares, count = 0.0, 0
     with autocast_for(precision):
-        for some in np.array_split(rows, -(-len(rows) // 32)):
+        for some in np.array_split(rows, -(-len(rows) // at_once(store.images.shape[1:], 32))):
             latents = encode(torch.from_numpy(store.images[some]).to(model.device), signal, 1, model)
             squares, count = squares + float(latents.cpu().double().square().sum()), count + latents.numel()
     return (count / max(squares, 1e-12)) ** 0.5

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..classify.backbone import Classifier
 from ..classify.predict import map_batches
 from ..core import InputError, one_line
-from ..data.store import ImageStore
+from ..data.store import ImageStore, at_once
 from ..plots import colours_of
 
 # %% auto #0
@@ -31,7 +31,7 @@ def features(
     classifier: Classifier,  # on any device
     store: ImageStore,  # images of the kind that it was trained on
     rows: np.ndarray,  # (n,) positions in the store
-    batch_size: int = 256,  # images at a time
+    batch_size: int | None = None,  # images at a time; as `at_once` says unless given
 ) -> tuple[Tensor, Tensor]:  # (n, F) pooled features, (n, K) probabilities; float32 on the CPU
     "What the classifier sees in the images and what it says about them, in eval mode; its mode is restored"
 
@@ -81,7 +81,9 @@ class Extractor(nn.Module):
         progress: str = '',  # text beside a progress bar; none where empty
     ) -> Tensor:  # (n, F) float32 on the CPU
         "Features of a store's images"
-        (found,) = map_batches(self, store, rows, lambda images: (self(images),), 64, progress)
+        (found,) = map_batches(
+            self, store, rows, lambda images: (self(images),), at_once(store.images.shape[1:], 64), progress
+        )
         return found
 
 # %% ../../nbs/08_evaluate/02_features.ipynb #015e0030

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..classify.predict import map_batches, symmetries
 from ..core import InputError
 from ..data.duplicates import Likeness, apply_symmetry, fingerprints
-from ..data.store import ImageStore, SomeImages
+from ..data.store import ImageStore, SomeImages, at_once
 from .examined import CHANCE, Copies
 from .features import Extractor
 from .fidelity import distances
@@ -71,7 +71,8 @@ def nearest_features(
     def see(images):
         return tuple(extractor(view.contiguous()) for view in symmetries(images))
 
-    return _nearest(map_batches(extractor, store, rows, see, 64, progress), training, distances)
+    batch_size = at_once(store.images.shape[1:], 64)
+    return _nearest(map_batches(extractor, store, rows, see, batch_size, progress), training, distances)
 
 # %% ../../nbs/08_evaluate/08_memorisation.ipynb #d09fd473
 STRICTNESS = 0.01  # share of unseen real images that are as near
