@@ -11,7 +11,7 @@ import re
 import types
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

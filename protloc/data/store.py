@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
@@ -162,8 +161,8 @@ def __exit__(self: StoreWriter, kind, error, trace):
     try:
         if kind is None:
             self._finish()
-    except BaseException:
-        self._close(*sys.exc_info())
+    except BaseException as broken:
+        self._close(type(broken), broken, broken.__traceback__)
         raise
     self._close(kind, error, trace)
 
