@@ -58,7 +58,7 @@ def others_at_work(
 
 # %% ../nbs/00_threads.ipynb #20fc7db0
 SPINS = 'GOMP_SPINCOUNT'  # turns of the loop in which a thread of GNU's OpenMP waits before it sleeps
-AWAKE, ASLEEP = '1500', '0'  # chosen with benchmarks/contention.py
+AWAKE, ASLEEP = '3000', '0'  # chosen with benchmarks/contention.py
 
 
 def spins(
