@@ -4,7 +4,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 JOBS := $(shell test $(CORES) -lt 8 && echo $(CORES) || echo 8)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(CORES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lint docs lab export clean
+.PHONY: demo test thorough quick lint docs lab export clean
 
 demo: .venv/.installed  ## the main job on the embedded data; ends with the path of the report
 	$(BIN)/protloc run demo --jobs $(JOBS)
@@ -13,6 +13,9 @@ test: lint  ## every check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES)
 	$(BIN)/python docs/build.py
 	$(PYTEST)
+
+thorough: .venv/.installed-dev  ## more cases of what the tests show: hours
+	PROTLOC_THOROUGH=1 PROTLOC_KILLS=all PROTLOC_FAULTS=all PROTLOC_SIGNALS=1 $(PYTEST)
 
 quick: lint  ## what to run between two edits: under two minutes
 	$(PYTEST) -m 'not slow'

@@ -11,13 +11,28 @@ from protloc import cli
 from protloc.labels import STAINS
 
 # minutes each: with several processes they come first, so that none of them is left alone with one in the end
-LONGEST = ('faults', 'clusters', 'chain', 'ending', 'kills', 'study', 'modules', 'reading', 'training', 'denoisers')
+LONGEST = (
+    'faults',
+    'clusters',
+    'chain',
+    'ending',
+    'kills',
+    'study',
+    'site',
+    'training',
+    'reading',
+    'interrupt',
+    'denoisers',
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests of the finished study count as slow: making it takes half a minute"
+    "Tests of the finished study count as slow: making it takes half a minute; thorough ones wait to be asked for"
+    left_out = pytest.mark.skip(reason='`make thorough` has more cases')
     for item in items:
+        if item.get_closest_marker('thorough') and 'PROTLOC_THOROUGH' not in os.environ:
+            item.add_marker(left_out)
         if 'finished' in item.fixturenames:
             item.add_marker(pytest.mark.slow)
     place = {f'test_{name}.py': number for number, name in enumerate(LONGEST)}

@@ -55,15 +55,14 @@ WRITING = {
     'fidelity': COMMANDS['fidelity'],
     'compare': COMMANDS['compare'],
 }
-CHOSEN = dict.fromkeys(WRITING, 4) | {
-    'simulate': 6,
-    'prepare': 6,
-    'prepare, an image a file': 8,
-    'split': 6,
-    'generate': 5,
+CHOSEN = dict.fromkeys(WRITING, 2) | {
+    'simulate': 4,
+    'prepare': 4,
+    'prepare, an image a file': 6,
+    'split': 4,
+    'generate': 4,
     'run': 1,
     'report': 1,
-    'compare': 2,
 }
 TIMED = {'images_per_second', 'seconds', 'time', 'started', 'finished', 'minutes'}  # fields that no two runs share
 # files that hold such fields in a text, so that only their being there is compared

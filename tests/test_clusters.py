@@ -296,7 +296,7 @@ def test_launched_commands_make_the_same(alone, monkeypatch, tmp_path):
 LAUNCH = 'torchrun --nproc_per_node 2'  # on CPUs `accelerate launch` starts one process, whatever is asked
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_share_a_part(alone, monkeypatch, tmp_path):
     "As the same launch by hand: half of a batch each, and one of them writes and answers"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')

@@ -385,7 +385,7 @@ def test_two_processes_train_the_same_generator(apart, tmp_path):
     assert open_pipeline(tmp_path / 'two').config.conditions
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_killed_and_continued(apart, tmp_path):
     "The second process is killed at step 7; continued by two, the weights are bit for bit those of two never stopped"
     _, two = apart

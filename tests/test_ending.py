@@ -327,7 +327,7 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_settings_of_any_shape():
     "Each setting with a sixth of the values: valid or refused in one sentence, and none takes long"
     demo = read_preset('demo')
@@ -591,6 +591,8 @@ DAMAGES = {
     'other JSON': lambda path: path.write_text('[{"a": 1}]'),
     'other array': lambda path: np.save(open(path, 'wb'), np.zeros((3, 2, 1))),
 }
+OFTEN = ('removed', 'cut')
+RARELY = [name for name in DAMAGES if name not in OFTEN]
 NOTES = (
     'config.yaml',
     'log.jsonl',
@@ -605,7 +607,7 @@ NOTES = (
 )
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('damage', [*OFTEN, *(pytest.param(name, marks=pytest.mark.thorough) for name in RARELY)])
 def test_a_run_without_its_files(finished, tmp_path, damage):
     "Each file that a report reads: it is made all the same where the file is a note alone, or one sentence names it"
     folder = shutil.copytree(finished, tmp_path / 'run')

@@ -64,7 +64,7 @@ def flags(source):
     return set(re.findall(r'^#\|\s*(\w+)', source, re.MULTILINE))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize('name', [name for name in MODULES if not name.startswith('protloc.study.')])
 def test_examples_run_on_the_exported_module(name, monkeypatch):
     "The notebook's examples call the module that is installed, not the cells beside them; of studies other tests do"

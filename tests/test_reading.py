@@ -392,7 +392,7 @@ def uninterrupted(many):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('workers', [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_killed_twice_and_continued_to_the_same_store(many, uninterrupted, tmp_path, workers):
     path, words = tmp_path / 'store', command(many, tmp_path / 'store', workers)
     partial = kill_at(10, words, path)

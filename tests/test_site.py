@@ -133,7 +133,7 @@ def tab(browser, served):
     page.close()
 
 
-@pytest.mark.parametrize('width', [400, 1100, 1366])
+@pytest.mark.parametrize('width', [400, pytest.param(1100, marks=pytest.mark.thorough), 1366])
 def test_every_page_opens_without_an_error_and_fits_the_window(pages, served, tab, width):
     wide = []
     tab.set_viewport_size(dict(width=width, height=800))
