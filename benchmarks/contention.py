@@ -1,7 +1,7 @@
 """Training, drawing and reading beside other work: the waiting policy of OpenMP's threads.
 
     python benchmarks/contention.py [--busy 0 1 2 8] [--works training drawing prepare] [--rounds 5] [--seconds 5]
-    python benchmarks/contention.py --settings default passive spin-1500
+    python benchmarks/contention.py --settings default passive spin-3000
     python benchmarks/contention.py --works training --busy 0 --copies 2
 
 Prints JSON lines: of each work and number of busy processes, the rate with each setting, and its ratio to the default
@@ -111,7 +111,7 @@ def serve(work, setting, size):
 
     step = dict(training=training, drawing=drawing, prepare=prepare)[work](size)
     step()
-    print('ready', flush=True)
+    print('ready', os.environ.get('GOMP_SPINCOUNT', ''), flush=True)
     for line in sys.stdin:
         times, end = [], time.perf_counter() + float(line)
         while not times or time.perf_counter() < end:
@@ -143,8 +143,11 @@ def served(work, setting, size):
         environment['TMPDIR'] = scratch
         process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
-            while process.stdout.readline().strip() != 'ready':
+            said = ['']
+            while said[:1] != ['ready']:
                 assert process.poll() is None, f'{work} with {setting} ended'
+                said = process.stdout.readline().split()
+            process.turns = ''.join(said[1:])
             yield process
         finally:
             process.kill()
@@ -178,6 +181,7 @@ def measure(work, count, settings, args):
             busy=count,
             copies=args.copies,
             setting=name,
+            turns=several[name][0].turns,
             steps_per_second=round(statistics.median(rates), 3),
             ratio=round(statistics.median(ratios), 2),
             lowest=round(min(ratios), 2),
@@ -192,7 +196,7 @@ def main():
     parser.add_argument('--busy', type=int, nargs='+', default=[0, 1, 2, 8], help='processes beside the work')
     parser.add_argument('--works', nargs='+', default=['training', 'drawing', 'prepare'])
     parser.add_argument(
-        '--settings', nargs='+', default=['default', 'protloc', 'spin-1500', 'spin-0'], choices=list(SETTINGS)
+        '--settings', nargs='+', default=['default', 'protloc', 'spin-3000', 'spin-0'], choices=list(SETTINGS)
     )
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--seconds', type=float, default=5, help='of a turn')

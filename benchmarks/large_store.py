@@ -4,7 +4,7 @@
 
 Prints a JSON line a stage. The fields are simulated cells, each shifted, turned and brightened in its own way, as four
 PNGs of the challenge's layout (about 5 GB for the default; kept in FOLDER, so that a second run starts with them).
-13,000 of 512 px make a store of 13.6 GB. `largest process` is the peak of the resident size (what the system noted,
+13,000 of 512 px make a store of 12.7 GiB. `largest process` is the peak of the resident size (what the system noted,
 `ru_maxrss`), `all processes` the largest sum of proportional set sizes, read once a second. `mapped` is the named
 alternative of `read`: the same rows in the same order from `numpy.load(mmap_mode='r')`.
 
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from protloc.data.simulate.photographs import simulate_cell
 from protloc.labels import STAINS
 
 PROTLOC = Path(sys.executable).with_name('protloc')
+WAYS = ('read', 'read, 2 workers', 'mapped')
 READ = """
 import sys, time
 import numpy as np
@@ -49,7 +51,7 @@ rows = store.rows('train')
 steps = len(rows) // batch
 start = time.perf_counter()
 if way == 'mapped':
-    shards = [np.load(file, mmap_mode='r') for file in store.images.files.paths]
+    shards = [np.load(file, mmap_mode='r') for file in store.images.shards.paths]
     ends = np.cumsum([len(shard) for shard in shards])
     for step in range(steps):
         some = rows[shuffled_rows(len(rows), step * batch, batch, 0)]
@@ -132,7 +134,7 @@ def measured(words, cgroup):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fields', type=int, default=13_000)
     parser.add_argument('--size', type=int, default=512)
     parser.add_argument('--batch', type=int, default=16)
@@ -150,19 +152,22 @@ def main():
             'prepare': [PROTLOC, 'prepare', folder / 'fields', store, '--size', args.size],
             'verify': [PROTLOC, 'info', store, '--verify'],
             'split': [PROTLOC, 'split', store],
-            **{way: [sys.executable, '-c', READ, way, store, args.batch] for way in ('read', 'read, 2 workers')},
-            'mapped': [sys.executable, '-c', READ, 'mapped', store, args.batch],
+            **{way: [sys.executable, '-c', READ, way, store, args.batch] for way in WAYS},
             'train-classifier': [PROTLOC, 'train-classifier', store, folder / 'classifier', *small],
             'train-generator': [PROTLOC, 'train-generator', store, folder / 'generator', *settings],
         }
         for stage, words in stages.items():
             if stage == 'prepare' and store.exists() or args.stage and stage not in args.stage:
                 continue
+            for trained in ('classifier', 'generator'):
+                shutil.rmtree(folder / trained, ignore_errors=True)
             found, last = measured([*map(str, words)], args.cgroup)
             size = sum(path.stat().st_size for path in store.glob('images*.npy'))
-            line = dict(benchmark='large_store', stage=stage, fields=args.fields, size=args.size, store_mb=size >> 20)
+            held = json.loads((store / 'manifest.json').read_text()) if store.exists() else {}
+            line = dict(benchmark='large_store', stage=stage, fields=held.get('n'), size=held.get('size'))
+            line['store_mb'] = size >> 20
             line |= dict(memory_mb=psutil.virtual_memory().total >> 20, limit_mb=limit_of(args.cgroup), **found)
-            if stage in ('read', 'read, 2 workers', 'mapped') and not found['returncode']:
+            if stage in WAYS and not found['returncode']:
                 line['images_per_second'] = round(float(last))
             print(json.dumps(line), flush=True)
 

@@ -5,9 +5,9 @@
 Prints JSON. The named alternative is how the code of Lin and Cao (2025) loads: for every image of every epoch, Pillow
 decodes four 512 x 512 PNGs; they are stacked, turned by a multiple of 90 degrees, cropped at random (scale .8 to 1,
 ratio .9 to 1.1) and resized, in two loader processes. The store's images were shrunk once; its batches are read from
-the files and turned, with and without the same crop. `read` are such batches without labels and augmentation, `mapped`
-the same rows from the memory-mapped file, and `copy` is the limit: as many bytes in order. Real fields are read where
-PROTLOC_HPA names a folder, simulated ones otherwise."""
+the files and turned, with and without the same crop. `read` are such batches without labels and
+augmentation, `mapped` the same rows from the memory-mapped file (of a store of one file), `read in order` as many bytes
+in their order. Real fields are read where PROTLOC_HPA names a folder, simulated ones otherwise."""
 
 import argparse
 import json
@@ -105,24 +105,28 @@ def main():
                 batches = Batches(store, rows, args.batch, 0, augment)
                 stream = finished(batches, steps, workers)
                 result[f'store, {name}, {workers} workers'] = rate(stream, args.batch, args.seconds)
-        files, mapped = store.images.files, np.load(f'{folder}/store/images.npy', mmap_mode='r')
-        some = np.random.default_rng(0).integers(0, args.images, (args.images // args.batch, args.batch))
+        shards = store.images.shards
+        batches = np.random.default_rng(0).integers(0, args.images, (args.images // args.batch, args.batch))
+        ways = {'read': shards.__getitem__}
+        if len(shards.paths) == 1:
+            ways['mapped'] = np.load(shards.paths[0], mmap_mode='r').__getitem__
         # twice, for the first time makes the pages of the map
-        for name, gather in (('read', files.__getitem__), ('mapped', mapped.__getitem__)) * 2:
+        for name, gather in (*ways.items(), *ways.items()):
             start = time.perf_counter()
-            for rows in some:
-                gather(rows)
-            result[name] = some.size / (time.perf_counter() - start)
+            for some in batches:
+                gather(some)
+            result[name] = batches.size / (time.perf_counter() - start)
         start = time.perf_counter()
         for i in range(0, args.images - args.batch, args.batch):
-            files[i : i + args.batch]
-        result['copy'] = args.images / (time.perf_counter() - start)
+            shards[i : i + args.batch]
+        result['read in order'] = args.images / (time.perf_counter() - start)
     for name, images_per_second in result.items():
         line = dict(
             benchmark='loading',
             way=name,
             size=args.size,
             batch=args.batch,
+            images=args.images,
             images_per_second=round(images_per_second),
             ratio=round(images_per_second / result['pillow, 2 workers'], 1),
             threads=torch.get_num_threads(),

@@ -169,6 +169,8 @@ def read_array(
     try:
         array = np.load(path, mmap_mode='r' if mmap else None)
     except OSError as error:
+        if error.errno:
+            raise InputError(describe_os_error(error)) from None
         raise InputError(f'{path} cannot be read ({one_line(error)}): {CHANGED}, {mend}') from None
     # all that NumPy raises for bytes that are no array, or for a header that promises too much
     except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, zipfile.BadZipFile) as error:

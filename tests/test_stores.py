@@ -108,7 +108,8 @@ def test_what_was_checked_is_remembered_until_the_file_changes(tmp_path, monkeyp
 def test_images_are_read_as_from_an_array(tmp_path):
     store = make(tmp_path / 'store', 8)
     plain = np.load(tmp_path / 'store' / 'images.npy')
-    for key in (3, -1, slice(2, 5), [4, 1], np.array([True, False] * 4), (slice(None), 0), (2, 1), ..., (..., 0)):
+    keys = (3, -1, slice(2, 5), [4, 1], np.array([True, False] * 4), (slice(None), 0), (2, 1), ..., (..., 0))
+    for key in (*keys, (0, slice(None), [0, 1]), plain > 9, (plain[:, :, 0, 0] > 9, 0), (slice(2), None), range(3)):
         assert np.array_equal(store.images[key], plain[key])
     assert (store.images == plain).all() and store.images.mean() == plain.mean() and len(store.images) == 8
     assert np.array_equal(np.asarray(store.images, float), plain) and store.images.shape == plain.shape
@@ -127,7 +128,7 @@ def in_shards(tmp_path, monkeypatch):
 
 def test_a_store_in_several_files_is_the_same_store(in_shards):
     store, whole = in_shards
-    assert [len(np.load(path, mmap_mode='r')) for path in store.images.files.paths] == [70, 70, 70, 70, 20]
+    assert [len(np.load(path, mmap_mode='r')) for path in store.images.shards.paths] == [70, 70, 70, 70, 20]
     assert store.manifest['sha256'] == whole.manifest['sha256'] and store.verify()
     assert (store.images == np.asarray(whole.images)).all() and store.table.equals(whole.table)
     for workers in (0, 2):
@@ -138,9 +139,9 @@ def test_a_store_in_several_files_is_the_same_store(in_shards):
 
 def test_a_store_in_several_files_is_split_without_copying_them(in_shards):
     store, whole = in_shards
-    inodes = [path.stat().st_ino for path in store.images.files.paths]
+    inodes = [path.stat().st_ino for path in store.images.shards.paths]
     again = split_store(store)
-    assert [path.stat().st_ino for path in again.images.files.paths] == inodes and again.verify()
+    assert [path.stat().st_ino for path in again.images.shards.paths] == inodes and again.verify()
     assert again.table.equals(split_store(whole).table)
 
 
@@ -153,9 +154,58 @@ def test_damage_in_one_of_several_files_is_named(protloc, in_shards):
         np.asarray(ImageStore(store.path).images)
     refused(protloc('info', store.path, '--verify'), 'images-*.npy does not match the hash')
     os.rename(store.path / 'images-00002.npy', store.path / 'gone')
-    refused(protloc('info', store.path), 'images-*.npy holds uint8 (140, 4, 16, 16), its manifest says uint8 (300,')
+    refused(protloc('info', store.path), 'images-*.npy: uint8 (140, 4, 16, 16) is there, its manifest says uint8 (300,')
     os.rename(store.path / 'images-00000.npy', store.path / 'gone')
-    refused(protloc('info', store.path), 'is not an image store, it has no images.npy')
+    refused(protloc('info', store.path), 'is not an image store, it has no images.npy or images-00000.npy')
+
+
+def go_on(path, n=9, stop=None, shard=3, value=0):
+    "Write or go on with n images alike, a process that ends after some"
+    import protloc.data.shards as shards
+
+    usual, shards.SHARD_BYTES = shards.SHARD_BYTES, shard * 64
+    try:
+        with ResumableWriter(path, 'x', CLASSES, 8) as writer:
+            for i in range(len(writer.done), n):
+                if i == stop:
+                    raise KeyboardInterrupt
+                writer.add(np.full((1, 8, 8), value, np.uint8), id=f'i{i}', target='0')
+                writer.commit()
+    except KeyboardInterrupt:
+        return partial_of(path)
+    finally:
+        shards.SHARD_BYTES = usual
+    return ImageStore(path)
+
+
+def test_files_of_another_length_are_gone_on_with(tmp_path):
+    go_on(tmp_path / 'store', stop=7, shard=4)
+    store = go_on(tmp_path / 'store', shard=2)
+    assert store.verify() and [len(np.load(path)) for path in store.images.shards.paths] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize('foreign', ['file', 'folder', 'link', 'dangling link', 'bytes behind', 'another file'])
+def test_what_others_put_beside_unfinished_images_goes(tmp_path, foreign):
+    partial = go_on(tmp_path / 'store', stop=7)
+    single = partial / 'images.npy'
+    np.save(tmp_path / 'mine.npy', np.full((3, 1, 8, 8), 7, np.uint8))
+    mine = (tmp_path / 'mine.npy').read_bytes()
+    dict(
+        file=lambda: single.write_bytes(mine),
+        folder=lambda: (single / 'a').mkdir(parents=True),
+        link=lambda: single.symlink_to(tmp_path / 'mine.npy'),
+    ).get(foreign, lambda: None)()
+    if foreign == 'dangling link':
+        single.symlink_to(tmp_path / 'nowhere')
+    if foreign == 'bytes behind':
+        with open(partial / 'images-00001.npy', 'ab') as file:
+            file.write(b'z')
+    if foreign == 'another file':
+        (partial / 'images-00007.npy').write_bytes(mine)
+    store = go_on(tmp_path / 'store')
+    assert store.verify() and not np.asarray(store.images).any() and len(store.images.shards.paths) == 3
+    assert not single.exists() and not (store.path / 'images-00007.npy').exists()
+    assert (tmp_path / 'mine.npy').read_bytes() == mine
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_one_sentence(tmp_path):
@@ -200,6 +250,12 @@ def test_images_cannot_be_changed_in_place(tmp_path):
     store = make(tmp_path / 'store', 8)
     with pytest.raises(InputError, match='cannot be changed: work on a copy'):
         store.images += 1
+    with pytest.raises(InputError, match='cannot be changed'):
+        np.add.at(store.images, 0, 1)
+    with pytest.raises(ValueError, match='read-only'):
+        store.images.fill(0)
+    mine = np.empty_like(np.asarray(store.images))
+    assert np.add(store.images, 1, out=mine) is mine and store.images.nbytes == mine.nbytes == store.images.size
 
 
 def test_new_splits_keep_who_may_read_them(tmp_path):

@@ -441,7 +441,9 @@ def in_order(
 ):
     "Yield (images, labels) of the rows in order; images (n, C, H, W) uint8, labels (n, K) float32"
     images, labels = store.images, store.labels
-    batch_size = batch_size or at_once(images.shape[1:])
+    batch_size = at_once(images.shape[1:]) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise InputError(f'{batch_size} images at a time: one or more are needed')
     for i in range(0, len(rows), batch_size):
         some = rows[i : i + batch_size]
         yield torch.from_numpy(images[some]), torch.from_numpy(labels[some])

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import InputError, one_line
+from ..core import InputError, describe_os_error
 from .kind import brief
 from ..files import CHANGED, read_array, remove
 
 # %% auto #0
-__all__ = ['SHARD_BYTES', 'image_files', 'ShardWriter', 'ImageFiles']
+__all__ = ['SHARD_BYTES', 'shard_paths', 'ShardWriter', 'Shards']
 
 # %% ../../nbs/04_data/02_shards.ipynb #4d03e211
 SHARD_BYTES = 4 * 10**9  # of images in a file, at most; one image at least
 
 
-def image_files(
+def shard_paths(
     folder: str | Path,  # of a store
 ) -> list[Path]:  # in the order of the images; none where there are none
     "The files that hold the images of a store"
@@ -53,12 +53,12 @@ class ShardWriter:
         self.folder = Path(folder)
         self.shape = tuple(shape)
         self.image_bytes = math.prod(shape)
-        self.each = max((shard_bytes or SHARD_BYTES) // max(self.image_bytes, 1), 1)  # images a file
+        self.per_shard = max((shard_bytes or SHARD_BYTES) // max(self.image_bytes, 1), 1)  # images
         self.file = None
         self._open(0)
 
     def flush(self):
-        "All that was written is with the system"
+        "Hand all that was written to the system"
         self.file.flush()
 
     def close(self):
@@ -82,26 +82,31 @@ def _write_header(self: ShardWriter, n):
 
 @patch
 def _open(self: ShardWriter, number):
-    "Go to the first image of a file; it is made where there is none, and a link or a folder of its name goes"
-    first, second = self.folder / 'images.npy', _numbered(self.folder, 0)
-    if number and first.exists():
-        os.rename(first, second)
-    path = _numbered(self.folder, number) if number or second.exists() else first
+    "Go to a file's first image, with no image in its header; it is made where there is none, and the only one numbered"
+    single, numbered = self.folder / 'images.npy', _numbered(self.folder, 0)
+    if numbered.exists():
+        remove(single)
+    elif number:
+        os.rename(single, numbered)
+    path = _numbered(self.folder, number) if number or numbered.exists() else single
+    # a link or a folder of that name is not ours
     if path.is_symlink() or not path.is_file():
         remove(path)
         path.touch()
     if self.file:
         self.file.close()
     self.file = open(path, 'r+b')
-    self.number, self.n = number, number * self.each
+    self.number, self.n = number, number * self.per_shard
     self._write_header(0)
 
 # %% ../../nbs/04_data/02_shards.ipynb #3599047f
 @patch
 def _next(self: ShardWriter):
-    "Before an image: go to the next file where this one is full"
-    if self.n == (self.number + 1) * self.each:
-        self._write_header(self.each)
+    "Before an image: go to the next file where this one is full; what another program has put behind it goes"
+    if self.n == (self.number + 1) * self.per_shard:
+        self._write_header(self.per_shard)
+        self.file.seek(self.per_shard * self.image_bytes, os.SEEK_CUR)
+        self.file.truncate()
         self._open(self.number + 1)
 
 
@@ -118,7 +123,7 @@ def write(
 
 @patch
 def read(self: ShardWriter) -> bytes:  # shorter, or empty, where there is no whole one
-    "The next image of those that were written before"
+    "The next image of those that were written before; `cut` says afterwards which of them count"
     self._next()
     self.n += 1
     return self.file.read(self.image_bytes)
@@ -130,10 +135,10 @@ def cut(
     n: int,  # images
 ):
     "Keep the first n images and remove what is behind them; writing goes on there"
-    number = max(n - 1, 0) // self.each
-    for path in self.folder.glob('images-*.npy'):
-        if path.name > _numbered('', number).name:
-            remove(path)
+    number = max(n - 1, 0) // self.per_shard
+    kept = {_numbered(self.folder, each) for each in range(number + 1)}
+    for path in set(self.folder.glob('images-*.npy')) - kept:
+        remove(path)
     if number == 0 and _numbered(self.folder, 0).exists():
         os.rename(_numbered(self.folder, 0), self.folder / 'images.npy')
     self._open(number)
@@ -145,38 +150,39 @@ def cut(
 @patch
 def finish(self: ShardWriter):
     "Write the last header and close"
-    self._write_header(self.n - self.number * self.each)
+    self._write_header(self.n - self.number * self.per_shard)
     self.close()
 
 # %% ../../nbs/04_data/02_shards.ipynb #ea20c8cf
-class ImageFiles:
-    "The images of one or several files, as one array of which rows can be read"
+class Shards:
+    "The images of one or several files, as one array of which rows are read; raises `InputError` for damaged ones"
 
     def __init__(
         self,
-        paths: Sequence[Path],  # at least one; as `image_files` gives them
+        paths: Sequence[Path],  # at least one; as `shard_paths` gives them
         mend: str = 'make it again',  # what the user can do, for messages
     ):
         self.paths, self.mend = tuple(paths), mend
         found = [_open_array(path, mend) for path in self.paths]
         kinds = {shape[1:] for shape, _ in found}
         if len(kinds) > 1:
-            raise InputError(f'{self} hold images of different shapes, {brief(sorted(kinds))}: {CHANGED}, {mend}')
+            raise InputError(f'{self}: there are images of different shapes, {brief(sorted(kinds))}: {CHANGED}, {mend}')
         self._ends = np.cumsum([shape[0] for shape, _ in found])
         self._offsets = [offset for _, offset in found]
         self.shape = (int(self._ends[-1]), *kinds.pop())
-        self._files = [os.open(path, os.O_RDONLY) for path in self.paths]
+        self._files: list[int] = []
         weakref.finalize(self, _close_all, self._files)
+        self._open()
 
     def __len__(self):
         return self.shape[0]
 
     def __str__(self):
-        one = len(self.paths) == 1
-        return str(self.paths[0] if one else self.paths[0].with_name('images-*.npy'))
+        only = len(self.paths) == 1
+        return str(self.paths[0] if only else self.paths[0].with_name('images-*.npy'))
 
     def __reduce__(self):
-        return ImageFiles, (self.paths, self.mend)
+        return Shards, (self.paths, self.mend)
 
     def path_of(
         self,
@@ -185,10 +191,20 @@ class ImageFiles:
         "The file that holds an image"
         return self.paths[np.searchsorted(self._ends, row, 'right')]
 
-
+# %% ../../nbs/04_data/02_shards.ipynb #c04d0259
 def _close_all(files):
     for file in files:
         os.close(file)
+
+
+@patch
+def _open(self: Shards):
+    "Open all files for reading"
+    try:
+        for path in self.paths:
+            self._files.append(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise InputError(describe_os_error(error)) from None
 
 # %% ../../nbs/04_data/02_shards.ipynb #745fe14a
 def _open_array(path, mend):
@@ -204,7 +220,7 @@ def _open_array(path, mend):
 # %% ../../nbs/04_data/02_shards.ipynb #036e0426
 @patch
 def __getitem__(
-    self: ImageFiles,
+    self: Shards,
     rows: slice | np.ndarray,  # (n,) positions from 0 to N - 1
 ) -> np.ndarray:  # (n, C, H, W) uint8
     "Read some images; raises `InputError` where a file cannot be read, or has become shorter"
@@ -221,7 +237,7 @@ def __getitem__(
 
 
 @patch
-def _read(self: ImageFiles, number, row, images):
+def _read(self: Shards, number, row, images):
     "Fill an array with the images that follow a row in a file"
     left = memoryview(images).cast('B')
     row_in_file = row - (int(self._ends[number - 1]) if number else 0)
@@ -230,7 +246,8 @@ def _read(self: ImageFiles, number, row, images):
         try:
             done = os.preadv(self._files[number], [left], position)
         except OSError as error:
-            raise InputError(f'{self.paths[number]} cannot be read ({one_line(error)}): {self.mend}') from None
+            error.filename = self.paths[number]
+            raise InputError(describe_os_error(error)) from None
         if not done:
             raise InputError(f'{self.paths[number]} is shorter than it was when it was opened: {CHANGED}, {self.mend}')
         left = left[done:]

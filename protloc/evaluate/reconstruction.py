@@ -30,7 +30,7 @@ def reconstruct(
     if not pipe.vae:
         raise InputError('this generator draws pixels and has no autoencoder: there is nothing to reconstruct')
     signal, patch_size = pipe.config.signal, pipe.config.patch_size
-    batch_size = batch_size or at_once(images.shape[1:], 64)
+    batch_size = at_once(images.shape[1:], 64) if batch_size is None else max(batch_size, 1)
     made = []
     for first in range(0, len(images), batch_size):
         some = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(pipe.device)
