@@ -109,9 +109,10 @@ def serve(work, setting, size):
         import protloc as protloc
     import torch as torch  # now its threads know how to wait
 
+    turns = os.environ.get('GOMP_SPINCOUNT', '')
     step = dict(training=training, drawing=drawing, prepare=prepare)[work](size)
     step()
-    print('ready', os.environ.get('GOMP_SPINCOUNT', ''), flush=True)
+    print('ready', turns, flush=True)
     for line in sys.stdin:
         times, end = [], time.perf_counter() + float(line)
         while not times or time.perf_counter() < end:
