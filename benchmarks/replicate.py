@@ -78,7 +78,7 @@ def arithmetic(config):
         with FlopCounterMode(display=False) as drawn:
             images, labels = torch.zeros(loop.batch_size, shape[0], size, size), torch.zeros(loop.batch_size, shape[1])
             squared_error(build_denoiser(*shape, unet), images, labels, unet.patch_size).backward()
-        model = Classifier(config.classifier.backbone, *shape)
+        model = Classifier(config.classifier.backbone, *shape).eval()  # a single image has no batch statistics
         with FlopCounterMode(display=False) as read:
             model(torch.zeros(1, shape[0], size, size, dtype=torch.uint8))
         with FlopCounterMode(display=False) as learned:
