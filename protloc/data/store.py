@@ -455,7 +455,7 @@ def _checked(self: StoredImages, rows):
         self._unread[rows[i]] = False
     return images
 
-
+# %% ../../nbs/04_data/03_store.ipynb #55a4a5b0
 @patch
 def __array__(self: StoredImages, dtype=None, copy=None) -> np.ndarray:
     "All images; raises `ValueError` where no copy is allowed"
