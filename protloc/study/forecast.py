@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import expit
 
 from ..classify.predict import probabilities
@@ -24,7 +25,7 @@ from ..core import InputError, rng_for
 from ..data.layouts import labelled_fields
 from ..data.simulate.datasets import STAINS, class_numbers, plan_images
 from ..data.simulate.organelles import SIMULATED
-from ..data.store import ImageStore, write_store
+from ..data.store import ImageStore, at_once, write_store
 from ..diffusion.autoencoder import train_autoencoder
 from ..diffusion.generate import generate
 from ..diffusion.train import train_generator
@@ -110,11 +111,27 @@ def _slope(work, few=2, more=6):
     return step, max(short - few * step, 0), made
 
 # %% ../../nbs/09_study/18_forecast.ipynb #a6f782e5
-def _few_steps(config, steps):
-    "A loop's settings with so many steps, validated at the end alone"
-    return config.model_copy(
-        update=dict(steps=steps, warmup=0, patience=None, evaluate_every=steps, checkpoint_seconds=1e9)
+def _tried_batch(real, batch_size):
+    "Images of a step that is timed: without a GPU no more than a small machine's memory holds"
+    return (
+        batch_size
+        if torch.accelerator.is_available()
+        else min(batch_size, max(at_once(real.images.shape[1:], 256, 2**20), 2))
     )
+
+
+def _few_steps(config, steps, real):
+    "A loop's settings with so many steps, validated at the end alone"
+    batch_size = _tried_batch(real, config.batch_size)
+    fewer = {} if batch_size == config.batch_size else dict(batch_size=batch_size, accumulate=1)
+    return config.model_copy(
+        update=dict(steps=steps, warmup=0, patience=None, evaluate_every=steps, checkpoint_seconds=1e9, **fewer)
+    )
+
+
+def _whole_steps(config, real):
+    "Steps of a training, in steps that are timed"
+    return config.steps * config.batch_size / _tried_batch(real, config.batch_size)
 
 
 def _time_autoencoder(config, real, folder):
@@ -122,11 +139,11 @@ def _time_autoencoder(config, real, folder):
     how = config.generator
 
     def train(steps):
-        few = how.autoencoder.model_copy(update=dict(loop=_few_steps(how.autoencoder.loop, steps)))
+        few = how.autoencoder.model_copy(update=dict(loop=_few_steps(how.autoencoder.loop, steps, real)))
         train_autoencoder(real, folder / f'autoencoder-{steps}', few, how.augment, how.objective.signal)
 
     step, beside, _ = _slope(train)
-    return beside + step * how.autoencoder.loop.steps
+    return beside + step * _whole_steps(how.autoencoder.loop, real)
 
 # %% ../../nbs/09_study/18_forecast.ipynb #661a3216
 def _time_generator(config, real, folder):
@@ -134,12 +151,12 @@ def _time_generator(config, real, folder):
     autoencoder, before = config.generator.autoencoder, 0.0
     if autoencoder:
         before = _time_autoencoder(config, real, folder)
-        autoencoder = autoencoder.model_copy(update=dict(loop=_few_steps(autoencoder.loop, 1)))
+        autoencoder = autoencoder.model_copy(update=dict(loop=_few_steps(autoencoder.loop, 1, real)))
 
     def train(steps):
         few = config.generator.model_copy(
             update=dict(
-                loop=_few_steps(config.generator.loop, steps),
+                loop=_few_steps(config.generator.loop, steps, real),
                 condition='',
                 preview_every=0,
                 autoencoder=autoencoder,
@@ -149,17 +166,19 @@ def _time_generator(config, real, folder):
 
     step, beside, pipe = _slope(train)
     how = config.generate.model_copy(update=dict(condition='', negative_labels=(), best_of=1))
-    n = min(how.images, how.batch_size)
+    n = min(how.images, _tried_batch(real, how.batch_size))
     labels = real.labels[np.resize(real.rows('train'), n)]
     drawing, _ = _seconds(lambda: generate(pipe, folder / 'drawn', labels, how, 0))
-    return before + beside + step * config.generator.loop.steps, drawing / n * config.generate.best_of
+    return before + beside + step * _whole_steps(config.generator.loop, real), drawing / n * config.generate.best_of
 
 # %% ../../nbs/09_study/18_forecast.ipynb #548d069d
 def _time_arm(config, arm, real, synthetic, folder):
     "Seconds of an arm's training, without validation"
 
     def train(steps):
-        few = config.classifier.model_copy(update=dict(loop=_few_steps(config.classifier.loop, steps), weights='none'))
+        few = config.classifier.model_copy(
+            update=dict(loop=_few_steps(config.classifier.loop, steps, real), weights='none')
+        )
         needs = 'synthetic' in arm.sources
         teacher = folder / 'real-6' if arm.needs_teacher else None
         where = folder / f'{arm.name}-{steps}'
@@ -169,7 +188,7 @@ def _time_arm(config, arm, real, synthetic, folder):
 
     step, beside, model = _slope(train)
     reading, _ = _seconds(lambda: probabilities(model, real, real.rows()))
-    return beside + step * config.classifier.loop.steps, reading / len(real)
+    return beside + step * _whole_steps(config.classifier.loop, real), reading / len(real)
 
 # %% ../../nbs/09_study/18_forecast.ipynb #67cb4b45
 def part_seconds(
