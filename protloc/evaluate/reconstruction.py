@@ -24,13 +24,12 @@ __all__ = ['EDGE', 'MOST_PATCHES', 'COLUMNS', 'MOST_IMAGES', 'MOST_PIXELS', 'rec
 def reconstruct(
     pipe: LabelConditionedPipeline,  # with a VAE
     images: np.ndarray,  # (N, C, S, S) uint8, of the kind that it draws
-    batch_size: int | None = None,  # images at a time; up to 64, as `at_once` says, unless given
 ) -> np.ndarray:  # (N, C, S, S) uint8
     "What the autoencoder of a generator makes of images; raises `InputError` for a generator without one"
     if not pipe.vae:
         raise InputError('this generator draws pixels and has no autoencoder: there is nothing to reconstruct')
     signal, patch_size = pipe.config.signal, pipe.config.patch_size
-    batch_size = at_once(images.shape[1:], 64) if batch_size is None else max(batch_size, 1)
+    batch_size = at_once(images.shape[1:], 64)
     made = []
     for first in range(0, len(images), batch_size):
         some = torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size])).to(pipe.device)

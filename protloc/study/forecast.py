@@ -112,12 +112,10 @@ def _slope(work, few=2, more=6):
 
 # %% ../../nbs/09_study/18_forecast.ipynb #a6f782e5
 def _tried_batch(real, batch_size):
-    "Images of a step that is timed: without a GPU no more than a small machine's memory holds"
-    return (
-        batch_size
-        if torch.accelerator.is_available()
-        else min(batch_size, max(at_once(real.images.shape[1:], 256, 2**20), 2))
-    )
+    "Images of a step that is timed: without a GPU no more than the memory of a small machine holds"
+    if torch.accelerator.is_available():
+        return batch_size
+    return min(batch_size, max(at_once(real.images.shape[1:], pixels=2**20), 2))
 
 
 def _few_steps(config, steps, real):
